@@ -1,0 +1,1 @@
+"""The process at a data owner."""

@@ -1,0 +1,1 @@
+"""Rounds and aggregation: pure maths and state machines."""

@@ -1,0 +1,1 @@
+"""Pure tensors: cutting a Hugging Face decoder into segments, adapters, optimizers."""

@@ -1,0 +1,1 @@
+"""The only exit: what leaves a client is made here."""

@@ -1,0 +1,1 @@
+"""Bytes: frames, codecs, certificates, channels. The only room that imports grpc."""

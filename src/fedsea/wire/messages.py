@@ -1,0 +1,246 @@
+"""The messages of the protocol, as plain dataclasses; `wire.encoding` turns them into bytes and back.
+
+Client to server: tensors are a `Release` (made by the privacy boundary). Server to client: a `Reply`.
+After decoding, either is a plain mapping of name to tensor, so both are typed `Tensors` here; a single hidden
+state or gradient has the name "".
+
+Steps count from 0 over the whole run. `attempt` counts from 0 within a step: when the server has to begin a
+step again (it restarted, or a straggler was left behind) it opens the next attempt, and everything that still
+arrives for an older one is ignored.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import TypeAlias
+
+import torch
+
+from fedsea.types import BlockRange, Release, Reply
+
+Tensors: TypeAlias = Mapping[str, torch.Tensor]
+
+
+@dataclass(frozen=True, slots=True)
+class Hello:
+    """Client: first message. The client's name is read from its certificate, never from here."""
+
+    protocol_version: int
+    software_version: str
+
+
+@dataclass(frozen=True, slots=True)
+class Welcome:
+    """Server: the plan, the hash of it, and the identity of the run (a client keeps state per run)."""
+
+    plan_json: str
+    plan_sha256: str
+    run_id: str
+
+
+@dataclass(frozen=True, slots=True)
+class Join:
+    """Client: agrees to the plan and says where it stands.
+
+    Attributes:
+        plan_sha256: Hash that the client computed itself.
+        next_step: First step that this client's durable state does not contain yet.
+        prepared_step: The step whose gradients this client holds durably without having applied them, or -1.
+        round: Rounds whose aggregation this client's durable state contains.
+        role: "train" takes part in steps; "observe" only evaluates or fetches.
+    """
+
+    plan_sha256: str
+    next_step: int
+    prepared_step: int
+    round: int
+    role: str = "train"
+
+
+@dataclass(frozen=True, slots=True)
+class StepOpen:
+    """Server: the client may send its micro-batches of this step."""
+
+    step: int
+    attempt: int
+
+
+@dataclass(frozen=True, slots=True)
+class Forward:
+    """Client: hidden states that enter the trunk.
+
+    Attributes:
+        step: Step, or a request number of the client's own when `evaluate`.
+        num_micro_batches: How many micro-batches this client has in this step.
+        blocks: Blocks to run.
+        lengths: Tokens of each sequence in the micro-batch.
+        num_target_tokens: Weight of this micro-batch in the step.
+        evaluate: No gradient will follow; the server keeps nothing.
+        hidden_TH: One tensor, named "".
+    """
+
+    step: int
+    attempt: int
+    micro_batch: int
+    num_micro_batches: int
+    blocks: BlockRange
+    lengths: tuple[int, ...]
+    num_target_tokens: int
+    evaluate: bool
+    tensors: Release | Reply | Tensors
+
+
+@dataclass(frozen=True, slots=True)
+class Output:
+    """Server: hidden states that leave the trunk, for one `Forward`."""
+
+    step: int
+    attempt: int
+    micro_batch: int
+    evaluate: bool
+    tensors: Release | Reply | Tensors
+
+
+@dataclass(frozen=True, slots=True)
+class Backward:
+    """Client: gradient of the summed loss at the trunk's output."""
+
+    step: int
+    attempt: int
+    micro_batch: int
+    tensors: Release | Reply | Tensors
+
+
+@dataclass(frozen=True, slots=True)
+class InputGradient:
+    """Server: gradient at the trunk's input; no tensor when the client trains nothing below the cut."""
+
+    step: int
+    attempt: int
+    micro_batch: int
+    tensors: Release | Reply | Tensors = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class StepReady:
+    """Client: its own gradients of the step are durable.
+
+    Attributes:
+        num_target_tokens: Target tokens of all its micro-batches.
+        squared_norm: Squared norm of its gradients (of the loss averaged over its own target tokens).
+        tensors: With `aggregation.sync = "step"`, the gradients of the summed loss by parameter name; else empty.
+    """
+
+    step: int
+    attempt: int
+    num_target_tokens: int
+    squared_norm: float
+    tensors: Release | Reply | Tensors = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class StepDone:
+    """Server: the step is applied and durable at the server; sent again to a client that missed it.
+
+    Attributes:
+        num_target_tokens: Target tokens of all clients of the step.
+        clip_coefficient: Factor of the gradients with `clip_scope = "global"`; 1.0 when nothing is clipped.
+        tensors: With `aggregation.sync = "step"`, the summed gradients that the client needs; else empty.
+    """
+
+    step: int
+    num_target_tokens: int
+    clip_coefficient: float
+    tensors: Release | Reply | Tensors = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class RoundUpdate:
+    """Client: its trained parameters at the end of a round, with the target tokens it trained on in that round."""
+
+    round: int
+    num_target_tokens: int
+    tensors: Release | Reply | Tensors
+
+
+@dataclass(frozen=True, slots=True)
+class RoundResult:
+    """Server: the aggregate of a round, the parameters that this client holds; durable at the server."""
+
+    round: int
+    tensors: Release | Reply | Tensors
+
+
+@dataclass(frozen=True, slots=True)
+class Report:
+    """Client: losses for the server's progress display, sent only if the client's settings allow it."""
+
+    step: int
+    mean_loss: float
+
+
+@dataclass(frozen=True, slots=True)
+class FetchTrunk:
+    """Client: asks for the trunk's trained parameters, for an export."""
+
+
+@dataclass(frozen=True, slots=True)
+class TrunkState:
+    """Server: the trunk's trained parameters after `next_step` steps."""
+
+    next_step: int
+    tensors: Release | Reply | Tensors
+
+
+@dataclass(frozen=True, slots=True)
+class Waiting:
+    """Server: why nothing happens at the moment; shown by the client's progress display."""
+
+    step: int
+    waiting_for: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Finished:
+    """Server: the run is over. Client: leaves for good."""
+
+    next_step: int
+
+
+@dataclass(frozen=True, slots=True)
+class Failure:
+    """Either side: an error; `fatal` closes the stream.
+
+    Attributes:
+        code: `FedseaError.code`.
+        step: Step that failed, or -1.
+    """
+
+    code: str
+    message: str
+    retry_after_s: float
+    step: int
+    fatal: bool
+
+
+Message: TypeAlias = (
+    Hello
+    | Welcome
+    | Join
+    | StepOpen
+    | Forward
+    | Output
+    | Backward
+    | InputGradient
+    | StepReady
+    | StepDone
+    | RoundUpdate
+    | RoundResult
+    | Report
+    | FetchTrunk
+    | TrunkState
+    | Waiting
+    | Finished
+    | Failure
+)
