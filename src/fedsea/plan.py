@@ -107,6 +107,7 @@ class TrainingSection(_Section):
         micro_batches: Micro-batches that a client accumulates in a step.
         micro_batch_sequences: Sequences of a micro-batch.
         in_flight: Micro-batches that a client has under way at once, to hide the latency of the link.
+        max_batch_tokens: Most tokens that the trunk runs as one batch; a larger union is run in several.
         wait: In "batched": "all" waits for every client of the plan in every step; a number is how many seconds
             a step waits for stragglers after its first client is there; they join the next step.
         min_clients: With a number in `wait`: clients that must be there before a step begins.
@@ -118,6 +119,7 @@ class TrainingSection(_Section):
     micro_batches: int = Field(1, ge=1)
     micro_batch_sequences: int = Field(8, ge=1)
     in_flight: int = Field(2, ge=1)
+    max_batch_tokens: int = Field(16384, ge=1)
     wait: Literal["all"] | Annotated[float, Field(gt=0)] = "all"
     min_clients: int = Field(1, ge=1)
 
@@ -215,6 +217,8 @@ class FederationPlan(_Section):
             raise ValueError('aggregation.sync = "step" needs training.mode = "batched" and training.wait = "all"')
         if self.aggregation.sync == "step" and self.aggregation.method != "mean":
             raise ValueError('aggregation.sync = "step" sums gradients: set aggregation.method = "mean"')
+        if self.aggregation.sync == "step" and self.optimizer.max_norm > 0 and self.optimizer.clip_scope != "global":
+            raise ValueError('aggregation.sync = "step" needs optimizer.clip_scope = "global" (or max_norm = 0)')
         if training.min_clients > len(self.clients):
             raise ValueError("training.min_clients is larger than the number of clients")
         if self.model.dtype == "float16" and self.model.autocast != "none":
@@ -234,6 +238,16 @@ class FederationPlan(_Section):
         """Optimizer steps of the trunk over the whole run."""
         turns = len(self.clients) if self.training.mode == "sequential" else 1
         return self.training.rounds * self.training.steps_per_round * turns
+
+    def trains_below_cut(self, name: str) -> bool:
+        """Whether a client trains parameters before the trunk, and so needs the gradient at the trunk's input."""
+        if self.adapter.input == "adapter":
+            return self.partition_of(name).input_blocks > 0
+        return self.adapter.input == "full"
+
+    def sends_gradients(self, name: str) -> bool:
+        """Whether gradients leave this client at all: not if only its output side is trained."""
+        return self.adapter.trunk != "frozen" or self.trains_below_cut(name)
 
     def client(self, name: str) -> ClientEntry:
         """The entry of a client.
