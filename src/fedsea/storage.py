@@ -153,7 +153,7 @@ def load_tensors(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
         raise StorageError(f"{path} is not a checkpoint of fedsea; give the path of a run folder.")
     if version != FORMAT_VERSION:
         raise StorageError(
-            f"{path} has checkpoint format {version}, but this one reads {FORMAT_VERSION}: use the fedsea that wrote it."
+            f"{path} has checkpoint format {version}, this fedsea reads {FORMAT_VERSION}: use the one that wrote it."
         )
     text = metadata.get("fedsea.state", "")
     if hashlib.sha256(text.encode()).hexdigest() != metadata.get("fedsea.state_sha256"):
