@@ -1,0 +1,219 @@
+"""Why a connection failed, found out with plain sockets and one TLS handshake of our own.
+
+gRPC reports one word, UNAVAILABLE, for a misspelt host, a closed port and a foreign certificate alike. This module
+goes the same way once more, step by step, and returns the sentence for the step that does not work.
+"""
+
+from __future__ import annotations
+
+import socket
+import ssl
+import threading
+import time
+from datetime import UTC, datetime
+from typing import Any
+
+from fedsea.errors import AuthError, ConfigError, FedseaError, TransportError
+from fedsea.wire.identity.folder import CERTIFICATE_FILE, KEY_FILE
+from fedsea.wire.identity.identity import Identity
+
+# Names of OpenSSL's X509_V_ERR_… codes, which the ssl module gives as numbers only.
+_NOT_YET_VALID, _EXPIRED = 9, 10
+_PURPOSE = 26
+_OTHER_HOST = (62, 64)
+
+# A server that speaks HTTP/2 and accepts our certificate answers this with its own SETTINGS frame.
+_HTTP2_HELLO = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + bytes([0, 0, 0, 4, 0, 0, 0, 0, 0])
+
+_Addresses = list[tuple[socket.AddressFamily, Any]]
+
+
+def split_address(address: str) -> tuple[str, int]:
+    """Host and port of `HOST:PORT` or `[ADDRESS]:PORT`.
+
+    Raises:
+        ConfigError: It has another form.
+    """
+    host, colon, port = address.removeprefix("dns:///").rpartition(":")
+    bracketed = host.startswith("[") and host.endswith("]")
+    host = host[1:-1] if bracketed else host
+    if not colon or not host or (":" in host and not bracketed) or not port.isascii() or not port.isdigit():
+        raise ConfigError(f"{address[:120]!r} is not an address: write HOST:PORT, or [ADDRESS]:PORT for IPv6.")
+    if not 0 < int(port) < 65536:
+        raise ConfigError(f"{address[:120]!r} has a port outside 1 to 65535: use the one that the server listens on.")
+    return host, int(port)
+
+
+def diagnose(address: str, identity: Identity, timeout_s: float = 10.0) -> FedseaError:
+    """Find out why a connection to a server failed.
+
+    Args:
+        address: `HOST:PORT` of the server.
+        identity: Ours.
+        timeout_s: Longest time that the whole examination takes.
+
+    Returns:
+        An error, not raised, whose sentence says what to do: `TransportError` where trying again may help,
+        `AuthError` for anything about certificates, `ConfigError` for an address that is none.
+    """
+    deadline = time.monotonic() + timeout_s
+    try:
+        host, port = split_address(address)
+        with _connect(_resolve(host, port, deadline), address, deadline) as plain:
+            return _examine_tls(plain, host, address, identity, deadline)
+    except FedseaError as error:
+        return error
+    except OSError as error:
+        return TransportError(
+            f"The connection to {address} broke ({error.strerror or type(error).__name__}): check the network and that "
+            "the server is running, then try again."
+        )
+
+
+def _left(deadline: float) -> float:
+    return max(deadline - time.monotonic(), 0.001)
+
+
+def _resolve(host: str, port: int, deadline: float) -> _Addresses:
+    found: list[_Addresses] = []
+
+    def ask() -> None:
+        try:
+            answers = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
+        except (OSError, UnicodeError):
+            return
+        found.append([(family, address) for family, _, _, _, address in answers])
+
+    thread = threading.Thread(target=ask, name="fedsea-resolve", daemon=True)  # the resolver takes no deadline
+    thread.start()
+    thread.join(_left(deadline))
+    if not found or not found[0]:
+        raise TransportError(
+            f"The host name {host} cannot be resolved: check its spelling, this machine's network and its name server."
+        )
+    return found[0]
+
+
+def _connect(addresses: _Addresses, address: str, deadline: float) -> socket.socket:
+    refused, failure = False, ""
+    for index, (family, target) in enumerate(addresses):
+        sock = socket.socket(family, socket.SOCK_STREAM)
+        sock.settimeout(_left(deadline) / (len(addresses) - index))
+        try:
+            sock.connect(target)
+        except ConnectionRefusedError:
+            refused = True
+        except TimeoutError:
+            failure = failure or "no answer"
+        except OSError as error:
+            failure = failure or error.strerror or type(error).__name__
+        else:
+            return sock
+        sock.close()
+    if refused:
+        raise TransportError(
+            f"Nothing listens at {address}: check the port, and start the server there with `fedsea server`."
+        )
+    raise TransportError(
+        f"{address} cannot be reached ({failure}): check the address, and that no firewall stands between."
+    )
+
+
+def _examine_tls(plain: socket.socket, host: str, address: str, identity: Identity, deadline: float) -> FedseaError:
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    context.minimum_version = ssl.TLSVersion.TLSv1_2
+    context.load_verify_locations(cadata=identity.ca_pem.decode())
+    context.load_cert_chain(identity.folder / CERTIFICATE_FILE, identity.folder / KEY_FILE)
+    context.set_alpn_protocols(["h2"])
+    plain.settimeout(_left(deadline))
+    try:
+        with context.wrap_socket(plain, server_hostname=host) as secure:
+            secure.settimeout(_left(deadline))
+            secure.sendall(_HTTP2_HELLO)
+            answer = secure.recv(1)  # with TLS 1.3 the server refuses our certificate only here
+            return _after_handshake(answer, secure.selected_alpn_protocol(), address, identity)
+    except ssl.SSLCertVerificationError as error:
+        return _bad_server_certificate(error, host, address, identity)
+    except ssl.SSLError as error:
+        return _refused_by_server(error, address, identity)
+    except TimeoutError:
+        return TransportError(
+            f"{address} accepts connections but does not answer as a fedsea server would: check that the port is the "
+            "server's, and look at the server's log."
+        )
+    except (ConnectionResetError, BrokenPipeError):
+        return _closed(address, identity)
+
+
+def _after_handshake(answer: bytes, protocol: str | None, address: str, identity: Identity) -> FedseaError:
+    if not answer:
+        return _closed(address, identity)
+    if protocol != "h2":
+        return TransportError(
+            f"{address} has a certificate of our authority but is not a fedsea server: check the port."
+        )
+    return TransportError(
+        f"{address} answers, and accepts this client's certificate: the server was busy or restarting, so try again; "
+        "if it goes on, look at the server's log."
+    )
+
+
+def _closed(address: str, identity: Identity) -> FedseaError:
+    return _expired(identity) or TransportError(
+        f"{address} closes the connection at once: check that it is a fedsea server and not another program, and look "
+        "at its log."
+    )
+
+
+def _bad_server_certificate(
+    error: ssl.SSLCertVerificationError, host: str, address: str, identity: Identity
+) -> FedseaError:
+    code = error.verify_code
+    if code == _EXPIRED:
+        return AuthError(
+            f"The certificate of the server {address} has expired: ask its operator to run `fedsea ca server`; if it "
+            f"is new, check this machine's clock, which says {datetime.now(UTC):%Y-%m-%d %H:%M} UTC."
+        )
+    if code == _NOT_YET_VALID:
+        return AuthError(
+            f"The certificate of the server {address} is not valid yet by this machine's clock, which says "
+            f"{datetime.now(UTC):%Y-%m-%d %H:%M} UTC: set the clock."
+        )
+    if code in _OTHER_HOST:
+        return AuthError(
+            f"The server's certificate is not for {host}: use the host name that the operator gave, or ask for "
+            f"`fedsea ca server --host {host}`."
+        )
+    if code == _PURPOSE:
+        return AuthError(
+            f"{address} shows a certificate that is not a server's, so somebody may be posing as the server: tell the "
+            "operator and do not connect."
+        )
+    return AuthError(
+        f"The certificate of the server {address} is not of the authority that this client trusts "
+        f"({identity.ca_fingerprint[:23]}…): check the address; if the operator made a new authority, enrol again."
+    )
+
+
+def _refused_by_server(error: ssl.SSLError, address: str, identity: Identity) -> FedseaError:
+    reason = error.reason or ""
+    if "ALERT" not in reason:
+        if isinstance(error, ssl.SSLEOFError | ssl.SSLZeroReturnError):
+            return _closed(address, identity)
+        return TransportError(
+            f"{address} does not speak TLS, so it is not a fedsea server: check the host and the port."
+        )
+    return _expired(identity) or AuthError(
+        f"The server {address} refuses this client's certificate: check that it is the server of the federation where "
+        f"{identity.name} was approved and that this machine's clock is right; if its operator made a new authority, "
+        "enrol again."
+    )
+
+
+def _expired(identity: Identity) -> FedseaError | None:
+    if datetime.now(UTC) <= identity.not_after:
+        return None
+    return AuthError(
+        f"The certificate of {identity.name} expired on {identity.not_after:%Y-%m-%d %H:%M} UTC: run `fedsea enroll "
+        "--again` and send the request to the operator."
+    )

@@ -1,0 +1,179 @@
+"""Who may talk to the server: the gate that every connection passes, and passes again while it lives.
+
+TLS has proven that the peer holds the key of a certificate that the CA signed. The gate adds what TLS cannot know:
+that it is a client's certificate, that the journal names it and nobody revoked it, that it has not expired since the
+connection began, and that the client is on the allow-list.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import threading
+import time
+from collections.abc import Callable, Collection
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
+from typing import Generic, TypeVar
+
+from fedsea.errors import AuthError, FedseaError
+from fedsea.wire.identity import certificates as certs
+from fedsea.wire.identity.certificates import Clock
+from fedsea.wire.identity.files import disk_errors, read_file
+from fedsea.wire.identity.folder import CA_FILE
+from fedsea.wire.identity.journal import FILE_NAME, Record, read_journal
+
+LOOK_EVERY_S = 1.0
+_MOST_CACHED = 1024
+_LOG = logging.getLogger(__name__)
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, slots=True)
+class PeerIdentity:
+    """A client that the gate admits.
+
+    Attributes:
+        name: From its certificate.
+        serial: Serial number in hex.
+        not_after: When the certificate ends; `check` refuses it from then on.
+    """
+
+    name: str
+    serial: str
+    not_after: datetime
+
+
+class PeerGate:
+    """Admits clients whose certificate is issued, unrevoked, unexpired and allowed.
+
+    Args:
+        folder: The authority's folder, or a copy of its `ca.pem` and `journal.jsonl`; the CA's key is not needed.
+        allowed: Names that may connect, a file with one name a line (`#` begins a comment), or None for all approved.
+        clock: Gives the time, for expiry.
+        monotonic: Gives seconds; files are looked at once in `LOOK_EVERY_S` at most.
+
+    Raises:
+        ConfigError: The folder has no authority.
+        StorageError: The journal is missing or damaged.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        allowed: Collection[str] | Path | None = None,
+        *,
+        clock: Clock = certs.utc_now,
+        monotonic: Callable[[], float] = time.monotonic,
+    ) -> None:
+        pem = read_file(folder / CA_FILE, "make an authority with `fedsea ca init`, or give its folder.")
+        self._ca = certs.certificate_from_pem(pem, str(folder / CA_FILE))
+        self._clock = clock
+        self._monotonic = monotonic
+        self._lock = threading.Lock()
+        self._read_certificates: dict[bytes, PeerIdentity] = {}
+        self._record: _Watched[Record] = _Watched(folder / FILE_NAME, read_journal)
+        self._names = frozenset(allowed) if allowed is not None and not isinstance(allowed, Path) else None
+        self._names_file = _Watched(allowed, _read_names) if isinstance(allowed, Path) else None
+        self._looked_at = monotonic()
+
+    def check(self, certificate_pem: bytes) -> PeerIdentity:
+        """Admit or refuse a peer; cheap enough to be called for every message.
+
+        Args:
+            certificate_pem: The certificate of the connection, which TLS has verified.
+
+        Raises:
+            AuthError: The peer must not take part; its connection is to be closed.
+        """
+        with self._lock:
+            self._look()
+            peer = self._read_certificates.get(certificate_pem) or self._read_peer(certificate_pem)
+            record = self._record.value
+            names = self._names_file.value if self._names_file else self._names
+        if record is None or (self._names_file and names is None):
+            raise AuthError("The server cannot read its list of clients, so it admits nobody: tell the operator.")
+        entry = record.entries.get(peer.serial)
+        if entry is None or entry.name != peer.name:
+            raise AuthError(
+                f"The server's journal does not know the certificate of {peer.name}: ask the operator to approve a new "
+                "request (`fedsea enroll --again`)."
+            )
+        if entry.revoked is not None or peer.name in record.revoked_names:
+            raise AuthError(
+                f"The certificate of {peer.name} was revoked: ask the operator why, and to approve a new request "
+                "(`fedsea enroll --again`) if you are to take part again."
+            )
+        if self._clock() > peer.not_after:
+            raise AuthError(
+                f"The certificate of {peer.name} expired on {peer.not_after:%Y-%m-%d %H:%M} UTC: run `fedsea enroll "
+                "--again` and send the request to the operator."
+            )
+        if names is not None and peer.name not in names:
+            raise AuthError(
+                f"{peer.name} is not on the server's list of clients: ask the operator to add it to the plan."
+            )
+        return peer
+
+    def _read_peer(self, certificate_pem: bytes) -> PeerIdentity:
+        certificate = certs.certificate_from_pem(certificate_pem, "What the peer sent")
+        if not certs.is_issued_by(certificate, self._ca):
+            raise AuthError(
+                "The peer's certificate is of another authority: enrol with the operator of this federation."
+            )
+        peer = PeerIdentity(
+            certs.client_name(certificate), certs.serial_text(certificate), certificate.not_valid_after_utc
+        )
+        if len(self._read_certificates) >= _MOST_CACHED:
+            self._read_certificates.clear()
+        self._read_certificates[certificate_pem] = peer
+        return peer
+
+    def _look(self) -> None:
+        now = self._monotonic()
+        if now - self._looked_at < LOOK_EVERY_S:
+            return
+        self._looked_at = now
+        self._record.look()
+        if self._names_file is not None:
+            self._names_file.look()
+
+
+class _Watched(Generic[T]):
+    """A file's content, read again when the file changed; None while it cannot be read."""
+
+    def __init__(self, path: Path, read: Callable[[Path], T]) -> None:
+        self.path = path
+        self.value: T | None = None
+        self._read = read
+        self._seen: tuple[int, int, int] | None = None
+        with disk_errors("read", path):
+            self._load(path.stat())
+
+    def look(self) -> None:
+        """Read the file if it changed, or could not be read last time."""
+        try:
+            state = self.path.stat()
+            if self.value is None or _state(state) != self._seen:
+                self._load(state)
+        except (OSError, FedseaError) as error:
+            if self.value is not None or self._seen is not None:
+                _LOG.error("No client is admitted until this is mended: %s", error)
+            self.value = self._seen = None
+
+    def _load(self, state: os.stat_result) -> None:
+        # The state is from before the reading: a change during it is seen at the next look.
+        self.value = self._read(self.path)
+        self._seen = _state(state)
+
+
+def _state(state: os.stat_result) -> tuple[int, int, int]:
+    return state.st_ino, state.st_size, state.st_mtime_ns
+
+
+def _read_names(path: Path) -> frozenset[str]:
+    text = read_file(path, "write the names of the clients that may connect into it, one a line.")
+    lines = (line.partition("#")[0].strip() for line in text.decode(errors="replace").splitlines())
+    return frozenset(certs.check_name(line) for line in lines if line)
