@@ -1,0 +1,120 @@
+"""Names of a whole model's parameters: which part of a decoder each belongs to, and their shapes without weights.
+
+Nothing here is per family: a block is what has an index in its name, the rest is told apart by the words that the
+decoders of transformers use for embedding, final norm and head.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, TypeAlias
+
+import torch
+from torch import nn
+
+from fedsea.types import Partition, SegmentKind
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
+
+Shape: TypeAlias = tuple[int, ...]
+
+_BLOCK = re.compile(r"(?:^|\.)(\d+)\.")
+_HEAD = re.compile(r"(?:^|\.)(?:lm_head|embed_out|output_layer|output)\.")
+_EMBEDDING = re.compile(r"emb|wte|wpe|project_in")
+
+
+def block_of(name: str) -> int | None:
+    """Index of the block that a parameter or module belongs to.
+
+    >>> block_of("model.layers.7.mlp.experts.3.up_proj.weight")
+    7
+    >>> block_of("lm_head.weight") is None
+    True
+    """
+    found = _BLOCK.search(name)
+    return int(found[1]) if found else None
+
+
+def unit_of(name: str) -> str:
+    """Unit that a tensor belongs to; what is neither block, head nor embedding counts as "norm".
+
+    >>> [unit_of(name) for name in ("transformer.wpe.weight", "h.2.ln_1.bias", "model.norm.weight", "embed_out.weight")]
+    ['embedding', 'block.2', 'norm', 'head']
+    """
+    block = block_of(name)
+    if block is not None:
+        return f"block.{block}"
+    if _HEAD.search(name):
+        return "head"
+    return "embedding" if _EMBEDDING.search(name) else "norm"
+
+
+def blocks_of(kind: SegmentKind, partition: Partition, num_blocks: int) -> range:
+    """Blocks that a segment holds."""
+    trunk = partition.trunk(num_blocks)
+    return {
+        SegmentKind.INPUT: range(0, trunk.start),
+        SegmentKind.TRUNK: range(trunk.start, trunk.stop),
+        SegmentKind.OUTPUT: range(trunk.stop, num_blocks),
+    }[kind]
+
+
+def path_in_block(name: str) -> str:
+    """A name without what leads to its block: `self_attn.q_proj` for `model.layers.7.self_attn.q_proj`."""
+    return re.split(r"(?:^|\.)\d+\.", name, maxsplit=1)[-1]
+
+
+def is_tied(config: PretrainedConfig) -> bool:
+    """Whether the LM head is the embedding's own weight."""
+    return bool(getattr(config.get_text_config(decoder=True), "tie_word_embeddings", False))
+
+
+@dataclass(frozen=True, slots=True)
+class Linear:
+    """A linear layer; `transposed` ones (Conv1D of GPT-2) keep their weight as (fan_in, fan_out)."""
+
+    fan_in: int
+    fan_out: int
+    transposed: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """Names of a whole model, without its weights: its linear layers, and the shapes of all its parameters."""
+
+    linears: Mapping[str, Linear]
+    parameters: Mapping[str, Shape]
+
+
+def layout_of(config: PretrainedConfig) -> Layout:
+    """The layout of the whole model that `config` describes; remembered for a few models."""
+    config_class: Any = type(config)
+    return _layout(config_class, config.to_json_string(use_diff=False))
+
+
+@functools.lru_cache(maxsize=4)
+def _layout(config_class: Any, text: str) -> Layout:
+    from transformers import AutoModelForCausalLM
+
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config_class.from_dict(json.loads(text)))
+    shapes = {name: tuple(p.shape) for name, p in model.named_parameters(remove_duplicate=False)}
+    return Layout(linear_layers(model), shapes)
+
+
+def linear_layers(model: nn.Module) -> dict[str, Linear]:
+    """Every layer of a model that LoRA can sit on, by name."""
+    from transformers.pytorch_utils import Conv1D
+
+    found = {}
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Linear):
+            found[name] = Linear(module.in_features, module.out_features, transposed=False)
+        elif isinstance(module, Conv1D):
+            found[name] = Linear(module.nx, module.nf, transposed=True)
+    return found
