@@ -1,0 +1,180 @@
+"""Attention for packed sequences: every sequence by itself, without a mask over the whole pack.
+
+Registered with transformers under two names. Both call the family's ordinary attention once for each group of
+sequences of equal length, as a [B, heads, L, D] batch, with the corner of the mask that a sequence of that
+length would have had alone. So whatever the family's mask says (sliding windows, chunks) holds in the pack.
+
+    B  sequences of one length, L  their length, T  tokens of the pack, N  heads, D  head size
+"""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+from collections.abc import Callable, Iterator
+from contextvars import ContextVar
+from dataclasses import dataclass
+from typing import Any, TypeAlias
+
+import torch
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import eager_mask, sdpa_mask
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+from fedsea.errors import ConfigError
+
+SDPA = "fedsea_segments"
+EAGER = "fedsea_segments_eager"
+
+_Attention: TypeAlias = Callable[..., tuple[torch.Tensor, torch.Tensor | None]]
+
+
+@dataclass(frozen=True, slots=True)
+class Segments:
+    """Sequences of a pack, longest first.
+
+    Attributes:
+        groups: (length, how many sequences of that length follow one another).
+    """
+
+    groups: tuple[tuple[int, int], ...]
+
+    @classmethod
+    def of(cls, lengths: tuple[int, ...]) -> Segments:
+        """Group sorted lengths.
+
+        >>> Segments.of((5, 3, 3, 1)).groups
+        ((5, 1), (3, 2), (1, 1))
+        """
+        return cls(tuple((length, lengths.count(length)) for length in sorted(set(lengths), reverse=True)))
+
+    @property
+    def longest(self) -> int:
+        """L of the first sequence: positions 0 … L-1 of the pack are its own."""
+        return self.groups[0][0]
+
+
+_CURRENT: ContextVar[Segments | None] = ContextVar("fedsea_segments", default=None)
+
+
+@contextlib.contextmanager
+def attend_within(segments: Segments | None) -> Iterator[None]:
+    """Attention in this context sees the pack's sequences apart; None is ordinary attention."""
+    token = _CURRENT.set(segments)
+    try:
+        yield
+    finally:
+        _CURRENT.reset(token)
+
+
+def attention_for(model_class: type[PreTrainedModel]) -> str | None:
+    """The attention implementation under which a model runs packed, or None if it has to be padded."""
+    if not (model_class._supports_attention_backend and model_class._can_set_attn_implementation()):
+        return None
+    return SDPA if model_class._supports_sdpa else EAGER
+
+
+def _by_segment(
+    inner: _Attention,
+    module: nn.Module,
+    query_1NTD: torch.Tensor,
+    key_1NTD: torch.Tensor,
+    value_1NTD: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    **kwargs: Any,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    segments = _CURRENT.get()
+    if segments is None:
+        return inner(module, query_1NTD, key_1NTD, value_1NTD, attention_mask, **kwargs)
+    longest = segments.longest
+    if attention_mask is not None and tuple(attention_mask.shape[-2:]) != (longest, longest):
+        raise ConfigError(
+            f"{type(module).__name__} makes an attention mask of its own, so its sequences cannot be packed; "
+            "use micro-batches of sequences of equal length."
+        )
+    sizes = [length * count for length, count in segments.groups]
+    # One split, not a slice a group: the backward of a slice fills a tensor of the whole pack.
+    parts = zip(*(tensor[0].split(sizes, dim=1) for tensor in (query_1NTD, key_1NTD, value_1NTD)), strict=True)
+    out_1TND = []
+    for (length, count), part in zip(segments.groups, parts, strict=True):
+        query, key, value = (tensor.unflatten(1, (count, length)).transpose(0, 1) for tensor in part)
+        mask = None if attention_mask is None else attention_mask[..., :length, :length]
+        out_BLND, _ = inner(module, query, key, value, mask, **kwargs)
+        out_1TND.append(out_BLND.reshape(1, count * length, *out_BLND.shape[2:]))
+    return torch.cat(out_1TND, dim=1), None
+
+
+def _sdpa_by_segment(module: nn.Module, *args: Any, **kwargs: Any) -> tuple[torch.Tensor, torch.Tensor | None]:
+    return _by_segment(sdpa_attention_forward, module, *args, **kwargs)
+
+
+def _eager_by_segment(module: nn.Module, *args: Any, **kwargs: Any) -> tuple[torch.Tensor, torch.Tensor | None]:
+    # The family's own: it knows about soft-capping, sinks and whatever else keeps it from sdpa.
+    inner: _Attention = vars(sys.modules[type(module).__module__])["eager_attention_forward"]
+    return _by_segment(inner, module, *args, **kwargs)
+
+
+def _corner(
+    make: Callable[..., torch.Tensor | None],
+    *,
+    q_length: int,
+    kv_length: int,
+    allow_is_causal_skip: bool = True,
+    use_vmap: bool = False,
+    **kwargs: Any,
+) -> torch.Tensor | None:
+    """Mask of the longest sequence, which comes first: every other one's is the corner of it."""
+    segments = _CURRENT.get()
+    if segments is not None:
+        # transformers sees positions that start again, and asks for a mask over the pack; apart, none is needed.
+        q_length = kv_length = segments.longest
+        allow_is_causal_skip = not use_vmap
+    return make(
+        q_length=q_length,
+        kv_length=kv_length,
+        allow_is_causal_skip=allow_is_causal_skip,
+        use_vmap=use_vmap,
+        **kwargs,
+    )
+
+
+def _sdpa_corner(**kwargs: Any) -> torch.Tensor | None:
+    return _corner(sdpa_mask, **kwargs)
+
+
+def _eager_corner(**kwargs: Any) -> torch.Tensor | None:
+    return _corner(eager_mask, **kwargs)
+
+
+AttentionInterface.register(SDPA, _sdpa_by_segment)
+AttentionInterface.register(EAGER, _eager_by_segment)
+AttentionMaskInterface.register(SDPA, _sdpa_corner)
+AttentionMaskInterface.register(EAGER, _eager_corner)
+
+
+def _recompute(function: Callable[..., Any], *args: Any) -> Any:
+    # The backward pass recomputes in a thread of autograd's own, where the caller's context is not set.
+    segments = _CURRENT.get()
+
+    def again(*inputs: Any) -> Any:
+        with attend_within(segments):
+            return function(*inputs)
+
+    return checkpoint(again, *args, use_reentrant=False)
+
+
+def checkpoint_activations(model: nn.Module) -> None:
+    """Recompute the activations of every block in the backward pass, when the model is in training mode.
+
+    Raises:
+        ConfigError: The family's blocks cannot do so.
+    """
+    blocks = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
+    if not blocks:
+        raise ConfigError("Blocks of this family cannot recompute activations; set activation_checkpointing = false.")
+    for block in blocks:
+        block.gradient_checkpointing = True
+        block._gradient_checkpointing_func = _recompute

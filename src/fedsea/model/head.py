@@ -1,0 +1,122 @@
+"""The language-model head of any family, and its loss without ever holding all logits.
+
+The head is the family's own `*ForCausalLM.forward` with the decoder taken out, so logit scaling, soft-capping
+and biases are the family's.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, TypeAlias
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+from transformers.modeling_outputs import BaseModelOutputWithPast
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+Logits: TypeAlias = Callable[[torch.Tensor], torch.Tensor]
+
+CHUNK_ELEMENTS = 2**24
+"""Logits held at once (rows × V); 64 MB in float32."""
+
+
+class _Output(BaseModelOutputWithPast):
+    """Answers None for whatever else a family reads from its decoder's output."""
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        return None
+
+
+class _PassThrough(nn.Module):
+    def forward(self, *args: Any, inputs_embeds: torch.Tensor, **kwargs: Any) -> _Output:
+        return _Output(last_hidden_state=inputs_embeds)
+
+
+def head_of(model: PreTrainedModel, decoder_path: str) -> tuple[Logits, list[nn.Parameter]]:
+    """The head of a model, and its trainable parameters.
+
+    It is made anew for each use: adapters may replace modules of the model at any time.
+
+    Args:
+        model: A `*ForCausalLM`, whole or cut.
+        decoder_path: Where its decoder is.
+
+    Returns:
+        Function from final hidden states [T, H] to logits [T, V], and the parameters that it uses and that are trained.
+    """
+    head = copied = copy.copy(model)
+    path = decoder_path.split(".")
+    for depth, name in enumerate(path):
+        copied.__dict__["_modules"] = dict(copied._modules)
+        inner = _PassThrough() if depth == len(path) - 1 else copy.copy(copied._modules[name])
+        copied._modules[name] = inner
+        assert inner is not None
+        copied = inner  # type: ignore[assignment]
+
+    def logits(hidden_TH: torch.Tensor) -> torch.Tensor:
+        out: torch.Tensor = head(inputs_embeds=hidden_TH[None], use_cache=False, return_dict=True).logits
+        return out[0]
+
+    return logits, [parameter for parameter in head.parameters() if parameter.requires_grad]
+
+
+def summed_cross_entropy(
+    logits: Logits, trained: list[nn.Parameter], hidden_TH: torch.Tensor, targets_T: torch.Tensor, vocab_size: int
+) -> torch.Tensor:
+    """Sum of the cross entropy over rows that all have a target, in float32.
+
+    Args:
+        logits: The head.
+        trained: Its trainable parameters.
+        hidden_TH: Final hidden states.
+        targets_T: A target for each of them.
+        vocab_size: V, which decides how many rows run at once.
+    """
+    rows = max(1, CHUNK_ELEMENTS // vocab_size)
+    if torch.is_grad_enabled() and (hidden_TH.requires_grad or trained):
+        loss: torch.Tensor = _ChunkedLoss.apply(logits, rows, targets_T, hidden_TH, *trained)  # type: ignore[no-untyped-call]
+        return loss
+    total = torch.zeros((), dtype=torch.float32, device=hidden_TH.device)
+    for part_TH, targets in zip(hidden_TH.split(rows), targets_T.split(rows), strict=True):
+        total += _cross_entropy(logits, part_TH, targets)
+    return total
+
+
+def _cross_entropy(logits: Logits, hidden_TH: torch.Tensor, targets_T: torch.Tensor) -> torch.Tensor:
+    return F.cross_entropy(logits(hidden_TH).float(), targets_T, reduction="sum")
+
+
+class _ChunkedLoss(torch.autograd.Function):
+    """Takes the gradient chunk by chunk in the forward pass, so that no chunk's logits outlive it."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, logits: Logits, rows: int, targets_T: torch.Tensor, hidden_TH: torch.Tensor, *trained: torch.Tensor
+    ) -> torch.Tensor:
+        total = torch.zeros((), dtype=torch.float32, device=hidden_TH.device)
+        hidden_gradients, gradients = [], [torch.zeros_like(parameter) for parameter in trained]
+        for part_TH, targets in zip(hidden_TH.split(rows), targets_T.split(rows), strict=True):
+            with torch.enable_grad():
+                leaf_TH = part_TH.detach().requires_grad_()
+                loss = _cross_entropy(logits, leaf_TH, targets)
+            total += loss.detach()
+            # A trained parameter of the model's outside that this head does not use gets no gradient here.
+            own, *others = torch.autograd.grad(loss, [leaf_TH, *trained], allow_unused=True)
+            hidden_gradients.append(own)
+            for so_far, gradient in zip(gradients, others, strict=True):
+                if gradient is not None:
+                    so_far += gradient
+        ctx.gradients = (torch.cat(hidden_gradients), *gradients)
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, *scale: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        needed = ctx.needs_input_grad[3:]
+        scaled = (g * scale[0].to(g.dtype) if wanted else None for g, wanted in zip(ctx.gradients, needed, strict=True))
+        return (None, None, None, *scaled)

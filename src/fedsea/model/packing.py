@@ -1,0 +1,136 @@
+"""Running a decoder on packed sequences: T rows without padding in, T rows out.
+
+Sequences of one length run as a plain batch. Unequal ones run end to end as one row, longest first, with
+attention that looks at one sequence at a time (`model.attention`). A family without such attention gets a
+right-padded batch, made here and gone when this module is left.
+
+    B  sequences, L  tokens of the longest
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from fedsea.errors import ConfigError
+from fedsea.model.attention import Segments, attend_within
+
+
+@dataclass(frozen=True)
+class Packing:
+    """How the rows of one micro-batch go through a decoder.
+
+    Attributes:
+        lengths: Tokens of each sequence, in the caller's order.
+        segments: Lengths in the order of the run; None if all are equal.
+        positions: Position of each row in its sequence: [1, L] if all lengths are equal, else [1, T].
+        order_T: Row of the caller for each row of the run, or None if they are the same.
+        place_T: Inverse of `order_T`.
+        slots_T: Row of each token in a batch padded to [B, L].
+    """
+
+    lengths: tuple[int, ...]
+    segments: Segments | None
+    positions: torch.Tensor
+    order_T: torch.Tensor | None
+    place_T: torch.Tensor | None
+    slots_T: torch.Tensor
+
+    @property
+    def num_tokens(self) -> int:
+        """T."""
+        return sum(self.lengths)
+
+
+@functools.lru_cache(maxsize=256)
+def packing(lengths: tuple[int, ...], device: torch.device) -> Packing:
+    """The way of a micro-batch; worked out once for all blocks and steps that see these lengths.
+
+    Raises:
+        ConfigError: No sequence, or an empty one.
+    """
+    if not lengths or min(lengths) < 1:
+        raise ConfigError("A micro-batch needs at least one sequence, and every sequence at least one token.")
+    # The first to see these lengths may be an inference; what is kept has to serve training too.
+    with torch.inference_mode(False):
+        return _pack(lengths, device)
+
+
+def _pack(lengths: tuple[int, ...], device: torch.device) -> Packing:
+    longest = max(lengths)
+    slots_T = torch.cat([torch.arange(n) + i * longest for i, n in enumerate(lengths)])
+    if min(lengths) == longest:
+        return Packing(lengths, None, torch.arange(longest, device=device)[None], None, None, slots_T.to(device))
+    order = sorted(range(len(lengths)), key=lambda i: -lengths[i])
+    rows = torch.arange(sum(lengths)).split(lengths)
+    order_T = torch.cat([rows[i] for i in order])
+    sorted_lengths = tuple(lengths[i] for i in order)
+    moved = sorted_lengths != lengths
+    return Packing(
+        lengths=lengths,
+        segments=Segments.of(sorted_lengths),
+        positions=torch.cat([torch.arange(n) for n in sorted_lengths])[None].to(device),
+        order_T=order_T.to(device) if moved else None,
+        place_T=order_T.argsort().to(device) if moved else None,
+        slots_T=slots_T.to(device),
+    )
+
+
+def run(decoder: nn.Module, hidden_TH: torch.Tensor, lengths: Sequence[int], *, padded: bool) -> torch.Tensor:
+    """Run a decoder (whole or cut) on embeddings or hidden states.
+
+    Args:
+        decoder: transformers' decoder, taking `inputs_embeds`.
+        hidden_TH: Rows of all sequences, end to end.
+        lengths: Tokens of each sequence.
+        padded: The decoder's attention cannot keep packed sequences apart.
+
+    Returns:
+        The decoder's last hidden state, [T, H].
+
+    Raises:
+        ConfigError: The lengths do not add up to the rows.
+    """
+    way = packing(tuple(lengths), hidden_TH.device)
+    if hidden_TH.dim() != 2 or hidden_TH.shape[0] != way.num_tokens:
+        raise ConfigError(f"{way.num_tokens} tokens were announced, but the tensor has shape {tuple(hidden_TH.shape)}.")
+    if way.segments is None:
+        hidden_BLH = hidden_TH.view(len(way.lengths), -1, hidden_TH.shape[1])
+        return _call(decoder, hidden_BLH, way.positions, None).reshape(hidden_TH.shape)
+    if padded:
+        return _run_padded(decoder, hidden_TH, way)
+    if way.order_T is not None and way.place_T is not None:
+        with attend_within(way.segments):
+            out_1TH = _call(decoder, hidden_TH.index_select(0, way.order_T)[None], way.positions, None)
+        return out_1TH[0].index_select(0, way.place_T)
+    with attend_within(way.segments):
+        return _call(decoder, hidden_TH[None], way.positions, None)[0]
+
+
+def _run_padded(decoder: nn.Module, hidden_TH: torch.Tensor, way: Packing) -> torch.Tensor:
+    num_sequences, longest = len(way.lengths), max(way.lengths)
+    rows = num_sequences * longest
+    padded = hidden_TH.new_zeros(rows, hidden_TH.shape[1]).index_copy(0, way.slots_T, hidden_TH)
+    mask = torch.zeros(rows, dtype=torch.long, device=hidden_TH.device).index_fill(0, way.slots_T, 1)
+    positions = torch.arange(longest, device=hidden_TH.device).expand(num_sequences, -1)
+    out_BLH = _call(decoder, padded.view(num_sequences, longest, -1), positions, mask.view(num_sequences, longest))
+    return out_BLH.reshape(rows, -1).index_select(0, way.slots_T)
+
+
+def _call(
+    decoder: nn.Module, hidden_BLH: torch.Tensor, positions: torch.Tensor, mask: torch.Tensor | None
+) -> torch.Tensor:
+    arguments = {"position_ids": positions} if _takes_positions(type(decoder)) else {}
+    out = decoder(inputs_embeds=hidden_BLH, attention_mask=mask, use_cache=False, **arguments)
+    last: torch.Tensor = out[0]
+    return last
+
+
+@functools.cache
+def _takes_positions(decoder_class: type[nn.Module]) -> bool:
+    return "position_ids" in inspect.signature(decoder_class.forward).parameters

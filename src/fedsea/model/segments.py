@@ -1,0 +1,217 @@
+"""The three parts of a split model, each working on packed micro-batches without padding.
+
+    >>> input_blocks = load_input_blocks(checkpoint, partition, dtype=torch.float32)   # doctest: +SKIP
+    >>> hidden_TH = input_blocks(input_ids_T, lengths)                                 # doctest: +SKIP
+    >>> hidden_TH = trunk(hidden_TH, lengths)                                          # doctest: +SKIP
+    >>> output_blocks.loss(hidden_TH, lengths, targets_T).backward()                   # doctest: +SKIP
+
+T  tokens of all sequences end to end, H  hidden size, V  vocabulary size, B  sequences.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, ClassVar
+
+import torch
+from torch import nn
+
+from fedsea.errors import ConfigError
+from fedsea.model.head import head_of, summed_cross_entropy
+from fedsea.model.packing import run
+from fedsea.model.partition import Layout
+from fedsea.model.trunk import TrunkPart, run_group, stage_of
+from fedsea.types import IGNORE, BlockRange, SegmentKind
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+class Segment:
+    """What the three segments share.
+
+    Attributes:
+        kind: Which of the three.
+        model: The cut `*ForCausalLM`: holds the parameters under the full model's names, in eval mode when loaded.
+            Adapters may be injected into it; to be run through this segment only.
+        blocks: Original indices of its blocks; may be empty at a client.
+    """
+
+    kind: ClassVar[SegmentKind]
+
+    def __init__(
+        self, model: PreTrainedModel, layout: Layout, blocks: range, autocast: torch.dtype | None = None
+    ) -> None:
+        self.model = model
+        self.blocks = blocks
+        self._layout = layout
+        self._autocast = autocast
+
+    @property
+    def num_parameters(self) -> int:
+        """Parameters that this segment holds, adapters included."""
+        return sum(parameter.numel() for parameter in self.model.parameters())
+
+    @property
+    def hidden_size(self) -> int:
+        """H."""
+        return int(self.model.config.hidden_size)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Type of the weights, in which hidden states enter the blocks; full training makes it float32."""
+        found = max(self._weights(), key=lambda weight: weight.numel(), default=None)
+        return torch.float32 if found is None else found.dtype
+
+    @property
+    def device(self) -> torch.device:
+        """Where the segment lives."""
+        return next((parameter.device for parameter in self.model.parameters()), torch.device("cpu"))
+
+    def _weights(self) -> list[nn.Parameter]:
+        # The largest weight of a block is a linear layer's: norms may be kept in float32, adapters always are.
+        blocks: nn.Module = getattr(self._decoder, self._layout.blocks)
+        return list(blocks[0].parameters() if len(self.blocks) else self.model.parameters())  # type: ignore[index]
+
+    @property
+    def _decoder(self) -> nn.Module:
+        return self.model.get_submodule(self._layout.decoder)
+
+    def _run(self, decoder: nn.Module, hidden_TH: torch.Tensor, lengths: Sequence[int]) -> torch.Tensor:
+        with self._precision(hidden_TH.device):
+            return run(decoder, hidden_TH.to(self.dtype), lengths, padded=self._layout.attention is None)
+
+    def _precision(self, device: torch.device) -> contextlib.AbstractContextManager[object]:
+        if self._autocast is None:
+            return contextlib.nullcontext()
+        return torch.autocast(device.type, dtype=self._autocast)
+
+
+class InputBlocks(Segment):
+    """Embedding and the first blocks, at the client."""
+
+    kind = SegmentKind.INPUT
+
+    def __call__(self, input_ids_T: torch.Tensor, lengths: Sequence[int]) -> torch.Tensor:
+        """As `forward`."""
+        return self.forward(input_ids_T, lengths)
+
+    def forward(self, input_ids_T: torch.Tensor, lengths: Sequence[int]) -> torch.Tensor:
+        """Hidden states [T, H] at the first cut, in the type of the computation.
+
+        Args:
+            input_ids_T: Token ids of all sequences, end to end.
+            lengths: Tokens of each sequence.
+
+        Raises:
+            ConfigError: The lengths do not fit the ids.
+        """
+        embedding = self._decoder.get_input_embeddings()  # type: ignore[operator]
+        with self._precision(input_ids_T.device):
+            hidden_TH = embedding(input_ids_T)
+        return self._run(self._decoder, hidden_TH, lengths)
+
+
+class Trunk(Segment):
+    """The middle blocks, at the server: neither embedding nor norm nor head."""
+
+    kind = SegmentKind.TRUNK
+
+    @property
+    def range(self) -> BlockRange:
+        """Its blocks as a range of the full model."""
+        return BlockRange(self.blocks.start, self.blocks.stop)
+
+    def __call__(
+        self, hidden_TH: torch.Tensor, lengths: Sequence[int], blocks: BlockRange | None = None
+    ) -> torch.Tensor:
+        """As `forward`."""
+        return self.forward(hidden_TH, lengths, blocks)
+
+    def forward(
+        self, hidden_TH: torch.Tensor, lengths: Sequence[int], blocks: BlockRange | None = None
+    ) -> torch.Tensor:
+        """Hidden states [T, H] after `blocks` (all of the trunk's, if not given).
+
+        Raises:
+            ConfigError: The trunk does not have these blocks, or the lengths do not fit the rows.
+        """
+        return self.forward_group([TrunkPart(hidden_TH, lengths, blocks or self.range)])[0]
+
+    def forward_group(self, parts: Sequence[TrunkPart]) -> list[torch.Tensor]:
+        """Run members with different block ranges; where ranges overlap, as one batch.
+
+        Args:
+            parts: Members in a fixed order; the sums inside a batch follow it.
+
+        Returns:
+            Each member's hidden states, in one autograd graph. A gradient for one of them reaches that member's input
+            alone, and the trunk's trainable parameters.
+
+        Raises:
+            ConfigError: As `forward`.
+        """
+        for part in parts:
+            if not self.range.covers(part.blocks):
+                raise ConfigError(
+                    f"Blocks {part.blocks.start}:{part.blocks.stop} were asked of a trunk that has "
+                    f"{self.blocks.start}:{self.blocks.stop}."
+                )
+        return run_group(parts, self._run_stage)
+
+    def _run_stage(self, blocks: BlockRange, hidden_TH: torch.Tensor, lengths: Sequence[int]) -> torch.Tensor:
+        decoder = stage_of(self._decoder, self._layout.blocks, self.range, blocks)
+        return self._run(decoder, hidden_TH, lengths)
+
+
+class OutputBlocks(Segment):
+    """The last blocks, final norm and head, at the client."""
+
+    kind = SegmentKind.OUTPUT
+
+    def __call__(self, hidden_TH: torch.Tensor, lengths: Sequence[int]) -> torch.Tensor:
+        """As `forward`."""
+        return self.forward(hidden_TH, lengths)
+
+    def forward(self, hidden_TH: torch.Tensor, lengths: Sequence[int]) -> torch.Tensor:
+        """Logits [T, V] of every row; for training use `loss`, which does not hold them all.
+
+        Raises:
+            ConfigError: The lengths do not fit the rows.
+        """
+        return self._logits(self._run(self._decoder, hidden_TH, lengths))
+
+    def last_logits(self, hidden_TH: torch.Tensor, lengths: Sequence[int]) -> torch.Tensor:
+        """Logits [B, V] of each sequence's last row; the head runs on these rows alone."""
+        out_TH = self._run(self._decoder, hidden_TH, lengths)
+        last_B = torch.tensor(lengths, device=out_TH.device).cumsum(0) - 1
+        return self._logits(out_TH.index_select(0, last_B))
+
+    def loss(self, hidden_TH: torch.Tensor, lengths: Sequence[int], targets_T: torch.Tensor) -> torch.Tensor:
+        """Sum, in float32, of the cross entropy over rows with a target.
+
+        Args:
+            hidden_TH: Hidden states from the trunk.
+            lengths: Tokens of each sequence.
+            targets_T: Next token of each row, or `IGNORE`; the head runs on rows with a target only.
+
+        Raises:
+            ConfigError: The lengths or targets do not fit the rows.
+        """
+        if targets_T.shape != hidden_TH.shape[:1]:
+            raise ConfigError(f"There are {targets_T.numel()} targets for {hidden_TH.shape[0]} rows.")
+        out_TH = self._run(self._decoder, hidden_TH, lengths)
+        rows = (targets_T != IGNORE).nonzero().squeeze(1)
+        if rows.numel() == 0:
+            return out_TH.float().sum() * 0.0
+        if rows.numel() < out_TH.shape[0]:
+            out_TH, targets_T = out_TH.index_select(0, rows), targets_T.index_select(0, rows)
+        logits, trained = head_of(self.model, self._layout.decoder)
+        with self._precision(out_TH.device):
+            return summed_cross_entropy(logits, trained, out_TH, targets_T, self.model.config.vocab_size)
+
+    def _logits(self, hidden_TH: torch.Tensor) -> torch.Tensor:
+        logits, _ = head_of(self.model, self._layout.decoder)
+        with self._precision(hidden_TH.device):
+            return logits(hidden_TH)
