@@ -96,10 +96,18 @@ class SessionLost(FedseaError):  # noqa: N818 (the design's name)
 
 
 class NonFiniteError(FedseaError):
-    """A loss, hidden state or gradient is NaN or infinite; the step was not applied."""
+    """A loss, hidden state or gradient is NaN or infinite; the step was not applied.
+
+    Attributes:
+        client: Whose values they were, if one client can be named.
+    """
 
     code = "NON_FINITE"
     exit_code = 10
+
+    def __init__(self, message: str, client: str = "") -> None:
+        super().__init__(message)
+        self.client = client
 
 
 class PrivacyError(FedseaError):
@@ -124,7 +132,8 @@ class UnprotectedRelease(PrivacyError):  # noqa: N818 (the design's name)
 def _subclasses(cls: type[FedseaError]) -> dict[str, type[FedseaError]]:
     found = {cls.code: cls}
     for sub in cls.__subclasses__():
-        found.update(_subclasses(sub))
+        for code, named in _subclasses(sub).items():
+            found.setdefault(code, named)  # a subclass without a code of its own does not stand for its parent's
     return found
 
 

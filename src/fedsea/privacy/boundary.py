@@ -69,7 +69,7 @@ class Boundary:
 
 
 def _finite(tensor: torch.Tensor) -> bool:
-    """Whether every value is finite: one pass, no mask (a sum is finite only if all its terms are, barring overflow)."""
+    """Whether every value is finite: a finite sum has finite terms, so the mask is made only when it is not."""
     if tensor.numel() == 0:
         return True
     total = tensor.float().sum()

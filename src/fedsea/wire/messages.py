@@ -156,6 +156,13 @@ class StepDone:
 
 
 @dataclass(frozen=True, slots=True)
+class RoundOpen:
+    """Server: the round's steps are done; the client sends its `RoundUpdate`."""
+
+    round: int
+
+
+@dataclass(frozen=True, slots=True)
 class RoundUpdate:
     """Client: its trained parameters at the end of a round, with the target tokens it trained on in that round."""
 
@@ -235,6 +242,7 @@ Message: TypeAlias = (
     | InputGradient
     | StepReady
     | StepDone
+    | RoundOpen
     | RoundUpdate
     | RoundResult
     | Report

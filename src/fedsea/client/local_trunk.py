@@ -1,0 +1,176 @@
+"""A trunk in this process: one client alone, without a server. Same interface, same arithmetic, no network."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Mapping
+from concurrent.futures import Future
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fedsea.client.trunk import Connected, Event, MicroBatch, Sealed, Standing, Tensors
+from fedsea.federation.schedule import place
+from fedsea.model import adapters
+from fedsea.model.optim import SegmentOptimizer, clip_coefficient
+from fedsea.model.passes import Entry, TrunkPasses
+from fedsea.model.segments import Trunk as TrunkSegment
+from fedsea.plan import FederationPlan
+from fedsea.storage import CheckpointStore
+from fedsea.types import Release
+from fedsea.wire import messages as m
+
+_STATE = ("next_step", "rounds_done", "tokens", "clip")
+
+
+def _done(value: Any) -> Future[Any]:
+    future: Future[Any] = Future()
+    future.set_result(value)
+    return future
+
+
+class LocalTrunk:
+    """The trunk of a plan with one client, run in this process.
+
+    Args:
+        trunk: The trunk segment, adapters attached.
+        plan: A plan whose only client is `name`.
+        name: The client.
+        standing: What the client holds durably, asked for at the start.
+        folder: Where the trunk's state becomes durable after each step; None keeps it in memory only.
+    """
+
+    def __init__(
+        self,
+        trunk: TrunkSegment,
+        plan: FederationPlan,
+        name: str,
+        standing: Callable[[], Standing],
+        folder: Path | None = None,
+    ) -> None:
+        self.plan = plan
+        self.name = name
+        self._standing = standing
+        trains = plan.adapter.trunk != "frozen"
+        self._passes = TrunkPasses(trunk, plan.seed, plan.training.max_batch_tokens, trains=trains)
+        self._optimizer = SegmentOptimizer(adapters.trainable(trunk), plan.optimizer, plan.num_steps)
+        self._store = None if folder is None else CheckpointStore(folder, keep=plan.durability.keep)
+        self._next_step = self._rounds_done = 0
+        self._outcome = m.StepDone(-1, 0, 1.0)
+        self._propagated = 0
+        self._events: deque[Event] = deque([Connected()])
+        self._restore()
+
+    def _restore(self) -> None:
+        found = None if self._store is None else self._store.latest()
+        if found is None:
+            return
+        _, tensors, state = found
+        self._next_step, self._rounds_done, tokens, clip = (state[key] for key in _STATE)
+        self._outcome = m.StepDone(self._next_step - 1, tokens, clip, self._sums(tensors))
+        parameters = {n.removeprefix("parameter."): t for n, t in tensors.items() if n.startswith("parameter.")}
+        adapters.load(self._passes.trunk, parameters)
+        self._optimizer.load_tensors({n: t for n, t in tensors.items() if n.startswith("optimizer.")})
+
+    @staticmethod
+    def _sums(tensors: Tensors) -> dict[str, torch.Tensor]:
+        return {n.removeprefix("sum."): t for n, t in tensors.items() if n.startswith("sum.")}
+
+    def _save(self) -> None:
+        if self._store is None:
+            return
+        parameters = {f"parameter.{n}": t for n, t in adapters.read(self._passes.trunk).items()}
+        sums = {f"sum.{n}": t for n, t in dict(self._outcome.tensors).items()}  # type: ignore[arg-type]
+        values = (self._next_step, self._rounds_done, self._outcome.num_target_tokens, self._outcome.clip_coefficient)
+        tensors = parameters | sums | self._optimizer.tensors()
+        self._store.save(self._next_step, tensors, dict(zip(_STATE, values, strict=True)))
+
+    # --- the Trunk protocol -----------------------------------------------------------------------------------------
+
+    def next_event(self) -> Event:
+        """What to do next; never waits."""
+        if not self._events:
+            self._events.append(self._decide())
+        return self._events.popleft()
+
+    def _decide(self) -> Event:
+        if self._round_due:
+            return m.RoundOpen(self._rounds_done)
+        if self._next_step >= self.plan.num_steps:
+            return m.Finished(self._next_step)
+        self._passes.reset()
+        self._optimizer.zero_grad()
+        self._propagated = 0
+        return m.StepOpen(self._next_step, 0)
+
+    @property
+    def _round_due(self) -> bool:
+        last = place(self.plan, self._next_step - 1) if self._next_step else None
+        complete = 0 if last is None else last.round + last.ends_round
+        return self.plan.aggregation.sync != "personal" and self._rounds_done < complete
+
+    def seal(self, release: Release) -> Sealed:
+        """The tensors themselves."""
+        return release.take()
+
+    def forward(self, where: MicroBatch, hidden: Sealed) -> Future[torch.Tensor]:
+        """See `Trunk.forward`."""
+        entry = self._entry(where, hidden, self.plan.trains_below_cut(self.name))
+        if not self.plan.sends_gradients(self.name):
+            self._propagated += 1
+        return _done(self._passes.forward(where.step, where.number, [entry])[self.name])
+
+    def backward(self, where: MicroBatch, gradient: Sealed) -> Future[torch.Tensor | None]:
+        """See `Trunk.backward`."""
+        self._propagated += 1
+        return _done(self._passes.backward(where.number, {self.name: gradient[""]})[self.name])
+
+    def evaluate(self, where: MicroBatch, hidden: Sealed) -> Future[torch.Tensor]:
+        """See `Trunk.evaluate`."""
+        return _done(self._passes.evaluate(self._entry(where, hidden, False)))
+
+    def _entry(self, where: MicroBatch, hidden: Mapping[str, torch.Tensor], needs_gradient: bool) -> Entry:
+        return Entry(self.name, hidden[""], where.lengths, where.blocks, needs_gradient)
+
+    def ready(
+        self,
+        step: int,
+        attempt: int,  # noqa: ARG002 (nothing is given up here)
+        num_target_tokens: int,
+        squared_norm: float,
+        gradients: Sealed,
+    ) -> None:
+        """See `Trunk.ready`."""
+        if step == self._outcome.step:
+            self._events.append(self._outcome)
+            return
+        count, _ = self.plan.micro_batches_of(self.name)
+        if step != self._next_step or self._propagated < count:
+            return  # the trunk has lost its half of the step: the next event opens it again
+        scale, settings = 1.0 / num_target_tokens, self.plan.optimizer
+        total = self._optimizer.squared_norm(scale)
+        if settings.clip_scope == "global":
+            total += squared_norm
+        clip = clip_coefficient(total, settings.max_norm) if settings.max_norm > 0 else 1.0
+        self._optimizer.step(step, scale, clip)
+        shared = clip if settings.clip_scope == "global" else 1.0
+        self._outcome = m.StepDone(step, num_target_tokens, shared, dict(gradients))
+        self._next_step = step + 1
+        self._save()
+        self._events.append(self._outcome)
+
+    def update(self, round_index: int, num_target_tokens: int, parameters: Sealed) -> None:  # noqa: ARG002
+        """See `Trunk.update`; the aggregate of one client is what it sent."""
+        self._rounds_done = round_index + 1
+        self._save()
+        self._events.append(m.RoundResult(round_index, dict(parameters)))
+
+    def fetch(self) -> Future[Tensors]:
+        """See `Trunk.fetch`."""
+        return _done(adapters.read(self._passes.trunk))
+
+    def close(self, next_step: int) -> None:  # noqa: ARG002 (nobody else is told)
+        """Release the folder."""
+        if self._store is not None:
+            self._store.close()

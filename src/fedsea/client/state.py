@@ -1,0 +1,146 @@
+"""What a client must not forget, and how it is kept on disk.
+
+Two files: the checkpoint after the last applied step, and, while a step is being agreed on, its *prepared*
+gradients. A client tells the server that it is ready only when the latter are durable; killed in between, it
+asks for the outcome and applies them, or learns that the step is to be done again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fedsea.client.trunk import Standing
+from fedsea.errors import ConfigError
+from fedsea.plan import FederationPlan, differences, parse_plan_json
+from fedsea.storage import CheckpointStore, load_tensors, save_tensors
+
+Tensors = Mapping[str, torch.Tensor]
+
+
+@dataclass(frozen=True, slots=True)
+class ClientState:
+    """Where a client stands.
+
+    Attributes:
+        next_step: First step of the run that is not applied here yet.
+        updates: Steps that this client took part in; seeds its randomness.
+        rounds_done: Rounds whose aggregate is applied here.
+        round_tokens: Target tokens trained on since the last aggregate.
+        data: Position in the data, as `BatchStream.state()`.
+    """
+
+    next_step: int = 0
+    updates: int = 0
+    rounds_done: int = 0
+    round_tokens: int = 0
+    data: Mapping[str, int] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class Prepared:
+    """A step's own gradients (of the summed loss), durable before the server is told.
+
+    Attributes:
+        data: Position in the data after this step.
+    """
+
+    step: int
+    num_target_tokens: int
+    squared_norm: float
+    mean_loss: float
+    data: Mapping[str, int]
+    gradients: Tensors
+
+
+class ClientStore:
+    """A client's run folder: `checkpoints/` and `prepared.safetensors`.
+
+    Args:
+        folder: Run folder; made if absent; locked for this process.
+        plan: The plan as fetched; compared with the one that the folder was made with.
+        run_id: Identity of the server's run.
+    """
+
+    def __init__(self, folder: Path, plan: FederationPlan, run_id: str) -> None:
+        self.folder = folder
+        self.plan = plan
+        self.run_id = run_id
+        self._checkpoints = CheckpointStore(folder / "checkpoints", keep=plan.durability.keep)
+        self._prepared_path = folder / "prepared.safetensors"
+        self.state = ClientState()
+        self.prepared: Prepared | None = None
+
+    def restore(self) -> Tensors | None:
+        """Read the newest checkpoint and the prepared step, if any.
+
+        Returns:
+            The tensors given to `save`, or None in a new folder.
+
+        Raises:
+            ConfigError: The folder belongs to another run or plan.
+            StorageError: A file is damaged.
+        """
+        found = self._checkpoints.latest()
+        if found is None:
+            return None
+        _, tensors, values = found
+        self._check(values)
+        self.state = ClientState(**values["state"])
+        if self._prepared_path.exists():
+            gradients, item = load_tensors(self._prepared_path)
+            if item["step"] >= self.state.next_step:
+                self.prepared = Prepared(**item, gradients=gradients)
+        return tensors
+
+    def _check(self, values: Mapping[str, Any]) -> None:
+        if values["plan_sha256"] != self.plan.sha256():
+            fields = "; ".join(differences(self.plan, parse_plan_json(values["plan"])))
+            raise ConfigError(
+                f"The run in {self.folder} was started with another plan ({fields}; here is the server's plan of "
+                "today, there the run). Give --run a new folder to take part in the new plan."
+            )
+        if values["run_id"] != self.run_id:
+            raise ConfigError(
+                f"The run in {self.folder} belongs to another run of the server. Give --run a new folder, or ask the "
+                "operator to restore the server's run folder."
+            )
+
+    def save(self, state: ClientState, tensors: Tensors) -> None:
+        """Make the state after a step or round durable."""
+        values = {
+            "state": asdict(state),
+            "run_id": self.run_id,
+            "plan": self.plan.to_json(),
+            "plan_sha256": self.plan.sha256(),
+        }
+        self._checkpoints.save(state.next_step, tensors, values)
+        self.state = state
+        if self.prepared is not None and self.prepared.step < state.next_step:
+            self.prepared = None
+
+    def prepare(self, prepared: Prepared) -> None:
+        """Make a step's own gradients durable."""
+        item = asdict(replace(prepared, gradients={}))
+        del item["gradients"]
+        save_tensors(self._prepared_path, prepared.gradients, item)
+        self.prepared = prepared
+
+    def discard_prepared(self) -> None:
+        """The step is to be done again."""
+        self._prepared_path.unlink(missing_ok=True)
+        self.prepared = None
+
+    @property
+    def standing(self) -> Standing:
+        """What the server needs to know at a (re)connection."""
+        prepared = -1 if self.prepared is None else self.prepared.step
+        return Standing(self.state.next_step, prepared, self.state.rounds_done)
+
+    def close(self) -> None:
+        """Release the run folder."""
+        self._checkpoints.close()

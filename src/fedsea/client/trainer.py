@@ -1,0 +1,313 @@
+"""The client's training loop: follows the trunk's events, keeps several micro-batches in flight."""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Callable
+from concurrent.futures import Future
+from dataclasses import dataclass, field, replace
+from typing import Protocol
+
+import torch
+
+from fedsea.client.evaluation import evaluate
+from fedsea.client.segments import ClientSegments
+from fedsea.client.state import ClientState, ClientStore, Prepared
+from fedsea.client.trunk import Connected, MicroBatch, Sealed, StepInterrupted, Trunk
+from fedsea.data.batches import BatchStream
+from fedsea.errors import ProtocolError
+from fedsea.federation.schedule import place
+from fedsea.plan import FederationPlan
+from fedsea.privacy.boundary import Boundary
+from fedsea.types import BlockRange, TokenBatch
+from fedsea.wire import messages as m
+
+
+@dataclass(frozen=True, slots=True)
+class StepReport:
+    """One applied step, for displays and metrics; stays at the client.
+
+    Attributes:
+        mean_loss: Nats per target token, before the step.
+        seconds: Phase to wall seconds: "input", "trunk" (waiting for it), "output", "commit".
+    """
+
+    step: int
+    round: int
+    num_steps: int
+    mean_loss: float
+    num_target_tokens: int
+    num_tokens: int
+    seconds: dict[str, float]
+
+
+@dataclass(frozen=True, slots=True)
+class EvaluationReport:
+    """Loss on the held-out split after `next_step` steps."""
+
+    next_step: int
+    mean_loss: float
+    num_target_tokens: int
+
+
+class Observer(Protocol):
+    """Who watches a training run."""
+
+    def step(self, report: StepReport) -> None:
+        """A step was applied."""
+        ...
+
+    def evaluation(self, report: EvaluationReport) -> None:
+        """The held-out split was evaluated."""
+        ...
+
+
+@dataclass(slots=True)
+class _Work:
+    """One step under way at this client: its micro-batches, and the hidden states as first released."""
+
+    batches: list[TokenBatch]
+    data_after: dict[str, int]
+    released: dict[int, Sealed] = field(default_factory=dict)
+
+
+class Trainer:
+    """Trains one client's segments with a trunk.
+
+    Args:
+        plan: The federation's plan.
+        segments: This client's segments; restored from `store` if it holds a checkpoint.
+        stream: Training batches.
+        trunk: Local or remote.
+        store: Durable state.
+        boundary: The only maker of releases.
+        observer: Told of every step and evaluation.
+        held_out: Makes the evaluation batches anew; None evaluates nothing.
+    """
+
+    def __init__(
+        self,
+        plan: FederationPlan,
+        segments: ClientSegments,
+        stream: BatchStream,
+        trunk: Trunk,
+        store: ClientStore,
+        boundary: Boundary,
+        observer: Observer,
+        held_out: Callable[[], list[TokenBatch]] | None = None,
+    ) -> None:
+        self.plan = plan
+        self.segments = segments
+        self.stream = stream
+        self.trunk = trunk
+        self.store = store
+        self.boundary = boundary
+        self.observer = observer
+        self.held_out = held_out
+        self._work: _Work | None = None
+        self._blocks: BlockRange = plan.partition_of(segments.name).trunk(segments.output_blocks.num_blocks)
+        self._seconds: dict[str, float] = {}
+        self._evaluated_at = -1
+
+    def restore(self) -> None:
+        """Take over the newest checkpoint, or write the first one."""
+        tensors = self.store.restore()
+        if tensors is None:
+            self.store.save(ClientState(data=self.stream.state()), self.segments.tensors())
+        else:
+            self.segments.load_tensors(tensors)
+            self.stream.restore(self.store.state.data)
+
+    def run(self) -> None:
+        """Train to the end of the run.
+
+        Raises:
+            FedseaError: The run cannot go on; what was applied is durable.
+        """
+        while True:
+            event = self.trunk.next_event()
+            match event:
+                case Connected():
+                    self._offer_prepared()
+                case m.StepOpen():
+                    self._evaluate_once()
+                    try:
+                        self._step(event)
+                    except StepInterrupted:
+                        continue
+                case m.StepDone():
+                    self._apply(event)
+                case m.RoundOpen():
+                    update = self.boundary.update(self.segments.parameters())
+                    self.trunk.update(event.round, self.store.state.round_tokens, self.trunk.seal(update))
+                case m.RoundResult():
+                    self._take_round(event)
+                case m.Finished():
+                    self._evaluate_once(always=True)
+                    self.trunk.close(self.store.state.next_step)
+                    return
+
+    # --- one step ---------------------------------------------------------------------------------------------------
+
+    def _begin(self) -> _Work:
+        """The micro-batches of the next update; the same ones if the step is begun again."""
+        if self._work is None:
+            self.stream.restore(self.store.state.data)
+            count, _ = self.plan.micro_batches_of(self.segments.name)
+            batches = [self.stream.next() for _ in range(count)]
+            self._work = _Work(batches, dict(self.stream.state()))
+        return self._work
+
+    def _step(self, opened: m.StepOpen) -> None:
+        work = self._begin()
+        if self.store.prepared is not None:
+            self.store.discard_prepared()
+        self._seconds = {"input": 0.0, "trunk": 0.0, "output": 0.0, "commit": 0.0}
+        self.segments.zero_grad()
+        self.segments.train(True)
+        loss = self._micro_batches(opened, work)
+        self._prepare(opened, work, loss)
+
+    def _where(self, opened: m.StepOpen, work: _Work, number: int) -> MicroBatch:
+        batch = work.batches[number]
+        count = len(work.batches)
+        tokens = batch.num_target_tokens
+        return MicroBatch(opened.step, opened.attempt, number, count, batch.lengths, tokens, self._blocks)
+
+    def _micro_batches(self, opened: m.StepOpen, work: _Work) -> float:
+        """Forward and backward of all micro-batches, up to `in_flight` of them under way at once.
+
+        Outputs and input gradients are taken in order, so that gradients are summed in the same order in every run.
+        """
+        update, count = self.store.state.updates, len(work.batches)
+        outputs: deque[Future[torch.Tensor]] = deque()
+        returned: deque[tuple[torch.Tensor, Future[torch.Tensor | None]]] = deque()
+        hidden: dict[int, torch.Tensor] = {}
+        total = 0.0
+
+        def launch(number: int) -> None:
+            with self._timed("input"):
+                hidden[number] = self.segments.embed(work.batches[number], update, number)
+                if number not in work.released:
+                    work.released[number] = self.trunk.seal(self.boundary.hidden(hidden[number]))
+            outputs.append(self.trunk.forward(self._where(opened, work, number), work.released[number]))
+
+        for number in range(min(self.plan.training.in_flight, count)):
+            launch(number)
+        for number in range(count):
+            with self._timed("trunk"):
+                output = outputs.popleft().result()
+            with self._timed("output"):
+                loss, gradient = self.segments.head(work.batches[number], output, update, number)
+            total += loss
+            embedded = hidden.pop(number)
+            if gradient is not None:
+                sealed = self.trunk.seal(self.boundary.gradient(gradient))
+                answer = self.trunk.backward(self._where(opened, work, number), sealed)
+                if self.segments.trains_input:
+                    returned.append((embedded, answer))
+            while returned and returned[0][1].done():
+                self._backward_input(*returned.popleft())
+            if number + len(outputs) + 1 < count:
+                launch(number + len(outputs) + 1)
+        while returned:
+            self._backward_input(*returned.popleft())
+        return total
+
+    def _backward_input(self, hidden_TH: torch.Tensor, answer: Future[torch.Tensor | None]) -> None:
+        with self._timed("trunk"):
+            gradient = answer.result()
+        if gradient is None:
+            raise ProtocolError("The server sent no gradient for the input segment, which the plan trains.")
+        with self._timed("input"):
+            hidden_TH.backward(gradient.to(hidden_TH.dtype))
+
+    def _prepare(self, opened: m.StepOpen, work: _Work, loss: float) -> None:
+        tokens = sum(batch.num_target_tokens for batch in work.batches)
+        with self._timed("commit"):
+            norm = self.segments.squared_norm(1.0 / tokens)
+            gradients = self.segments.gradients()
+            self.store.prepare(Prepared(opened.step, tokens, norm, loss / tokens, work.data_after, gradients))
+            self._offer_prepared(opened.attempt)
+
+    def _offer_prepared(self, attempt: int = -1) -> None:
+        prepared = self.store.prepared
+        if prepared is None:
+            return
+        sums = prepared.gradients if self.plan.aggregation.sync == "step" else {}
+        sealed = self.trunk.seal(self.boundary.update(sums))
+        self.trunk.ready(prepared.step, attempt, prepared.num_target_tokens, prepared.squared_norm, sealed)
+
+    def _apply(self, done: m.StepDone) -> None:
+        prepared, state = self.store.prepared, self.store.state
+        if prepared is None or prepared.step != done.step:
+            return  # told twice
+        with self._timed("commit"):
+            if self.plan.aggregation.sync == "step":
+                gradients, scale = dict(done.tensors), 1.0 / done.num_target_tokens  # type: ignore[arg-type]
+            else:
+                gradients, scale = dict(prepared.gradients), 1.0 / prepared.num_target_tokens
+            self.segments.apply(gradients, done.step, scale, done.clip_coefficient)
+            self.stream.restore(prepared.data)
+            after = replace(
+                state,
+                next_step=done.step + 1,
+                updates=state.updates + 1,
+                round_tokens=state.round_tokens + prepared.num_target_tokens,
+                data=prepared.data,
+            )
+            self.store.save(after, self.segments.tensors())
+        num_tokens = sum(batch.num_tokens for batch in self._work.batches) if self._work else 0
+        self._work = None
+        report = StepReport(
+            done.step,
+            place(self.plan, done.step).round,
+            self.plan.num_steps,
+            prepared.mean_loss,
+            prepared.num_target_tokens,
+            num_tokens,
+            dict(self._seconds),
+        )
+        self.observer.step(report)
+
+    # --- rounds and evaluation --------------------------------------------------------------------------------------
+
+    def _take_round(self, result: m.RoundResult) -> None:
+        if result.round < self.store.state.rounds_done:
+            return
+        if self.plan.aggregation.sync == "round":
+            self.segments.load_parameters(dict(result.tensors))  # type: ignore[arg-type]
+            if self._work is not None:
+                self._work.released.clear()
+        state = replace(self.store.state, rounds_done=result.round + 1, round_tokens=0)
+        self.store.save(state, self.segments.tensors())
+        self._evaluate_once()
+
+    def _evaluate_once(self, *, always: bool = False) -> None:
+        """Evaluate before the first step, after every round, and at the end."""
+        step = self.store.state.next_step
+        due = step == 0 or place(self.plan, step - 1).ends_round
+        if self.held_out is None or self._evaluated_at == step or not (due or always):
+            return
+        self._evaluated_at = step
+        self.segments.train(False)
+        loss, tokens = evaluate(self.segments, self.trunk, self.boundary, self.held_out(), self.plan)
+        self.observer.evaluation(EvaluationReport(step, loss, tokens))
+
+    def _timed(self, phase: str) -> _Timer:
+        return _Timer(self._seconds, phase)
+
+
+class _Timer:
+    """Adds the seconds of a `with` block to a phase."""
+
+    def __init__(self, seconds: dict[str, float], phase: str) -> None:
+        self._seconds = seconds
+        self._phase = phase
+
+    def __enter__(self) -> None:
+        self._start = time.perf_counter()
+
+    def __exit__(self, *_: object) -> None:
+        self._seconds[self._phase] = self._seconds.get(self._phase, 0.0) + time.perf_counter() - self._start

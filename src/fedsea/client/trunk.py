@@ -1,0 +1,109 @@
+"""What a client needs of a trunk, wherever it runs.
+
+`LocalTrunk` (this process) and `RemoteTrunk` (a server) both satisfy `Trunk`; one contract suite runs against
+both. Nothing here assumes that the trunk's owner sees hidden states: values are sealed first, and only a trunk
+knows what sealing means.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from concurrent.futures import Future
+from dataclasses import dataclass
+from typing import Any, Protocol, TypeAlias
+
+import torch
+
+from fedsea.types import BlockRange, Release
+from fedsea.wire import messages as m
+
+Sealed: TypeAlias = Any
+"""A release in the form in which its trunk takes it; kept for resending the very same values."""
+
+Tensors = Mapping[str, torch.Tensor]
+
+
+class StepInterrupted(Exception):  # noqa: N818 (a signal to the trainer, not an error of the user's)
+    """The step under way will not be answered; the next event says where to go on."""
+
+
+@dataclass(frozen=True, slots=True)
+class Connected:
+    """The trunk is there (again) and knows where this client stands."""
+
+
+@dataclass(frozen=True, slots=True)
+class Standing:
+    """What a client holds durably; the fields of `messages.Join`."""
+
+    next_step: int = 0
+    prepared_step: int = -1
+    round: int = 0
+
+
+Event: TypeAlias = Connected | m.StepOpen | m.StepDone | m.RoundOpen | m.RoundResult | m.Finished
+
+
+@dataclass(frozen=True, slots=True)
+class MicroBatch:
+    """Where a micro-batch belongs, and how it is packed."""
+
+    step: int
+    attempt: int
+    number: int
+    count: int
+    lengths: tuple[int, ...]
+    num_target_tokens: int
+    blocks: BlockRange
+
+
+class Trunk(Protocol):
+    """The middle of the model, as a client uses it. Calls return at once; results come as futures and events."""
+
+    def next_event(self) -> Event:
+        """Wait for what to do next.
+
+        Raises:
+            FedseaError: The trunk is lost for good; the message says what to do.
+        """
+        ...
+
+    def seal(self, release: Release) -> Sealed:
+        """Take a release's tensors into the form that can be sent, and sent again."""
+        ...
+
+    def forward(self, where: MicroBatch, hidden: Sealed) -> Future[torch.Tensor]:
+        """Hidden states [T, H] through the trunk.
+
+        Returns:
+            Hidden states [T, H], float32. The future raises `StepInterrupted` when the step is given up.
+        """
+        ...
+
+    def backward(self, where: MicroBatch, gradient: Sealed) -> Future[torch.Tensor | None]:
+        """Gradient [T, H] of the summed loss back through the trunk.
+
+        Returns:
+            Gradient at the trunk's input, or None if the plan trains nothing below the cut.
+        """
+        ...
+
+    def ready(self, step: int, attempt: int, num_target_tokens: int, squared_norm: float, gradients: Sealed) -> None:
+        """This client's own gradients are durable; `StepDone` follows as an event."""
+        ...
+
+    def update(self, round_index: int, num_target_tokens: int, parameters: Sealed) -> None:
+        """This client's trained parameters of a round; `RoundResult` follows as an event."""
+        ...
+
+    def evaluate(self, where: MicroBatch, hidden: Sealed) -> Future[torch.Tensor]:
+        """Like `forward`, without a gradient and outside any step."""
+        ...
+
+    def fetch(self) -> Future[Tensors]:
+        """The trunk's trained parameters by portable name."""
+        ...
+
+    def close(self, next_step: int) -> None:
+        """Leave for good."""
+        ...

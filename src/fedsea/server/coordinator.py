@@ -1,0 +1,526 @@
+"""Decides what happens next: opens steps, forms batches, bounds waiting, closes rounds.
+
+A plain state machine with an injected clock. Messages of clients and results of the engine come in as calls;
+what goes out is `send` (a message to a client) and `submit` (a job for the engine thread). It runs on the
+server's event loop and never blocks.
+
+A step goes through: opened -> each slot forward -> each slot backward, in order -> every member ready (its own
+gradients are durable) -> applied and durable at the server -> `StepDone`. A member that breaks off comes back
+with what it has durably, and is told where to go on (`join`).
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from functools import partial
+from typing import Any, Protocol
+
+import torch
+
+from fedsea.errors import AuthError, FedseaError, NonFiniteError, ProtocolError
+from fedsea.federation.aggregation import Contribution
+from fedsea.federation.schedule import place
+from fedsea.model.passes import Entry
+from fedsea.plan import FederationPlan
+from fedsea.server.engine import Engine, Outcome
+from fedsea.server.executor.local import Priority
+from fedsea.server.state import RunState, ServerStore
+from fedsea.server.step import ChangedInput, StepState, only_tensor
+from fedsea.types import Reply
+from fedsea.wire import messages as m
+
+log = logging.getLogger(__name__)
+
+
+class Ports(Protocol):
+    """What the coordinator needs of the world."""
+
+    def send(self, client: str, message: m.Message) -> None:
+        """Queue a message to a connected client."""
+        ...
+
+    def disconnect(self, client: str, error: FedseaError) -> None:
+        """Tell a client why, and end its stream."""
+        ...
+
+    def submit(self, priority: Priority, job: Callable[[], Any], then: Callable[[Any], None]) -> None:
+        """Run `job` on the engine thread, then `then(result)` here; an exception goes to `engine_failed`."""
+        ...
+
+    def clock(self) -> float:
+        """Monotonic seconds."""
+        ...
+
+
+@dataclass(slots=True)
+class Progress:
+    """Counters for displays and metrics."""
+
+    tokens: int = 0
+    losses: dict[str, float] = field(default_factory=dict)
+
+
+class Coordinator:
+    """The run's state machine.
+
+    Args:
+        plan: The resolved plan.
+        engine: The trunk; touched only inside submitted jobs.
+        store: Where state becomes durable.
+        state: Where the run stands.
+        held: Client to the names of the trained parameters that it holds.
+        ports: The world.
+    """
+
+    def __init__(
+        self,
+        plan: FederationPlan,
+        engine: Engine,
+        store: ServerStore,
+        state: RunState,
+        held: Mapping[str, frozenset[str]],
+        ports: Ports,
+    ) -> None:
+        self.plan = plan
+        self.engine = engine
+        self.store = store
+        self.state = state
+        self.held = held
+        self.ports = ports
+        self.progress = Progress()
+        self.connected: set[str] = set()
+        self.step: StepState | None = None
+        self.updates: dict[str, Contribution] = {}
+        self.aggregating = False
+        self.failure: FedseaError | None = None
+        self._attempt = 0
+        self._waiting_since: float | None = None
+        self._announced: tuple[str, ...] = ()
+        training = plan.training
+        self.wait_s = training.wait if training.mode == "batched" and training.wait != "all" else None
+
+    # --- where the run stands ---------------------------------------------------------------------------------------
+
+    @property
+    def round_due(self) -> bool:
+        """Whether a round's steps are all applied and its aggregation is not."""
+        if self.plan.aggregation.sync == "personal" or not any(self.held.values()):
+            return False
+        step = self.state.next_step
+        rounds_complete = place(self.plan, step - 1).round + place(self.plan, step - 1).ends_round if step else 0
+        return self.state.rounds_done < rounds_complete
+
+    @property
+    def finished(self) -> bool:
+        """Whether every step and round is done."""
+        return self.state.next_step >= self.plan.num_steps and not self.round_due
+
+    # --- clients come and go ----------------------------------------------------------------------------------------
+
+    def join(self, name: str, join: m.Join) -> None:
+        """A client is there (again): tell it what it missed and where to go on.
+
+        Raises:
+            ProtocolError: What the client holds and what the server holds do not belong together.
+        """
+        self._check_standing(name, join)
+        self.connected.add(name)
+        log.info("client %s joined at step %d", name, self.state.next_step)
+        outcome = self.state.outcomes.get(name)
+        if outcome is not None and outcome.step == join.prepared_step == join.next_step:
+            self._send_done(name, outcome)
+        if self.state.result and join.round < self.state.rounds_done:
+            self._send_result(name)
+        if self.finished:
+            self.ports.send(name, m.Finished(self.state.next_step))
+            return
+        if self.round_due:
+            self.ports.send(name, m.RoundOpen(self.state.rounds_done))
+            return
+        step = self.step
+        if step is not None and name in step.members:
+            if join.prepared_step != step.step:
+                self.ports.send(name, m.StepOpen(step.step, step.attempt))
+        elif step is not None and self._may_still_enter(step, name):
+            self._enter(step, name)
+        self.advance()
+
+    def _check_standing(self, name: str, join: m.Join) -> None:
+        if join.next_step > self.state.next_step or join.round > self.state.rounds_done:
+            raise ProtocolError(
+                f"Client {name} is at step {join.next_step}, the server at {self.state.next_step}: the server's run "
+                "folder is older than the client's. Restore the newest run folder at the server."
+            )
+        outcome = self.state.outcomes.get(name)
+        if self.wait_s is not None or outcome is None or join.next_step > outcome.step:
+            return
+        if join.next_step < outcome.step or join.prepared_step != outcome.step:
+            raise ProtocolError(
+                f"Client {name} is at step {join.next_step}, but took part in step {outcome.step} already: its run "
+                "folder is older than the run. Restore the newest run folder at that client."
+            )
+
+    def _may_still_enter(self, step: StepState, name: str) -> bool:
+        members = place(self.plan, step.step).members
+        return self.wait_s is not None and name in members and name not in step.dropped and not step.forwarded
+
+    def _enter(self, step: StepState, name: str) -> None:
+        step.add_member(name, self.plan.micro_batches_of(name)[0], self.plan.client_names)
+        self.ports.send(name, m.StepOpen(step.step, step.attempt))
+
+    def leave(self, name: str) -> None:
+        """A client's stream has ended."""
+        self.connected.discard(name)
+        if self.step is not None and name in self.step.members and self.wait_s is not None:
+            self._drop(self.step, [name])
+        self.advance()
+
+    def evict(self, name: str, error: FedseaError) -> None:
+        """End one client's part because of what it sent; begin the step again without its values."""
+        log.warning("client %s: %s", name, error)
+        self.ports.disconnect(name, error)
+        self.connected.discard(name)
+        self._restart()
+
+    # --- messages ---------------------------------------------------------------------------------------------------
+
+    def answer(self, name: str, message: m.Message, reply: Callable[[m.Message], None]) -> None:
+        """Serve what changes nothing: an evaluation, or the trunk's adapters.
+
+        Raises:
+            ProtocolError: The message is something else.
+        """
+        match message:
+            case m.Forward(evaluate=True):
+                self._evaluate(name, message, reply)
+            case m.FetchTrunk():
+                self._fetch(reply)
+            case _:
+                raise ProtocolError(f"A client may not send {type(message).__name__} here.")
+
+    def receive(self, name: str, message: m.Message) -> None:
+        """Take a message of a client that trains.
+
+        Raises:
+            ProtocolError: It does not fit what the server expects of this client.
+        """
+        match message:
+            case m.Forward(evaluate=False) | m.Backward() | m.StepReady():
+                self._step_message(name, message)
+            case m.RoundUpdate():
+                self._round_update(name, message)
+            case m.Report():
+                self.progress.losses[name] = message.mean_loss
+            case _:
+                self.answer(name, message, partial(self.ports.send, name))
+                return
+        self.advance()
+
+    def _step_message(self, name: str, message: m.Forward | m.Backward | m.StepReady) -> None:
+        step = self.step
+        if isinstance(message, m.StepReady):
+            self._ready(name, message)
+            return
+        if step is None or (message.step, message.attempt) != (step.step, step.attempt) or name not in step.members:
+            if message.step > self.state.next_step:
+                raise ProtocolError(f"Client {name} sent values of step {message.step}, which is not open.")
+            return  # of an attempt that was given up: the client has been told, or will be when the next step opens
+        if step.finishing:
+            raise ProtocolError(f"Client {name} sent values of step {message.step} after it was ready.")
+        member = step.members[name]
+        try:
+            if isinstance(message, m.Forward):
+                self._check_blocks(name, message)
+                if not step.add_forward(name, message) and message.micro_batch in member.outputs:
+                    self._send_output(name, step, message.micro_batch)
+            elif not step.add_backward(name, message) and message.micro_batch in member.propagated:
+                self._send_gradient(name, step, message.micro_batch)
+        except ChangedInput:
+            log.info("client %s repeated step %d with other values: the step begins again", name, step.step)
+            self._restart()
+
+    def _check_blocks(self, name: str, message: m.Forward) -> None:
+        expected = self.plan.partition_of(name).trunk(self.engine.trunk.num_blocks)
+        if message.blocks != expected:
+            raise ProtocolError(
+                f"Client {name} asked for blocks {message.blocks.start}:{message.blocks.stop}; the plan gives it "
+                f"{expected.start}:{expected.stop}."
+            )
+
+    def _ready(self, name: str, message: m.StepReady) -> None:
+        step, outcome = self.step, self.state.outcomes.get(name)
+        if outcome is not None and outcome.step == message.step:
+            self._send_done(name, outcome)
+        elif step is not None and step.step == message.step and name in step.members:
+            member = step.members[name]
+            if not step.has_sent_all(name):
+                self.ports.send(name, m.StepOpen(step.step, step.attempt))  # the server lost its half: do it again
+            elif message.num_target_tokens != sum(f.num_target_tokens for f in member.forwards.values()):
+                raise ProtocolError(f"Client {name} reported another number of target tokens than it sent.")
+            else:
+                member.ready = message
+        elif message.step >= self.state.next_step and step is not None and step.step != message.step:
+            raise ProtocolError(f"Client {name} is ready for step {message.step}, which is not open.")
+
+    # --- progress ---------------------------------------------------------------------------------------------------
+
+    def advance(self) -> None:
+        """Start everything that can start."""
+        if self.failure is not None or self.finished:
+            return
+        if self.round_due:
+            self._advance_round()
+            return
+        if self.step is None:
+            self._open_step()
+        if self.step is None:
+            return
+        while (slot := self.step.ready_to_backward()) is not None and ("backward", slot) not in self.step.running:
+            self._run_backward(self.step, slot)
+        while (slot := self.step.ready_to_forward()) is not None:
+            self._run_forward(self.step, slot)
+        if self.step.complete():
+            self._finish(self.step)
+        self._announce()
+
+    def tick(self) -> None:
+        """Called a few times a second: leave stragglers behind when their time is up."""
+        if self.wait_s is None or self.failure is not None:
+            return
+        late = self._late()
+        if not late:
+            self._waiting_since = None
+            return
+        now = self.ports.clock()
+        if self._waiting_since is None:
+            self._waiting_since = now
+        elif now - self._waiting_since >= self.wait_s:
+            self._waiting_since = None
+            if self.round_due:
+                self._aggregate()
+            elif self.step is not None:
+                self._drop(self.step, late)
+                self.advance()
+
+    def _late(self) -> tuple[str, ...]:
+        """Clients for whom others wait; none while nobody waits."""
+        if self.round_due:
+            missing = tuple(name for name in self.connected if name not in self.updates)
+            return missing if self.updates and not self.aggregating else ()
+        if self.step is None or self.step.running or self.step.finishing:
+            return ()
+        late = self.step.waiting_for()
+        return late if len(late) < len(self.step.members) else ()
+
+    def _announce(self) -> None:
+        step = self.step
+        waiting = () if step is None else tuple(n for n in step.waiting_for() if n not in self.connected)
+        if waiting != self._announced:
+            self._announced = waiting
+            for name in self.connected:
+                self.ports.send(name, m.Waiting(self.state.next_step, waiting))
+
+    def _open_step(self) -> None:
+        number = self.state.next_step
+        members = place(self.plan, number).members
+        if self.wait_s is not None:
+            members = tuple(name for name in members if name in self.connected)
+            if len(members) < self.plan.training.min_clients:
+                return
+        counts = {name: self.plan.micro_batches_of(name)[0] for name in members}
+        silent = [name for name in members if not self.plan.sends_gradients(name)]
+        self.step = StepState(number, self._attempt, counts, silent)
+        for name in members:
+            if name in self.connected:
+                self.ports.send(name, m.StepOpen(number, self._attempt))
+
+    def _restart(self) -> None:
+        """Give up the attempt: forget its graphs and gradients, and open the next one."""
+        self._attempt += 1
+        self.step = None
+        self.ports.submit(Priority.CONTROL, self.engine.reset, lambda _: self.advance())
+
+    def _drop(self, step: StepState, names: tuple[str, ...] | list[str]) -> None:
+        for name in names:
+            log.info("step %d goes on without client %s", step.step, name)
+            step.drop(name)
+        if not step.members:
+            self._restart()
+
+    # --- engine jobs ------------------------------------------------------------------------------------------------
+
+    def _entry(self, name: str, message: m.Forward) -> Entry:
+        wanted = self.plan.trains_below_cut(name) and not message.evaluate
+        return Entry(name, only_tensor(message), message.lengths, message.blocks, wanted)
+
+    def _run_forward(self, step: StepState, slot: int) -> None:
+        entries = [self._entry(name, step.members[name].forwards[slot]) for name in step.in_slot(slot)]
+        step.forwarded.add(slot)
+        step.running.add(("forward", slot))
+        job = self._unless_given_up(step, partial(self.engine.passes.forward, step.step, slot, entries))
+        self.ports.submit(Priority.FORWARD, job, partial(self._forward_done, step, slot))
+
+    def _unless_given_up(self, step: StepState, job: Callable[[], Any]) -> Callable[[], Any]:
+        """Jobs of an attempt that was given up must not touch the next one's gradients."""
+        return lambda: job() if self.step is step else None
+
+    def _forward_done(self, step: StepState, slot: int, outputs: dict[str, torch.Tensor]) -> None:
+        step.running.discard(("forward", slot))
+        if step is not self.step:
+            return
+        for name, output in outputs.items():
+            if (member := step.members.get(name)) is not None:
+                member.outputs[slot] = output
+                self._send_output(name, step, slot)
+        self.advance()
+
+    def _run_backward(self, step: StepState, slot: int) -> None:
+        step.next_backward += 1
+        step.running.add(("backward", slot))
+        gradients = {
+            name: only_tensor(member.gradients[slot])
+            for name, member in step.members.items()
+            if slot in member.gradients
+        }
+        job = self._unless_given_up(step, partial(self.engine.passes.backward, slot, gradients))
+        then = partial(self._backward_done, step, slot, frozenset(gradients))
+        self.ports.submit(Priority.BACKWARD, job, then)
+
+    def _backward_done(
+        self, step: StepState, slot: int, sent: frozenset[str], results: dict[str, torch.Tensor | None]
+    ) -> None:
+        step.running.discard(("backward", slot))
+        if step is not self.step:
+            return
+        for name, member in {**step.members, **step.dropped}.items():
+            if slot in member.forwards and (name in sent or name in step.silent):
+                member.propagated[slot] = results.get(name)
+                if name in step.members and name not in step.silent:
+                    self._send_gradient(name, step, slot)
+        self.advance()
+
+    def _finish(self, step: StepState) -> None:
+        step.finishing = True
+        ready = [(name, member.ready) for name, member in step.members.items() if member.ready is not None]
+        norm = sum(message.squared_norm for _, message in ready)
+        gradients = [dict(message.tensors) for _, message in ready if isinstance(message.tensors, dict)]
+
+        before = self.state
+
+        def job() -> tuple[RunState, Outcome]:
+            outcome = self.engine.finish(step.step, step.num_target_tokens, norm, gradients)
+            outcomes = before.outcomes | {name: outcome for name, _ in ready}
+            state = replace(before, next_step=step.step + 1, outcomes=outcomes)
+            self.store.save(self.engine, state)
+            return state, outcome
+
+        self.ports.submit(Priority.CONTROL, job, partial(self._finished_step, step))
+
+    def _finished_step(self, step: StepState, result: tuple[RunState, Outcome]) -> None:
+        self.state, outcome = result
+        self.progress.tokens += outcome.num_target_tokens
+        self.step, self._attempt = None, 0
+        for name in step.members:
+            if name in self.connected:
+                self._send_done(name, outcome)
+        if self.round_due:
+            for name in self.connected:
+                self.ports.send(name, m.RoundOpen(self.state.rounds_done))
+        elif self.finished:
+            self._send_finished()
+        self.advance()
+
+    def engine_failed(self, error: BaseException) -> None:
+        """An engine job raised: a client's values were at fault, or the run cannot go on."""
+        if isinstance(error, NonFiniteError) and error.client in self.connected:
+            self.evict(error.client, error)
+            return
+        if not isinstance(error, FedseaError):
+            log.error("the engine failed", exc_info=error)
+        self.failure = error if isinstance(error, FedseaError) else FedseaError("The server failed; see its log.")
+        for name in tuple(self.connected):
+            self.ports.disconnect(name, self.failure)
+
+    # --- rounds -----------------------------------------------------------------------------------------------------
+
+    def _round_update(self, name: str, message: m.RoundUpdate) -> None:
+        if message.round < self.state.rounds_done:
+            self._send_result(name)
+        elif message.round > self.state.rounds_done or not self.round_due:
+            raise ProtocolError(f"Client {name} sent an update for round {message.round}, which is not due.")
+        elif isinstance(message.tensors, dict):
+            self.updates[name] = Contribution(message.tensors, float(message.num_target_tokens))
+
+    def _advance_round(self) -> None:
+        expected = self.plan.client_names if self.wait_s is None else tuple(self.connected)
+        if expected and all(name in self.updates for name in expected):
+            self._aggregate()
+
+    def _aggregate(self) -> None:
+        if self.aggregating:
+            return
+        self.aggregating = True
+        updates, before = dict(self.updates), self.state
+
+        def job() -> RunState:
+            state = replace(before, result=self.engine.average(updates), rounds_done=before.rounds_done + 1)
+            self.store.save_round(self.engine, state)
+            return state
+
+        self.ports.submit(Priority.CONTROL, job, self._aggregated)
+
+    def _aggregated(self, state: RunState) -> None:
+        self.state = state
+        self.aggregating = False
+        self.updates.clear()
+        for name in self.connected:
+            self._send_result(name)
+        if self.finished:
+            self._send_finished()
+        self.advance()
+
+    # --- answers ----------------------------------------------------------------------------------------------------
+
+    def _evaluate(self, name: str, message: m.Forward, reply: Callable[[m.Message], None]) -> None:
+        self._check_blocks(name, message)
+        job = partial(self.engine.passes.evaluate, self._entry(name, message))
+
+        def then(output: torch.Tensor) -> None:
+            reply(m.Output(message.step, -1, message.micro_batch, True, Reply({"": output})))
+
+        self.ports.submit(Priority.EVALUATE, job, then)
+
+    def _fetch(self, reply: Callable[[m.Message], None]) -> None:
+        if not self.plan.durability.share_trunk:
+            raise AuthError("The plan does not share the trunk's adapters (durability.share_trunk = false).")
+
+        def then(tensors: dict[str, torch.Tensor]) -> None:
+            reply(m.TrunkState(self.state.next_step, Reply(tensors)))
+
+        self.ports.submit(Priority.EVALUATE, self.engine.parameters, then)
+
+    def _held_by(self, name: str, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        return {key: tensor for key, tensor in tensors.items() if key in self.held[name]}
+
+    def _send_output(self, name: str, step: StepState, slot: int) -> None:
+        output = Reply({"": step.members[name].outputs[slot]})
+        self.ports.send(name, m.Output(step.step, step.attempt, slot, False, output))
+
+    def _send_gradient(self, name: str, step: StepState, slot: int) -> None:
+        gradient = step.members[name].propagated[slot]
+        reply = Reply({} if gradient is None else {"": gradient})
+        self.ports.send(name, m.InputGradient(step.step, step.attempt, slot, reply))
+
+    def _send_done(self, name: str, outcome: Outcome) -> None:
+        reply = Reply(self._held_by(name, outcome.gradients))
+        self.ports.send(name, m.StepDone(outcome.step, outcome.num_target_tokens, outcome.clip_coefficient, reply))
+
+    def _send_result(self, name: str) -> None:
+        reply = Reply(self._held_by(name, self.state.result))
+        self.ports.send(name, m.RoundResult(self.state.rounds_done - 1, reply))
+
+    def _send_finished(self) -> None:
+        for name in self.connected:
+            self.ports.send(name, m.Finished(self.state.next_step))

@@ -1,0 +1,115 @@
+"""What the server must not forget, and how it is kept on disk."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fedsea.errors import ConfigError
+from fedsea.plan import FederationPlan, differences, parse_plan_json
+from fedsea.server.engine import Engine, Outcome
+from fedsea.storage import CheckpointStore
+
+Tensors = Mapping[str, torch.Tensor]
+
+
+@dataclass(slots=True)
+class RunState:
+    """Where the run stands.
+
+    Attributes:
+        run_id: Random identity; clients keep their state per run.
+        next_step: First step that is not applied yet.
+        rounds_done: Rounds whose aggregation is durable.
+        outcomes: Client to the outcome of the last step it took part in, for a client that missed the message.
+        result: Aggregated parameters of the last round.
+    """
+
+    run_id: str
+    next_step: int = 0
+    rounds_done: int = 0
+    outcomes: dict[str, Outcome] = field(default_factory=dict)
+    result: dict[str, torch.Tensor] = field(default_factory=dict)
+
+
+class ServerStore:
+    """The server's run folder: `checkpoints/` (trunk, optimizer, where the run stands) and `rounds/` (aggregates).
+
+    Args:
+        folder: Run folder; made if absent.
+        plan: The resolved plan; compared with the one that the folder was made with.
+
+    Raises:
+        ConfigError: The folder belongs to another plan; the message names the fields that differ.
+    """
+
+    def __init__(self, folder: Path, plan: FederationPlan) -> None:
+        self.folder = folder
+        self.plan = plan
+        self._checkpoints = CheckpointStore(folder / "checkpoints", keep=plan.durability.keep)
+        self._rounds = CheckpointStore(folder / "rounds", keep=plan.durability.keep)
+
+    def restore(self, engine: Engine) -> RunState | None:
+        """Load the newest checkpoint into `engine`.
+
+        Returns:
+            The state of the run, or None if the folder has no checkpoint yet.
+        """
+        found = self._checkpoints.latest()
+        if found is None:
+            return None
+        _, tensors, values = found
+        self._check_plan(values)
+        engine.load_tensors({n.removeprefix("engine."): t for n, t in tensors.items() if n.startswith("engine.")})
+        gradients = {n.removeprefix("outcome."): t for n, t in tensors.items() if n.startswith("outcome.")}
+        outcomes = {
+            name: Outcome(item["step"], item["tokens"], item["clip"], gradients)
+            for name, item in values["outcomes"].items()
+        }
+        state = RunState(values["run_id"], values["next_step"], values["rounds_done"], outcomes)
+        if state.rounds_done in self._rounds.steps():
+            state.result = self._rounds.load(state.rounds_done)[0]
+        return state
+
+    def _check_plan(self, values: Mapping[str, Any]) -> None:
+        if values["plan_sha256"] == self.plan.sha256():
+            return
+        fields = "; ".join(differences(self.plan, parse_plan_json(values["plan"])))
+        raise ConfigError(
+            f"The run in {self.folder} was started with another plan ({fields}; here is the plan file, there the run). "
+            "Restore the plan, or give --run a new folder."
+        )
+
+    def save(self, engine: Engine, state: RunState) -> None:
+        """Make the state after a step durable; call on the engine thread."""
+        outcomes = {
+            name: {"step": o.step, "tokens": o.num_target_tokens, "clip": o.clip_coefficient}
+            for name, o in state.outcomes.items()
+        }
+        newest = max(state.outcomes.values(), key=lambda outcome: outcome.step, default=None)
+        gradients = newest.gradients if newest else {}
+        tensors = {f"engine.{name}": tensor for name, tensor in engine.tensors().items()}
+        tensors |= {f"outcome.{name}": tensor for name, tensor in gradients.items()}
+        values = {
+            "run_id": state.run_id,
+            "next_step": state.next_step,
+            "rounds_done": state.rounds_done,
+            "outcomes": outcomes,
+            "plan": self.plan.to_json(),
+            "plan_sha256": self.plan.sha256(),
+        }
+        self._checkpoints.save(state.next_step, tensors, values)
+
+    def save_round(self, engine: Engine, state: RunState) -> None:
+        """Make a round's aggregate durable, then the state that refers to it."""
+        self._rounds.save(state.rounds_done, state.result, {})
+        self.save(engine, state)
+
+    def close(self) -> None:
+        """Release the run folder."""
+        self._checkpoints.close()
+        self._rounds.close()
