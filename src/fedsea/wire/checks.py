@@ -1,0 +1,172 @@
+"""What a message may say. The sender checks its own fields; the receiver checks them again, and against its limits.
+
+Every error here is about names, sizes and counts; no value of a tensor is known yet.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from fedsea.errors import ProtocolError
+from fedsea.types import BlockRange, Channel
+from fedsea.wire.errors import NonFiniteMessage
+from fedsea.wire.frames import Frame, Kind, TensorSpec
+from fedsea.wire.limits import MAX_COUNT, MAX_MESSAGE_CHARACTERS, MAX_PLAN_BYTES, WireLimits
+
+_MAY_BE_MINUS_ONE = frozenset({("Join", "prepared_step"), ("Failure", "step")})
+_PATTERNS: Mapping[str, re.Pattern[str]] = {
+    "software_version": re.compile(r"[0-9A-Za-z.+!_-]{1,64}"),
+    "plan_sha256": re.compile(r"[0-9a-f]{64}"),
+    "run_id": re.compile(r"[0-9A-Za-z._-]{1,128}"),
+    "role": re.compile(r"train|observe"),
+    "waiting_for": re.compile(r"[ -~]{1,128}"),
+    "code": re.compile(r"[A-Z][A-Z_]{0,63}"),
+    "message": re.compile(rf"[^\x00-\x1f\x7f-\x9f]{{0,{MAX_MESSAGE_CHARACTERS}}}"),
+}
+_LONGEST_RETRY_S = 86400.0
+
+
+def check_fields(kind: Kind, fields: Mapping[str, Any]) -> None:
+    """Types, ranges and patterns of a message's own fields.
+
+    Raises:
+        ProtocolError: A field holds what no correct peer sends.
+        NonFiniteMessage: A number is NaN or infinite.
+    """
+    for name, value in fields.items():
+        items = value if isinstance(value, tuple) else (value,)
+        for item in items:
+            _check_value(kind, name, item, fields)
+    if kind.name == "Forward":
+        _check_micro_batch(fields)
+
+
+def _check_value(kind: Kind, name: str, value: Any, fields: Mapping[str, Any]) -> None:
+    good = True
+    if isinstance(value, str):
+        good = _PATTERNS[name].fullmatch(value) is not None
+    elif isinstance(value, bool | BlockRange):
+        good = True
+    elif isinstance(value, float):
+        if not math.isfinite(value):
+            raise NonFiniteMessage(f"The {name} of a {kind.name} is NaN or infinite.", kind.name, **place(fields))
+        good = name == "mean_loss" or value >= 0.0
+        good = good and (name != "retry_after_s" or value <= _LONGEST_RETRY_S)
+    else:
+        least = -1 if (kind.name, name) in _MAY_BE_MINUS_ONE else 0
+        good = isinstance(value, int) and least <= value < MAX_COUNT
+    if not good:
+        raise ProtocolError(f"The field {name} of a {kind.name} holds what the protocol does not allow.")
+
+
+def _check_micro_batch(fields: Mapping[str, Any]) -> None:
+    lengths = fields["lengths"]
+    if not lengths or min(lengths) < 1:
+        raise ProtocolError("A Forward has no sequences, or an empty one.")
+    if fields["micro_batch"] >= fields["num_micro_batches"]:
+        raise ProtocolError("A Forward's micro_batch is not below its num_micro_batches.")
+    if fields["num_target_tokens"] > sum(lengths):
+        raise ProtocolError("A Forward claims more target tokens than it has tokens.")
+
+
+def place(fields: Mapping[str, Any]) -> dict[str, int]:
+    """Step, attempt and micro-batch of a message, as far as it has them."""
+    step = fields.get("step", fields.get("round", -1))
+    return {"step": step, "attempt": fields.get("attempt", -1), "micro_batch": fields.get("micro_batch", -1)}
+
+
+def check_frame(frame: Frame, limits: WireLimits) -> None:
+    """Everything that can be known from a header, against what a peer may announce.
+
+    Raises:
+        ProtocolError: Names the field and the limit.
+        NonFiniteMessage: A number of the header is NaN or infinite.
+    """
+    kind, specs = frame.kind, frame.specs
+    if kind.channel is None:
+        if specs:
+            raise ProtocolError(f"A {kind.name} carries a tensor; it must have none.")
+    elif not specs:
+        if not kind.optional:
+            raise ProtocolError(f"A {kind.name} carries no tensor; it must have one.")
+    elif kind.channel is Channel.UPDATE:
+        _check_bundle(kind, specs, limits)
+    else:
+        _check_rows(kind, specs, limits)
+    _check_payload(frame)
+    if kind.name == "Forward":
+        _check_forward(frame, limits)
+    check_fields(kind, frame.fields)
+
+
+def _check_payload(frame: Frame) -> None:
+    if frame.kind.name == "Welcome":
+        if not 1 <= frame.payload_bytes <= MAX_PLAN_BYTES:
+            raise ProtocolError(f"A plan of {frame.payload_bytes} bytes was announced; {MAX_PLAN_BYTES} are allowed.")
+        return
+    expected = sum(spec.wire_bytes for spec in frame.specs)
+    if frame.payload_bytes != expected:
+        raise ProtocolError(
+            f"A {frame.kind.name} announces {frame.payload_bytes} bytes of payload, but its tensors take {expected}."
+        )
+
+
+def _check_forward(frame: Frame, limits: WireLimits) -> None:
+    lengths, blocks = frame.fields["lengths"], frame.fields["blocks"]
+    if len(lengths) > limits.max_sequences:
+        raise ProtocolError(f"A Forward has {len(lengths)} sequences; {limits.max_sequences} are allowed.")
+    num_rows = frame.specs[0].shape[0]
+    if sum(lengths) != num_rows:
+        raise ProtocolError(f"A Forward's lengths sum to {sum(lengths)}, but its hidden state has {num_rows} rows.")
+    if blocks.stop > limits.num_blocks:
+        raise ProtocolError(
+            f"A Forward asks for blocks {blocks.start}:{blocks.stop} of a model of {limits.num_blocks} blocks."
+        )
+
+
+def _check_rows(kind: Kind, specs: tuple[TensorSpec, ...], limits: WireLimits) -> None:
+    spec = specs[0]
+    if limits.hidden_size is None:
+        raise ProtocolError(f"A {kind.name} arrived before the plan was agreed on.")
+    if len(specs) != 1 or spec.name:
+        raise ProtocolError(f"A {kind.name} carries {len(specs)} tensors, or a named one; it must have a single one.")
+    assert kind.channel is not None
+    agreed = limits.codecs.get(kind.channel)
+    if spec.codec != agreed:
+        raise ProtocolError(f"A {kind.name} uses the codec {spec.codec}; the plan says {agreed}.")
+    if len(spec.shape) != 2 or spec.shape[1] != limits.hidden_size:
+        raise ProtocolError(
+            f"A {kind.name} has a tensor of shape {spec.shape}; it must be (tokens, {limits.hidden_size})."
+        )
+    if spec.shape[0] > limits.max_tokens:
+        raise ProtocolError(f"A {kind.name} has {spec.shape[0]} tokens; {limits.max_tokens} are allowed.")
+    _check_size(kind, spec, limits)
+
+
+def _check_bundle(kind: Kind, specs: tuple[TensorSpec, ...], limits: WireLimits) -> None:
+    seen: set[str] = set()
+    for spec in specs:
+        expected = limits.bundle_shapes.get(spec.name)
+        if expected is None:
+            raise ProtocolError(f"A {kind.name} holds a tensor that the plan does not name (number {len(seen) + 1}).")
+        if spec.name in seen:
+            raise ProtocolError(f"A {kind.name} holds {spec.name} twice.")
+        if spec.codec != "fp32":
+            raise ProtocolError(f"A {kind.name} uses the codec {spec.codec}; parameters travel as fp32.")
+        if spec.shape != tuple(expected):
+            raise ProtocolError(
+                f"A {kind.name} holds {spec.name} with shape {spec.shape}; it must be {tuple(expected)}."
+            )
+        _check_size(kind, spec, limits)
+        seen.add(spec.name)
+
+
+def _check_size(kind: Kind, spec: TensorSpec, limits: WireLimits) -> None:
+    if spec.float_bytes > limits.max_tensor_bytes:
+        raise ProtocolError(
+            f"A {kind.name} announces a tensor of {spec.float_bytes} bytes; {limits.max_tensor_bytes} are allowed. "
+            "Lower the micro-batch's sequences, or raise wire.max_tensor_mb in the plan."
+        )

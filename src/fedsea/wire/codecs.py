@@ -1,0 +1,129 @@
+"""How tensors become bytes, little-endian as on every machine that torch runs on.
+
+A codec is three methods. Every value of the protocol's `Codec` enum has one; that is checked at import.
+Encoding happens on the tensor's own device, so that only the encoded bytes are copied off an accelerator.
+
+    R  rows: tokens of a hidden state or gradient
+"""
+
+from __future__ import annotations
+
+import math
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Protocol, get_args
+
+import torch
+
+from fedsea.errors import ConfigError, NonFiniteError
+from fedsea.plan import CodecName
+from fedsea.wire.proto import messages_pb2 as pb
+
+assert sys.byteorder == "little", "tensors travel as they lie in memory"
+
+_LARGEST_INT8 = 127
+_SMALLEST_SCALE = 1e-37
+"""Rows with a smaller scale become zeros: its reciprocal is near float32's overflow."""
+
+
+class Codec(Protocol):
+    """One way to write a tensor."""
+
+    def num_bytes(self, shape: tuple[int, ...]) -> int:
+        """Bytes of a tensor of this shape."""
+        ...
+
+    def encode(self, tensor: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """Contiguous CPU tensors whose bytes, one after the other, are the encoding.
+
+        Raises:
+            NonFiniteError: A value is NaN or infinite, or does not fit the codec.
+        """
+        ...
+
+    def decode(self, raw: torch.Tensor, out: torch.Tensor) -> None:
+        """Write the values of `raw` (uint8, one axis) into `out` (float32, of the tensor's shape)."""
+        ...
+
+
+def all_finite(tensor: torch.Tensor) -> bool:
+    """Whether no value is NaN or infinite; one pass and no temporary, as long as the sum does not overflow."""
+    return math.isfinite(tensor.sum(dtype=torch.float32).item()) or bool(torch.isfinite(tensor).all())
+
+
+@dataclass(frozen=True, slots=True)
+class Cast:
+    """Values as they are, in another floating-point type."""
+
+    dtype: torch.dtype
+
+    def num_bytes(self, shape: tuple[int, ...]) -> int:
+        """See `Codec`."""
+        return self.dtype.itemsize * math.prod(shape)
+
+    def encode(self, tensor: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """See `Codec`."""
+        encoded = tensor.detach().to(self.dtype)
+        if not all_finite(encoded):
+            if self.dtype is torch.float16 and all_finite(tensor.detach()):
+                raise NonFiniteError(
+                    "A value is beyond 65504, the largest that the fp16 codec can carry: "
+                    'set the plan\'s wire codec to "bf16", which has the range of float32.'
+                )
+            raise NonFiniteError("A tensor that was about to be sent holds a NaN or an infinity.")
+        return (encoded.to("cpu").contiguous(),)
+
+    def decode(self, raw: torch.Tensor, out: torch.Tensor) -> None:
+        """See `Codec`."""
+        out.copy_(raw.view(self.dtype).view(out.shape))
+
+
+@dataclass(frozen=True, slots=True)
+class Int8:
+    """Eight bits a value: every row over its largest magnitude; the rows' float32 scales come first."""
+
+    def num_bytes(self, shape: tuple[int, ...]) -> int:
+        """See `Codec`."""
+        return 4 * shape[0] + math.prod(shape)
+
+    def encode(self, tensor: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """See `Codec`."""
+        values_RH = tensor.detach().to(torch.float32)
+        scales_R = torch.linalg.vector_norm(values_RH, ord=torch.inf, dim=1) / _LARGEST_INT8
+        if not all_finite(scales_R):
+            raise NonFiniteError("A tensor that was about to be sent holds a NaN or an infinity.")
+        scales_R = torch.where(scales_R < _SMALLEST_SCALE, 0.0, scales_R)
+        factors_R = torch.where(scales_R > 0, 1 / scales_R, 0.0)
+        rows_RH = (values_RH * factors_R[:, None]).round_().clamp_(-_LARGEST_INT8, _LARGEST_INT8).to(torch.int8)
+        return scales_R.to("cpu").contiguous(), rows_RH.to("cpu").contiguous()
+
+    def decode(self, raw: torch.Tensor, out: torch.Tensor) -> None:
+        """See `Codec`."""
+        num_rows = out.shape[0]
+        scales_R = raw[: 4 * num_rows].view(torch.float32)
+        torch.mul(raw[4 * num_rows :].view(torch.int8).view(out.shape), scales_R[:, None], out=out)
+
+
+CODECS: Mapping[str, Codec] = {
+    "fp32": Cast(torch.float32),
+    "bf16": Cast(torch.bfloat16),
+    "fp16": Cast(torch.float16),
+    "int8": Int8(),
+}
+ENUM_OF_NAME: Mapping[str, int] = {name: pb.Codec.Value(f"CODEC_{name.upper()}") for name in CODECS}
+NAME_OF_ENUM: Mapping[int, str] = {value: name for name, value in ENUM_OF_NAME.items()}
+
+assert set(NAME_OF_ENUM) | {pb.CODEC_UNSPECIFIED} == set(pb.Codec.values()), "a codec of the protocol is missing"
+assert set(CODECS) == set(get_args(CodecName)), "the plan's codecs and the wire's differ"
+
+
+def check_codec(name: str) -> str:
+    """Return `name` if there is such a codec.
+
+    Raises:
+        ConfigError: There is none.
+    """
+    if name not in CODECS:
+        raise ConfigError(f"There is no codec {name!r}; use one of {', '.join(CODECS)}.")
+    return name

@@ -1,0 +1,302 @@
+"""Messages to chunks of bytes and back.
+
+An encoder takes each release once; what it returns may be sent as often as needed, and is always the same bytes. A
+decoder belongs to one stream, assembles one message at a time, and allocates only after the header passed all checks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, cast
+
+import numpy as np
+import torch
+
+from fedsea.errors import NonFiniteError, ProtocolError, UnprotectedRelease
+from fedsea.types import Channel, Release, Reply
+from fedsea.wire.buffers import BufferPool
+from fedsea.wire.checks import check_fields, check_frame, place
+from fedsea.wire.codecs import CODECS, all_finite, check_codec
+from fedsea.wire.errors import NonFiniteMessage
+from fedsea.wire.frames import KINDS, Frame, Kind, Role, TensorSpec, fields_of, read_header, write_header
+from fedsea.wire.limits import CHUNK_BYTES, WireLimits
+from fedsea.wire.messages import Message
+
+
+@dataclass(frozen=True, slots=True)
+class Encoded:
+    """A message as bytes; keep it to send the very same bytes again.
+
+    Attributes:
+        chunks: Pieces to send in order.
+        num_bytes: Sum of the pieces.
+        payload_bytes: Thereof tensors.
+        kind: Class name of the message.
+    """
+
+    chunks: tuple[bytes, ...]
+    num_bytes: int
+    payload_bytes: int
+    kind: str
+
+
+class Encoder:
+    """Turns messages into bytes; holds no state between messages, so any thread may call it.
+
+    Args:
+        role: Own side: it decides which messages may be sent, and that a client sends releases only.
+        codecs: Codec of hidden states and of gradients; empty before the handshake. Bundles are always fp32.
+
+    Raises:
+        ConfigError: There is no such codec.
+    """
+
+    def __init__(self, role: Role, codecs: Mapping[Channel, str]) -> None:
+        self.role = role
+        self.codecs = {channel: check_codec(name) for channel, name in codecs.items()}
+
+    def encode(self, message: Message) -> Encoded:
+        """The bytes of a message.
+
+        Raises:
+            UnprotectedRelease: A client's tensors are no release, or one that was taken before, or one for
+                another channel.
+            NonFiniteError: A value is NaN or infinite, or does not fit the codec.
+            ProtocolError: This side may not send such a message, or a field is out of its range.
+        """
+        kind = KINDS.get(type(message))
+        if kind is None or self.role not in kind.senders:
+            raise ProtocolError(f"A {self.role} does not send a {type(message).__name__}.")
+        fields = fields_of(message)
+        check_fields(kind, fields)
+        if kind.name == "Welcome":
+            payload = np.frombuffer(cast(Any, message).plan_json.encode(), dtype=np.uint8)
+            return _assemble(kind, fields, (), [payload])
+        if kind.channel is None:
+            return _assemble(kind, fields, (), [])
+        tensors = self._take(kind, cast(Any, message).tensors)
+        codec_name = "fp32" if kind.channel is Channel.UPDATE else self._codec(kind.channel)
+        specs = [TensorSpec(name, codec_name, tuple(tensor.shape)) for name, tensor in tensors.items()]
+        _check_own_specs(kind, specs, fields)
+        try:
+            pieces = [piece for tensor in tensors.values() for piece in CODECS[codec_name].encode(tensor)]
+        except NonFiniteError as error:
+            raise NonFiniteMessage(f"{kind.name}: {error.message}", kind.name, **place(fields)) from None
+        return _assemble(kind, fields, specs, [piece.view(-1).view(torch.uint8).numpy() for piece in pieces])
+
+    def _codec(self, channel: Channel) -> str:
+        if channel not in self.codecs:
+            raise ProtocolError("A tensor was about to be sent before the plan was agreed on: finish the handshake.")
+        return self.codecs[channel]
+
+    def _take(self, kind: Kind, value: object) -> Mapping[str, torch.Tensor]:
+        if isinstance(value, Mapping) and not value and kind.optional:
+            return {}
+        if self.role == "server":
+            if not isinstance(value, Reply):
+                raise ProtocolError(f"The tensors of a {kind.name} must be a Reply.")
+            return value.tensors
+        if not isinstance(value, Release):
+            raise UnprotectedRelease(f"The tensors of a {kind.name} do not come from the privacy boundary.")
+        if value.channel is not kind.channel:
+            raise UnprotectedRelease(f"A release made for {value.channel} was put into a {kind.name}.")
+        return value.take()
+
+
+def _check_own_specs(kind: Kind, specs: Sequence[TensorSpec], fields: Mapping[str, Any]) -> None:
+    if kind.channel is Channel.UPDATE:
+        good = all(spec.name for spec in specs)
+    elif not specs:
+        good = kind.optional
+    else:
+        good = len(specs) == 1 and specs[0].name == "" and len(specs[0].shape) == 2
+        good = good and (kind.name != "Forward" or sum(fields["lengths"]) == specs[0].shape[0])
+    if not good or any(size < 1 for spec in specs for size in spec.shape):
+        raise ProtocolError(f"The tensors of a {kind.name} do not have the names or shapes that the protocol asks for.")
+
+
+def _assemble(
+    kind: Kind, fields: Mapping[str, Any], specs: Sequence[TensorSpec], pieces: Sequence[np.ndarray]
+) -> Encoded:
+    payload_bytes = sum(piece.nbytes for piece in pieces)
+    head = write_header(kind, fields, specs, payload_bytes)
+    chunks = tuple(_chunks(head, pieces))
+    return Encoded(chunks, len(head) + payload_bytes, payload_bytes, kind.name)
+
+
+def _chunks(head: bytes, pieces: Sequence[np.ndarray]) -> Iterator[bytes]:
+    """Cut into pieces of `CHUNK_BYTES`, with one copy of the payload."""
+    parts: list[bytes | memoryview] = [head]
+    room = CHUNK_BYTES - len(head)
+    for piece in pieces:
+        view, start = piece.data, 0
+        while start < len(view):
+            if not room:
+                yield b"".join(parts)
+                parts, room = [], CHUNK_BYTES
+            part = view[start : start + room]
+            parts.append(part)
+            start += len(part)
+            room -= len(part)
+    yield b"".join(parts)
+
+
+class _Assembly:
+    """One message whose payload is arriving.
+
+    fp32 tensors are filled in place; the others go through `staging`, which the next message uses again.
+    """
+
+    def __init__(self, frame: Frame, pool: BufferPool, staging: np.ndarray) -> None:
+        self.frame = frame
+        self.missing = frame.payload_bytes
+        self.tensors = [pool.empty(spec.shape) for spec in frame.specs]
+        self.raw: list[np.ndarray] = []
+        start = 0
+        for spec, tensor in zip(frame.specs, self.tensors, strict=True):
+            if spec.codec == "fp32":
+                self.raw.append(tensor.view(-1).view(torch.uint8).numpy())
+            else:
+                self.raw.append(staging[start : start + spec.wire_bytes])
+                start += spec.wire_bytes
+        if frame.kind.name == "Welcome":
+            self.raw.append(np.empty(frame.payload_bytes, dtype=np.uint8))
+        self._views = [raw.data for raw in self.raw]
+        self._index = self._filled = 0
+
+    def fill(self, chunk: memoryview) -> None:
+        """Copy the next piece of payload to where it belongs."""
+        self.missing -= len(chunk)
+        start = 0
+        while start < len(chunk):
+            view = self._views[self._index]
+            num_bytes = min(len(view) - self._filled, len(chunk) - start)
+            view[self._filled : self._filled + num_bytes] = chunk[start : start + num_bytes]
+            start += num_bytes
+            self._filled += num_bytes
+            if self._filled == len(view):
+                self._index, self._filled = self._index + 1, 0
+
+    def message(self) -> Message:
+        """The decoded message; its tensors are checked to be finite."""
+        frame, fields = self.frame, dict(self.frame.fields)
+        for spec, tensor, raw in zip(frame.specs, self.tensors, self.raw, strict=False):
+            if spec.codec != "fp32":
+                CODECS[spec.codec].decode(torch.from_numpy(raw), tensor)
+            if not all_finite(tensor):
+                raise NonFiniteMessage(
+                    f"A {frame.kind.name} held a NaN or an infinity and was dropped; the peer's model or data produced "
+                    "it: lower the learning rate, or look at that side's log.",
+                    frame.kind.name,
+                    **place(fields),
+                )
+        if frame.kind.channel is not None:
+            fields["tensors"] = {spec.name: tensor for spec, tensor in zip(frame.specs, self.tensors, strict=True)}
+        if frame.kind.name == "Welcome":
+            try:
+                fields["plan_json"] = self.raw[0].tobytes().decode()
+            except UnicodeDecodeError:
+                raise ProtocolError("The plan that the server sent is not text.") from None
+        return cast(Message, frame.kind.cls(**fields))
+
+
+class _Discarded:
+    """A message whose header had a non-finite number: its payload is read past, then the error is raised."""
+
+    def __init__(self, frame: Frame, error: NonFiniteMessage) -> None:
+        self.missing, self._error = frame.payload_bytes, error
+
+    def fill(self, chunk: memoryview) -> None:
+        self.missing -= len(chunk)
+
+    def message(self) -> Message:
+        raise self._error
+
+
+_PEER_OF: Mapping[Role | None, Role] = {"client": "server", "server": "client"}
+
+
+class Decoder:
+    """Turns the chunks of one stream into messages.
+
+    Decoded tensors are float32, 64-byte aligned, finite, and nobody else's; they may be kept for any time.
+
+    Args:
+        limits: What the peer may announce; may be replaced between messages.
+        role: Own side: it decides which messages may arrive. None lets both sides' pass (tools that read records).
+        pool: Memory for tensors, shared by the streams of one event loop.
+
+    Attributes:
+        limits: As above.
+        kind: Class name of the message that arrives, or arrived last.
+        payload_bytes: Its tensors' bytes.
+    """
+
+    def __init__(self, limits: WireLimits, role: Role | None = None, pool: BufferPool | None = None) -> None:
+        self.limits = limits
+        self._role = role
+        self._pool = pool or BufferPool()
+        self._assembly: _Assembly | _Discarded | None = None
+        self._staging = np.empty(0, dtype=np.uint8)
+        self._broken = False
+        self.kind = ""
+        self.payload_bytes = 0
+
+    @property
+    def in_message(self) -> bool:
+        """Whether a message has begun that is not complete yet."""
+        return self._assembly is not None
+
+    def feed(self, chunk: bytes) -> Message | None:
+        """Take the next chunk; the message that it completes, if any.
+
+        Raises:
+            ProtocolError: The peer broke the protocol; the stream cannot be read on.
+            NonFiniteMessage: A message held a NaN or an infinity and was dropped; the stream can be read on.
+        """
+        if self._broken:
+            raise ProtocolError("This stream broke the protocol earlier and cannot be read on; open a new one.")
+        try:
+            return self._feed(chunk)
+        except NonFiniteMessage:
+            self._assembly = None
+            raise
+        except ProtocolError:
+            self._assembly, self._broken = None, True
+            raise
+
+    def _feed(self, chunk: bytes) -> Message | None:
+        view = memoryview(chunk)
+        assembly = self._assembly
+        if assembly is None:
+            frame, start = read_header(chunk)
+            assembly = self._assembly = self._begin(frame)
+            view = view[start:]
+        elif not view:
+            raise ProtocolError("The peer sent an empty chunk in the middle of a message.")
+        if len(view) > assembly.missing:
+            raise ProtocolError("The peer sent more bytes than the message's header announces.")
+        assembly.fill(view)
+        if assembly.missing:
+            return None
+        message = assembly.message()
+        self._assembly = None
+        return message
+
+    def _begin(self, frame: Frame) -> _Assembly | _Discarded:
+        sender = _PEER_OF.get(self._role)
+        if sender is not None and sender not in frame.kind.senders:
+            raise ProtocolError(f"A {sender} must not send a {frame.kind.name}.")
+        self.kind, self.payload_bytes = frame.kind.name, frame.payload_bytes
+        try:
+            check_frame(frame, self.limits)
+        except NonFiniteMessage as error:
+            return _Discarded(frame, error)
+        return _Assembly(frame, self._pool, self._staging_for(frame))
+
+    def _staging_for(self, frame: Frame) -> np.ndarray:
+        num_bytes = sum(spec.wire_bytes for spec in frame.specs if spec.codec != "fp32")
+        if len(self._staging) < num_bytes:
+            self._staging = np.empty(num_bytes, dtype=np.uint8)
+        return self._staging

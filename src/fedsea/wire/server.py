@@ -1,0 +1,354 @@
+"""The server's end: a port that admits known clients only, and one `PeerSession` for each of their streams."""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+import json
+import logging
+import socket
+from collections.abc import AsyncIterator, Awaitable, Callable
+from typing import Any, Protocol
+
+import grpc
+
+from fedsea.errors import AuthError, CapacityError, ConfigError, FedseaError, ProtocolError, TransportError
+from fedsea.wire.buffers import BufferPool
+from fedsea.wire.channel import ClientIdentity
+from fedsea.wire.encoding import Decoder, Encoded, Encoder
+from fedsea.wire.errors import PeerClosed, status_of
+from fedsea.wire.identity.peers import PeerIdentity
+from fedsea.wire.limits import WireLimits
+from fedsea.wire.messages import Message
+from fedsea.wire.stream import LinkStats, MessageStream
+from fedsea.wire.transport import DEFAULT_TIMING, SERVICE, Timing, aio, server_options
+
+log = logging.getLogger(__name__)
+
+_MAX_CALLS = 4096
+_MAX_SESSIONS_OF_A_PEER = 4
+_LARGEST_REQUEST = 64 << 10
+
+
+class Gate(Protocol):
+    """Who may come in; `wire.identity.PeerGate`."""
+
+    def check(self, certificate_pem: bytes) -> PeerIdentity:
+        """The peer behind a certificate that TLS has verified.
+
+        Raises:
+            AuthError: It may not take part, or not any more.
+        """
+        ...
+
+
+class PeerSession:
+    """One stream of one client. Its handler is cancelled when the stream ends: clean up in `finally`.
+
+    Attributes:
+        peer: Who it is, from its certificate.
+    """
+
+    def __init__(
+        self, peer: PeerIdentity, certificate_pem: bytes, context: Any, limits: WireLimits, pool: BufferPool, t: Timing
+    ) -> None:
+        self.peer = peer
+        self.certificate_pem = certificate_pem
+        self._context = context
+        self._ended: asyncio.Future[FedseaError] = asyncio.get_running_loop().create_future()
+        self._stream = MessageStream(
+            self._read,
+            self._write,
+            Encoder("server", {}),
+            Decoder(limits, "server", pool),
+            send_timeout_s=t.send_timeout_s,
+            broken=self.end,
+        )
+
+    @property
+    def stats(self) -> LinkStats:
+        """Bytes so far."""
+        return self._stream.stats
+
+    @property
+    def limits(self) -> WireLimits:
+        """What the client may announce; replace them when the plan is agreed on."""
+        return self._stream.limits
+
+    @limits.setter
+    def limits(self, limits: WireLimits) -> None:
+        self._stream.limits = limits
+
+    @property
+    def encoder(self) -> Encoder:
+        """Replace it when the codecs are agreed on."""
+        return self._stream.encoder
+
+    @encoder.setter
+    def encoder(self, encoder: Encoder) -> None:
+        self._stream.encoder = encoder
+
+    async def send(self, message: Message | Encoded) -> Encoded:
+        """See `MessageStream.send`: keep a receiver running meanwhile."""
+        return await self._stream.send(message)
+
+    async def receive(self) -> Message:
+        """See `MessageStream.receive`."""
+        return await self._stream.receive()
+
+    def __aiter__(self) -> AsyncIterator[Message]:
+        """All messages until the client ends the stream in good order."""
+        return self._stream.__aiter__()
+
+    def end(self, error: FedseaError) -> None:
+        """End the stream with this error, from any task of the event loop; the first one counts."""
+        if not self._ended.done():
+            self._ended.set_result(error)
+
+    async def fail(self, error: FedseaError) -> None:
+        """Send what is on its way, then end the stream with this error."""
+        await self._stream.flush(timeout_s=1.0)
+        self.end(error)
+
+    async def run(self, handler: Callable[[PeerSession], Awaitable[None]], close_s: float) -> BaseException | None:
+        """Run the handler until it returns or the stream ends; what went wrong, if anything."""
+        work = asyncio.ensure_future(_awaited(handler(self)))
+        try:
+            waited: set[asyncio.Future[Any]] = {work, self._ended}
+            await asyncio.wait(waited, return_when=asyncio.FIRST_COMPLETED)
+            if self._ended.done():
+                return self._ended.result()
+            await self._stream.flush(close_s)
+            error = work.exception()
+            return None if isinstance(error, PeerClosed) else error
+        finally:
+            work.cancel()
+            await asyncio.wait({work}, timeout=close_s)
+            await self._stream.release()
+
+    async def _read(self) -> bytes | None:
+        try:
+            chunk = await self._context.read()
+        except (grpc.RpcError, aio.UsageError, asyncio.InvalidStateError):
+            raise TransportError(f"The connection of {self.peer.name} broke.") from None
+        return None if chunk is aio.EOF else chunk
+
+    async def _write(self, chunk: bytes) -> None:
+        try:
+            await self._context.write(chunk)
+        except (grpc.RpcError, aio.UsageError, asyncio.InvalidStateError):
+            raise TransportError(f"The connection of {self.peer.name} broke.") from None
+
+
+Handler = Callable[[PeerSession], Awaitable[None]]
+Renew = Callable[[PeerIdentity, bytes, bytes], bytes]
+"""Gets the peer, its present certificate and its request; returns the new certificate. Runs in a thread."""
+
+
+class WireServer:
+    """A running server; made by `serve`.
+
+    Attributes:
+        port: Where it listens.
+    """
+
+    def __init__(
+        self,
+        gate: Gate,
+        handler: Handler,
+        status: Callable[[PeerIdentity], dict[str, Any]],
+        renew: Renew | None,
+        limits: WireLimits,
+        timing: Timing,
+    ) -> None:
+        self.port = 0
+        self._gate = gate
+        self._handler = handler
+        self._status = status
+        self._renew = renew
+        self._limits = limits
+        self._timing = timing
+        self._pool = BufferPool()
+        self._sessions: set[PeerSession] = set()
+        self._server: Any = None
+        self._watch: asyncio.Task[None] | None = None
+        self._stopping = False
+        self._certificates: Any = None
+
+    @property
+    def sessions(self) -> tuple[PeerSession, ...]:
+        """Live streams."""
+        return tuple(self._sessions)
+
+    async def start(self, listen: str, identity: ClientIdentity) -> None:
+        """Bind and serve; see `serve`."""
+        host, port = _split_listen(listen)
+        _check_free(host, port)
+        self.replace_identity(identity)
+        self._server = aio.server(options=server_options(self._timing), maximum_concurrent_rpcs=_MAX_CALLS)
+        self._server.add_generic_rpc_handlers((self._handlers(),))
+        credentials = grpc.dynamic_ssl_server_credentials(
+            self._certificates, lambda: self._certificates, require_client_authentication=True
+        )
+        try:
+            self.port = self._server.add_secure_port(listen, credentials)
+        except RuntimeError:
+            self.port = 0
+        if not self.port:
+            raise ConfigError(f"{listen} cannot be listened on: give another address or port with --listen.")
+        await self._server.start()
+        self._watch = asyncio.create_task(self._watch_peers())
+
+    def replace_identity(self, identity: ClientIdentity) -> None:
+        """Show this certificate to whoever connects from now on."""
+        self._certificates = grpc.ssl_server_certificate_configuration(
+            [(identity.key_pem, identity.certificate_pem)], root_certificates=identity.ca_pem
+        )
+
+    async def stop(self, grace_s: float = 5.0) -> None:
+        """End all streams with a retryable error, and the port."""
+        self._stopping = True
+        if self._watch is not None:
+            self._watch.cancel()
+            await asyncio.gather(self._watch, return_exceptions=True)
+        for session in self.sessions:
+            session.end(TransportError("The server is stopping; reconnect when it is back."))
+        await self._server.stop(grace_s)
+
+    def _handlers(self) -> Any:
+        return grpc.method_handlers_generic_handler(
+            SERVICE,
+            {
+                "Session": grpc.stream_stream_rpc_method_handler(self._serve_session),
+                "Status": grpc.unary_unary_rpc_method_handler(self._serve_status),
+                "Renew": grpc.unary_unary_rpc_method_handler(self._serve_renew),
+            },
+        )
+
+    def _admit(self, context: Any) -> tuple[PeerIdentity, bytes]:
+        certificates = context.auth_context().get("x509_pem_cert") or [b""]
+        return self._gate.check(certificates[0]), certificates[0]
+
+    async def _serve_session(self, _: Any, context: Any) -> None:
+        error: BaseException | None
+        try:
+            peer, certificate_pem = self._admit(context)
+            if self._stopping:
+                raise TransportError("The server is stopping; reconnect when it is back.")
+            if sum(session.peer.name == peer.name for session in self._sessions) >= _MAX_SESSIONS_OF_A_PEER:
+                raise CapacityError(f"{peer.name} has too many open streams; close some.", retry_after_s=10.0)
+            await context.send_initial_metadata(())
+            session = PeerSession(peer, certificate_pem, context, self._limits, self._pool, self._timing)
+            self._sessions.add(session)
+            try:
+                error = await session.run(self._handler, self._timing.close_s)
+            finally:
+                self._sessions.discard(session)
+        except Exception as raised:  # noqa: BLE001 (everything becomes a status; `status_of` logs what it hides)
+            error = raised
+        if error is not None:
+            await _abort(context, error)
+
+    async def _serve_status(self, _: bytes, context: Any) -> bytes:
+        try:
+            peer, _pem = self._admit(context)
+            return json.dumps(self._status(peer)).encode()
+        except Exception as error:
+            await _abort(context, error)
+            raise
+
+    async def _serve_renew(self, request: bytes, context: Any) -> bytes:
+        try:
+            peer, certificate_pem = self._admit(context)
+            if self._renew is None:
+                raise ConfigError("This server does not renew certificates: ask its operator for a new one.")
+            if len(request) > _LARGEST_REQUEST:
+                raise ProtocolError("The request for a certificate is too large.")
+            return await asyncio.to_thread(self._renew, peer, certificate_pem, request)
+        except Exception as error:
+            await _abort(context, error)
+            raise
+
+    async def _watch_peers(self) -> None:
+        """Ask the gate again and again, so that revoked and expired peers leave within seconds."""
+        while True:
+            await asyncio.sleep(self._timing.check_s)
+            for session in self.sessions:
+                try:
+                    self._gate.check(session.certificate_pem)
+                except FedseaError as error:
+                    session.end(error)
+                except Exception:
+                    log.exception("the gate could not check %s; its stream is ended", session.peer.name)
+                    session.end(AuthError("The server could not check this certificate again; reconnect."))
+
+
+async def serve(
+    listen: str,
+    identity: ClientIdentity,
+    gate: Gate,
+    handler: Handler,
+    *,
+    status: Callable[[PeerIdentity], dict[str, Any]],
+    renew: Renew | None = None,
+    limits: WireLimits,
+    timing: Timing = DEFAULT_TIMING,
+) -> WireServer:
+    """Listen for clients, with mutual TLS.
+
+    Args:
+        listen: `HOST:PORT`; port 0 takes a free one.
+        identity: The server's.
+        gate: Decides on every new stream and call, and again every `timing.check_s` on live streams.
+        handler: Runs once a stream. When it returns the stream ends well; when it raises, the client gets the error
+            (in full if it is about the client, else a generic sentence).
+        status: Answers `call_status`.
+        renew: Answers `call_renew`; None refuses.
+        limits: Of new sessions: usually `limits.HANDSHAKE`.
+        timing: Deadlines.
+
+    Raises:
+        ConfigError: The address is none, is in use, or is not of this machine.
+    """
+    server = WireServer(gate, handler, status, renew, limits, timing)
+    await server.start(listen, identity)
+    return server
+
+
+async def _awaited(work: Awaitable[None]) -> None:
+    await work
+
+
+async def _abort(context: Any, error: BaseException) -> None:
+    code, sentence, trailers = status_of(error)
+    await context.abort(code, sentence, trailers)
+
+
+def _split_listen(listen: str) -> tuple[str, int]:
+    host, _, port = listen.rpartition(":")
+    if not host or not port.isascii() or not port.isdigit() or int(port) > 65535:
+        raise ConfigError(f"{listen!r} is no address to listen on: give HOST:PORT, for example 0.0.0.0:7443.")
+    return host.removeprefix("[").removesuffix("]"), int(port)
+
+
+def _check_free(host: str, port: int) -> None:
+    """Find out why an address cannot be bound; gRPC itself only says that it failed, or binds half of a name."""
+    try:
+        addresses = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+    except OSError:
+        raise ConfigError(f"The host {host!r} does not resolve: listen on an address of this machine.") from None
+    for family, kind, protocol, _, address in addresses:
+        with socket.socket(family, kind, protocol) as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            try:
+                probe.bind(address)
+            except OSError as error:
+                raise _bind_error(error, host, port) from None
+
+
+def _bind_error(error: OSError, host: str, port: int) -> ConfigError:
+    if error.errno == errno.EADDRINUSE:
+        return ConfigError(f"Port {port} on {host} is in use: stop what uses it, or choose another with --listen.")
+    if error.errno == errno.EACCES:
+        return ConfigError(f"This user may not listen on port {port}: choose one above 1023 with --listen.")
+    return ConfigError(f"{host} is not an address of this machine: listen on one that is, or on 0.0.0.0.")
