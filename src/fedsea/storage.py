@@ -91,6 +91,23 @@ def write_bytes_atomic(path: Path, data: bytes) -> None:
         temporary.write_bytes(data)
 
 
+def write_safetensors_atomic(path: Path, tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str]) -> None:
+    """Replace the file at `path` by a safetensors file, durably.
+
+    Raises:
+        StorageError: As `write_bytes_atomic`.
+    """
+    from safetensors import SafetensorError
+    from safetensors.torch import save_file
+
+    plain = {name: tensor.detach().contiguous() for name, tensor in tensors.items()}
+    with _replacing(path) as temporary:
+        try:
+            save_file(plain, temporary, {"format": "pt", **metadata})
+        except SafetensorError as error:
+            raise _os_error(error) from None
+
+
 def save_tensors(path: Path, tensors: Mapping[str, torch.Tensor], state: Mapping[str, Any]) -> None:
     """Write tensors and a JSON state as one durable safetensors file.
 
@@ -102,22 +119,13 @@ def save_tensors(path: Path, tensors: Mapping[str, torch.Tensor], state: Mapping
     Raises:
         StorageError: The disk refused; the old file is untouched.
     """
-    from safetensors import SafetensorError
-    from safetensors.torch import save_file
-
     text = json.dumps(state, sort_keys=True)
     metadata = {
-        "format": "pt",
         "fedsea.format": FORMAT_VERSION,
         "fedsea.state": text,
         "fedsea.state_sha256": hashlib.sha256(text.encode()).hexdigest(),
     }
-    plain = {name: tensor.detach().contiguous() for name, tensor in tensors.items()}
-    with _replacing(path) as temporary:
-        try:
-            save_file(plain, temporary, metadata)
-        except SafetensorError as error:
-            raise _os_error(error) from None
+    write_safetensors_atomic(path, tensors, metadata)
 
 
 def _os_error(error: Exception) -> OSError:

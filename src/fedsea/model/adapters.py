@@ -27,9 +27,11 @@ from fedsea.model.layout import (
     Shape,
     block_of,
     blocks_of,
+    is_target,
     is_tied,
-    layout_of,
     linear_layers,
+    linears_of,
+    parameters_of,
     path_in_block,
     unit_of,
 )
@@ -80,20 +82,16 @@ def seeded(seed: int) -> Iterator[None]:
 def attach(segment: Segment, settings: AdapterSection, training: SegmentTraining, seed: int) -> None:
     """Make a segment trainable as the plan says; to be called once, before the first forward.
 
+    Whether the settings fit the whole model is for `check_settings` to say, which needs the uncut configuration.
+
     "adapter" puts LoRA on the target layers, with initial values that are a pure function of `seed` and each
     parameter's name; "full" turns the segment's weights into float32; "frozen" trains nothing. A segment without any
     target layer (no blocks) stays frozen.
-
-    Raises:
-        ConfigError: The settings do not fit the model, see `check_settings`.
     """
     model = segment.model
     model.requires_grad_(False)
     if training == "full":
-        _refuse_tied_twice(model.config, settings)
-        model.float()
-        for name, parameter in model.named_parameters():
-            parameter.requires_grad_(_belongs(name, segment.kind))
+        model.float().requires_grad_(True)
     elif training == "adapter":
         targets = _select(linear_layers(model), settings)
         if targets:
@@ -170,18 +168,17 @@ def trainable_shapes(
         ConfigError: The settings do not fit the model, see `check_settings`.
     """
     check_settings(config, settings)
-    layout = layout_of(config)
-    targets = _select(layout.linears, settings)
+    targets = _select(linears_of(config), settings)
     num_blocks = int(config.get_text_config(decoder=True).num_hidden_layers)
     shapes: dict[str, Shape] = {}
     for kind in kinds:
         blocks = blocks_of(kind, partition, num_blocks)
         training = getattr(settings, kind.value)
         if training == "full":
-            shapes |= {name: shape for name, shape in layout.parameters.items() if _belongs(name, kind, blocks)}
+            shapes |= parameters_of(config, kind, blocks)
         elif training == "adapter":
             for name, linear in targets.items():
-                if _belongs(name + ".weight", kind, blocks):
+                if _belongs(name, kind, blocks):
                     shapes[f"{name}.lora_A.weight"] = (settings.rank, linear.fan_in)
                     shapes[f"{name}.lora_B.weight"] = (linear.fan_out, settings.rank)
     return dict(sorted(shapes.items()))
@@ -196,7 +193,7 @@ def check_settings(config: PretrainedConfig, settings: AdapterSection) -> None:
     _refuse_tied_twice(config, settings)
     if "adapter" not in (settings.input, settings.trunk, settings.output):
         return
-    linears = layout_of(config).linears
+    linears = linears_of(config)
     inside = sorted({path_in_block(name) for name in linears if block_of(name) is not None})
     if settings.targets == "all-linear":
         if not inside:
@@ -206,7 +203,7 @@ def check_settings(config: PretrainedConfig, settings: AdapterSection) -> None:
             )
         return
     for target in settings.targets:
-        found = [name for name in linears if _matches(name, target)]
+        found = [name for name in linears if is_target(name, target)]
         if not found:
             raise ConfigError(
                 f"adapter.targets: {target!r} names no linear layer of this model. Those of its blocks are "
@@ -220,21 +217,13 @@ def _select(linears: Mapping[str, Linear], settings: AdapterSection) -> dict[str
     targets = settings.targets
     if targets == "all-linear":
         return {name: linear for name, linear in linears.items() if block_of(name) is not None}
-    return {n: linear for n, linear in linears.items() if any(_matches(n, target) for target in targets)}
+    return {name: linear for name, linear in linears.items() if any(is_target(name, target) for target in targets)}
 
 
-def _matches(name: str, target: str) -> bool:
-    return name == target or name.endswith("." + target)
-
-
-def _belongs(name: str, kind: SegmentKind, blocks: range | None = None) -> bool:
-    """Whether a parameter is part of a segment; a cut model may keep stand-ins that are not."""
+def _belongs(name: str, kind: SegmentKind, blocks: range) -> bool:
+    """Whether a linear layer is part of a segment."""
     block = block_of(name)
-    if block is not None:
-        return blocks is None or block in blocks
-    if kind is SegmentKind.INPUT:
-        return unit_of(name) == "embedding"
-    return kind is SegmentKind.OUTPUT and unit_of(name) in ("norm", "head")
+    return kind is SegmentKind.OUTPUT if block is None else block in blocks
 
 
 def _refuse_tied_twice(config: PretrainedConfig, settings: AdapterSection) -> None:

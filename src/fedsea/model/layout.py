@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 import torch
 from torch import nn
 
+from fedsea.model.partition import build, cut
 from fedsea.types import Partition, SegmentKind
 
 if TYPE_CHECKING:
@@ -69,6 +70,15 @@ def path_in_block(name: str) -> str:
     return re.split(r"(?:^|\.)\d+\.", name, maxsplit=1)[-1]
 
 
+def is_target(name: str, target: str) -> bool:
+    """Whether one of peft's `target_modules` means the module `name`.
+
+    >>> is_target("model.layers.7.self_attn.q_proj", "q_proj"), is_target("model.layers.7.mlp.up_proj", "proj")
+    (True, False)
+    """
+    return name == target or name.endswith("." + target)
+
+
 def is_tied(config: PretrainedConfig) -> bool:
     """Whether the LM head is the embedding's own weight."""
     return bool(getattr(config.get_text_config(decoder=True), "tie_word_embeddings", False))
@@ -83,36 +93,38 @@ class Linear:
     transposed: bool
 
 
-@dataclass(frozen=True, slots=True)
-class Layout:
-    """Names of a whole model, without its weights: its linear layers, and the shapes of all its parameters."""
-
-    linears: Mapping[str, Linear]
-    parameters: Mapping[str, Shape]
-
-
-def layout_of(config: PretrainedConfig) -> Layout:
-    """The layout of the whole model that `config` describes; remembered for a few models."""
-    config_class: Any = type(config)
-    return _layout(config_class, config.to_json_string(use_diff=False))
-
-
 @functools.lru_cache(maxsize=4)
-def _layout(config_class: Any, text: str) -> Layout:
-    from transformers import AutoModelForCausalLM
+def _linears(config_class: Any, text: str) -> dict[str, Linear]:
+    return linear_layers(build(config_class.from_dict(json.loads(text)), torch.float32)[0])
 
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config_class.from_dict(json.loads(text)))
-    shapes = {name: tuple(p.shape) for name, p in model.named_parameters(remove_duplicate=False)}
-    return Layout(linear_layers(model), shapes)
+
+@functools.lru_cache(maxsize=64)
+def _parameters(config_class: Any, text: str, kind: SegmentKind, blocks: range) -> dict[str, Shape]:
+    model, layout = build(config_class.from_dict(json.loads(text)), torch.float32)
+    cut(model, layout, kind, blocks)
+    return {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
+
+
+def linears_of(config: PretrainedConfig) -> Mapping[str, Linear]:
+    """Linear layers of the whole model that `config` describes, without any weights; remembered for a few models."""
+    config_class: Any = type(config)
+    return _linears(config_class, config.to_json_string(use_diff=False))
+
+
+def parameters_of(config: PretrainedConfig, kind: SegmentKind, blocks: range) -> Mapping[str, Shape]:
+    """Names and shapes of a segment's parameters, without any weights; remembered for a few segments."""
+    config_class: Any = type(config)
+    return _parameters(config_class, config.to_json_string(use_diff=False), kind, blocks)
 
 
 def linear_layers(model: nn.Module) -> dict[str, Linear]:
-    """Every layer of a model that LoRA can sit on, by name."""
+    """Every layer of a model that LoRA may sit on: the linear layers of its blocks, and its head."""
     from transformers.pytorch_utils import Conv1D
 
     found = {}
     for name, module in model.named_modules():
+        if block_of(name + ".") is None and unit_of(name + ".") != "head":
+            continue
         if isinstance(module, nn.Linear):
             found[name] = Linear(module.in_features, module.out_features, transposed=False)
         elif isinstance(module, Conv1D):
