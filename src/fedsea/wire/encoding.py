@@ -41,6 +41,21 @@ class Encoded:
     kind: str
 
 
+@dataclass(frozen=True, slots=True)
+class Sealed:
+    """A release in the form of a payload: it may be put into several messages, and is always the same bytes.
+
+    Attributes:
+        channel: What the release was made for.
+        specs: Name, codec and shape of its tensors.
+        pieces: Their encoded bytes.
+    """
+
+    channel: Channel
+    specs: tuple[TensorSpec, ...]
+    pieces: tuple[np.ndarray, ...]
+
+
 class Encoder:
     """Turns messages into bytes; holds no state between messages, so any thread may call it.
 
@@ -75,33 +90,48 @@ class Encoder:
             return _assemble(kind, fields, (), [payload])
         if kind.channel is None:
             return _assemble(kind, fields, (), [])
-        tensors = self._take(kind, cast(Any, message).tensors)
-        codec_name = "fp32" if kind.channel is Channel.UPDATE else self._codec(kind.channel)
-        specs = [TensorSpec(name, codec_name, tuple(tensor.shape)) for name, tensor in tensors.items()]
-        _check_own_specs(kind, specs, fields)
+        value = cast(Any, message).tensors
+        if isinstance(value, Mapping) and not value and kind.optional:
+            return _assemble(kind, fields, (), [])
         try:
-            pieces = [piece for tensor in tensors.values() for piece in CODECS[codec_name].encode(tensor)]
+            sealed = value if isinstance(value, Sealed) else self._seal(kind, value)
         except NonFiniteError as error:
             raise NonFiniteMessage(f"{kind.name}: {error.message}", kind.name, **place(fields)) from None
-        return _assemble(kind, fields, specs, [piece.view(-1).view(torch.uint8).numpy() for piece in pieces])
+        if sealed.channel is not kind.channel:
+            raise UnprotectedRelease(f"A release made for {sealed.channel} was put into a {kind.name}.")
+        _check_own_specs(kind, sealed.specs, fields)
+        return _assemble(kind, fields, sealed.specs, sealed.pieces)
+
+    def seal(self, release: Release) -> Sealed:
+        """Take a release's tensors once, in the form in which every sending will have them.
+
+        Raises:
+            UnprotectedRelease: The release was taken before.
+            NonFiniteError: A value does not fit the codec.
+        """
+        return self._pack(release.channel, release.take())
+
+    def _seal(self, kind: Kind, value: object) -> Sealed:
+        if self.role == "client":
+            if not isinstance(value, Release):
+                raise UnprotectedRelease(f"The tensors of a {kind.name} do not come from the privacy boundary.")
+            if value.channel is not kind.channel:
+                raise UnprotectedRelease(f"A release made for {value.channel} was put into a {kind.name}.")
+            return self.seal(value)
+        if not isinstance(value, Reply) or kind.channel is None:
+            raise ProtocolError(f"The tensors of a {kind.name} must be a Reply.")
+        return self._pack(kind.channel, value.tensors)
+
+    def _pack(self, channel: Channel, tensors: Mapping[str, torch.Tensor]) -> Sealed:
+        codec_name = "fp32" if channel is Channel.UPDATE else self._codec(channel)
+        specs = tuple(TensorSpec(name, codec_name, tuple(tensor.shape)) for name, tensor in tensors.items())
+        pieces = [piece for tensor in tensors.values() for piece in CODECS[codec_name].encode(tensor)]
+        return Sealed(channel, specs, tuple(piece.view(-1).view(torch.uint8).numpy() for piece in pieces))
 
     def _codec(self, channel: Channel) -> str:
         if channel not in self.codecs:
             raise ProtocolError("A tensor was about to be sent before the plan was agreed on: finish the handshake.")
         return self.codecs[channel]
-
-    def _take(self, kind: Kind, value: object) -> Mapping[str, torch.Tensor]:
-        if isinstance(value, Mapping) and not value and kind.optional:
-            return {}
-        if self.role == "server":
-            if not isinstance(value, Reply):
-                raise ProtocolError(f"The tensors of a {kind.name} must be a Reply.")
-            return value.tensors
-        if not isinstance(value, Release):
-            raise UnprotectedRelease(f"The tensors of a {kind.name} do not come from the privacy boundary.")
-        if value.channel is not kind.channel:
-            raise UnprotectedRelease(f"A release made for {value.channel} was put into a {kind.name}.")
-        return value.take()
 
 
 def _check_own_specs(kind: Kind, specs: Sequence[TensorSpec], fields: Mapping[str, Any]) -> None:
