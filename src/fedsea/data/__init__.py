@@ -49,6 +49,7 @@ from fedsea.data.encoding import EncodedSequence
 from fedsea.data.formats import DataFormat
 from fedsea.data.opening import open_silo
 from fedsea.data.silo import Sequences, Silo, SiloSummary
+from fedsea.data.templates import instruction_prompt
 from fedsea.data.tokenizer import load_tokenizer
 
 __all__ = [
@@ -59,6 +60,7 @@ __all__ = [
     "Silo",
     "SiloSummary",
     "evaluation_batches",
+    "instruction_prompt",
     "load_tokenizer",
     "open_silo",
     "pack",

@@ -157,6 +157,7 @@ class Silo:
         self._cache_bytes = 0
         self._fates = np.zeros(len(index), np.uint8)
         self._totals: Counter[str] = Counter()
+        self._fingerprint: int | None = None
 
     @property
     def num_rows(self) -> int:
@@ -187,10 +188,12 @@ class Silo:
         return Sequences(self, self._heldout)
 
     def fingerprint(self) -> int:
-        """48 bits over files' sizes, rows and settings: differs where a saved position would mean something else."""
-        sizes = np.ascontiguousarray(self.index.sizes).tobytes()
-        text = json.dumps([self.num_rows, self.num_train, self._settings], sort_keys=True).encode()
-        return int.from_bytes(hashlib.sha256(text + sizes).digest()[:6], "big")
+        """48 bits over the rows' sizes and settings: differs where a saved position would mean something else."""
+        if self._fingerprint is None:
+            digest = hashlib.sha256(json.dumps([self.num_rows, self._settings], sort_keys=True).encode())
+            digest.update(self.index.sizes.tobytes())
+            self._fingerprint = int.from_bytes(digest.digest()[:6], "big")
+        return self._fingerprint
 
     def sequences(self, rows: Int64s) -> list[EncodedSequence]:
         """The sequences of rows, row after row.
