@@ -32,6 +32,10 @@ EAGER = "fedsea_segments_eager"
 _Attention: TypeAlias = Callable[..., tuple[torch.Tensor, torch.Tensor | None]]
 
 
+class OwnMaskError(Exception):
+    """A block does not use the mask that it was given, so it has to run padded."""
+
+
 @dataclass(frozen=True, slots=True)
 class Segments:
     """Sequences of a pack, longest first.
@@ -91,13 +95,10 @@ def _by_segment(
         return inner(module, query_1NTD, key_1NTD, value_1NTD, attention_mask, **kwargs)
     longest = segments.longest
     if attention_mask is not None and tuple(attention_mask.shape[-2:]) != (longest, longest):
-        raise ConfigError(
-            f"{type(module).__name__} makes an attention mask of its own, so its sequences cannot be packed; "
-            "use micro-batches of sequences of equal length."
-        )
+        raise OwnMaskError(f"{type(module).__name__} makes an attention mask of its own.")
     sizes = [length * count for length, count in segments.groups]
     # One split, not a slice a group: the backward of a slice fills a tensor of the whole pack.
-    parts = zip(*(tensor[0].split(sizes, dim=1) for tensor in (query_1NTD, key_1NTD, value_1NTD)), strict=True)
+    parts = zip(*(torch.split(tensor[0], sizes, dim=1) for tensor in (query_1NTD, key_1NTD, value_1NTD)), strict=True)
     out_1TND = []
     for (length, count), part in zip(segments.groups, parts, strict=True):
         query, key, value = (tensor.unflatten(1, (count, length)).transpose(0, 1) for tensor in part)

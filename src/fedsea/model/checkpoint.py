@@ -40,7 +40,7 @@ class Checkpoint:
     Attributes:
         config: The model's configuration; not to be changed.
         folder: Folder of its files.
-        files: Tensor name to the file (in `folder`) that holds it; a file may be absent as long as nothing of it is read.
+        files: Tensor name to the file in `folder` that holds it; a file may be absent while nothing of it is read.
     """
 
     config: PretrainedConfig
@@ -129,8 +129,8 @@ def _read_config(folder: Path) -> PretrainedConfig:
         return AutoConfig.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
     except (ValueError, KeyError, TypeError, OSError) as error:
         raise ConfigError(
-            f"transformers cannot use {path} ({type(error).__name__}): the architecture is unknown to it, needs code "
-            "of its own (which fedsea does not run), or a value is wrong. Update transformers, or convert the checkpoint."
+            f"transformers cannot use {path} ({type(error).__name__}): the architecture is new to it or needs "
+            "code of its own, which fedsea does not run, or a value is wrong. Update transformers or convert the model."
         ) from None
 
 
@@ -157,7 +157,7 @@ def _index(folder: Path) -> dict[str, str]:
         raise ConfigError(
             f"{folder} has no {_SINGLE} or {_INDEX}"
             + (
-                ", only pickled weights, which fedsea does not read: convert them with `save_pretrained` of transformers."
+                ", only pickled weights, which fedsea does not read: convert them with transformers' `save_pretrained`."
                 if pickled
                 else "; a checkpoint is a folder as `save_pretrained` writes it."
             )

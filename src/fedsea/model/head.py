@@ -21,10 +21,10 @@ if TYPE_CHECKING:
 Logits: TypeAlias = Callable[[torch.Tensor], torch.Tensor]
 
 CHUNK_ELEMENTS = 2**24
-"""Logits held at once (rows × V); 64 MB in float32."""
+"""Logits held at once (rows times V); 64 MB in float32."""
 
 
-class _Output(BaseModelOutputWithPast):
+class _Output(BaseModelOutputWithPast):  # type: ignore[misc]
     """Answers None for whatever else a family reads from its decoder's output."""
 
     def __getattr__(self, name: str) -> Any:
@@ -34,7 +34,7 @@ class _Output(BaseModelOutputWithPast):
 
 
 class _PassThrough(nn.Module):
-    def forward(self, *args: Any, inputs_embeds: torch.Tensor, **kwargs: Any) -> _Output:
+    def forward(self, *_args: Any, inputs_embeds: torch.Tensor, **_kwargs: Any) -> _Output:
         return _Output(last_hidden_state=inputs_embeds)
 
 
@@ -57,7 +57,7 @@ def head_of(model: PreTrainedModel, decoder_path: str) -> tuple[Logits, list[nn.
         inner = _PassThrough() if depth == len(path) - 1 else copy.copy(copied._modules[name])
         copied._modules[name] = inner
         assert inner is not None
-        copied = inner  # type: ignore[assignment]
+        copied = inner
 
     def logits(hidden_TH: torch.Tensor) -> torch.Tensor:
         out: torch.Tensor = head(inputs_embeds=hidden_TH[None], use_cache=False, return_dict=True).logits
@@ -83,7 +83,7 @@ def summed_cross_entropy(
         loss: torch.Tensor = _ChunkedLoss.apply(logits, rows, targets_T, hidden_TH, *trained)  # type: ignore[no-untyped-call]
         return loss
     total = torch.zeros((), dtype=torch.float32, device=hidden_TH.device)
-    for part_TH, targets in zip(hidden_TH.split(rows), targets_T.split(rows), strict=True):
+    for part_TH, targets in zip(torch.split(hidden_TH, rows), torch.split(targets_T, rows), strict=True):
         total += _cross_entropy(logits, part_TH, targets)
     return total
 
@@ -101,7 +101,7 @@ class _ChunkedLoss(torch.autograd.Function):
     ) -> torch.Tensor:
         total = torch.zeros((), dtype=torch.float32, device=hidden_TH.device)
         hidden_gradients, gradients = [], [torch.zeros_like(parameter) for parameter in trained]
-        for part_TH, targets in zip(hidden_TH.split(rows), targets_T.split(rows), strict=True):
+        for part_TH, targets in zip(torch.split(hidden_TH, rows), torch.split(targets_T, rows), strict=True):
             with torch.enable_grad():
                 leaf_TH = part_TH.detach().requires_grad_()
                 loss = _cross_entropy(logits, leaf_TH, targets)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import nn
@@ -11,7 +11,7 @@ from torch import nn
 from fedsea.errors import ConfigError
 from fedsea.model.attention import checkpoint_activations
 from fedsea.model.partition import Layout, build, cut
-from fedsea.model.segments import InputBlocks, OutputBlocks, Trunk
+from fedsea.model.segments import InputBlocks, OutputBlocks, Segment, Trunk
 from fedsea.types import BlockRange, Partition, SegmentKind
 
 if TYPE_CHECKING:
@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
     from fedsea.model.checkpoint import Checkpoint
 
+_Segment = TypeVar("_Segment", bound=Segment)
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -48,7 +49,7 @@ def load_input_blocks(
     model, layout = _load(
         checkpoint, SegmentKind.INPUT, range(partition.input_blocks), dtype, device, activation_checkpointing
     )
-    return InputBlocks(model, layout, range(partition.input_blocks), autocast)
+    return _checked(InputBlocks(model, layout, range(partition.input_blocks), autocast))
 
 
 def load_trunk(
@@ -67,7 +68,7 @@ def load_trunk(
         )
     indices = range(blocks.start, blocks.stop)
     model, layout = _load(checkpoint, SegmentKind.TRUNK, indices, dtype, device, activation_checkpointing)
-    return Trunk(model, layout, indices, autocast)
+    return _checked(Trunk(model, layout, indices, autocast))
 
 
 def load_output_blocks(
@@ -82,7 +83,7 @@ def load_output_blocks(
     """The last blocks, final norm and head; arguments and errors as for `load_input_blocks`."""
     indices = range(partition.trunk(checkpoint.num_blocks).stop, checkpoint.num_blocks)
     model, layout = _load(checkpoint, SegmentKind.OUTPUT, indices, dtype, device, activation_checkpointing)
-    return OutputBlocks(model, layout, indices, autocast)
+    return _checked(OutputBlocks(model, layout, indices, autocast))
 
 
 def _load(
@@ -102,6 +103,11 @@ def _load(
     if activation_checkpointing and len(blocks):
         checkpoint_activations(model)
     return model, layout
+
+
+def _checked(segment: _Segment) -> _Segment:
+    segment.choose_packing()
+    return segment
 
 
 def _fill(model: PreTrainedModel, checkpoint: Checkpoint, tied: Mapping[str, str], device: torch.device) -> None:

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -67,7 +67,7 @@ def _pack(lengths: tuple[int, ...], device: torch.device) -> Packing:
     if min(lengths) == longest:
         return Packing(lengths, None, torch.arange(longest, device=device)[None], None, None, slots_T.to(device))
     order = sorted(range(len(lengths)), key=lambda i: -lengths[i])
-    rows = torch.arange(sum(lengths)).split(lengths)
+    rows = torch.split(torch.arange(sum(lengths)), list(lengths))
     order_T = torch.cat([rows[i] for i in order])
     sorted_lengths = tuple(lengths[i] for i in order)
     moved = sorted_lengths != lengths
@@ -125,12 +125,12 @@ def _run_padded(decoder: nn.Module, hidden_TH: torch.Tensor, way: Packing) -> to
 def _call(
     decoder: nn.Module, hidden_BLH: torch.Tensor, positions: torch.Tensor, mask: torch.Tensor | None
 ) -> torch.Tensor:
-    arguments = {"position_ids": positions} if _takes_positions(type(decoder)) else {}
+    arguments = {"position_ids": positions} if _takes_positions(type(decoder).forward) else {}
     out = decoder(inputs_embeds=hidden_BLH, attention_mask=mask, use_cache=False, **arguments)
     last: torch.Tensor = out[0]
     return last
 
 
 @functools.cache
-def _takes_positions(decoder_class: type[nn.Module]) -> bool:
-    return "position_ids" in inspect.signature(decoder_class.forward).parameters
+def _takes_positions(forward: Callable[..., object]) -> bool:
+    return "position_ids" in inspect.signature(forward).parameters

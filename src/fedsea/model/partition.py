@@ -120,19 +120,23 @@ def _find(model: PreTrainedModel, attention: str | None) -> Layout:
     if not lists or model.get_input_embeddings() is None or model.get_output_embeddings() is None:
         raise _refused(config, "no list of its num_hidden_layers blocks between an embedding and a head was found")
     path, _, blocks = min(lists, key=lambda name: name.count(".")).rpartition(".")
+    if model.get_input_embeddings() not in model.get_submodule(path).children():
+        raise _refused(config, "the module that runs its blocks is not the one that embeds, as in BERT-like encoders")
     before, after, passed = [], [], False
     for name, child in model.get_submodule(path).named_children():
         if name == blocks:
             passed = True
-        elif not child.state_dict():
-            # Dropout of the embedding; rotary tables and the like hold no weights and stay in every segment.
-            if isinstance(child, nn.Dropout) and not passed:
-                before.append(name)
+        elif not child.state_dict() and not _acts_on_hidden_states(child):
+            continue  # rotary tables and the like stay in every segment
         elif name in family.after or (name not in family.before and (passed or "final" in name)):
             after.append(name)
         else:
             before.append(name)
     return Layout(decoder=path, blocks=blocks, before=tuple(before), after=tuple(after), attention=attention)
+
+
+def _acts_on_hidden_states(module: nn.Module) -> bool:
+    return isinstance(module, nn.Dropout) or "Norm" in type(module).__name__
 
 
 def cut(model: PreTrainedModel, layout: Layout, kind: SegmentKind, blocks: Iterable[int]) -> None:

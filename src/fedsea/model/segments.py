@@ -18,6 +18,7 @@ import torch
 from torch import nn
 
 from fedsea.errors import ConfigError
+from fedsea.model.attention import OwnMaskError
 from fedsea.model.head import head_of, summed_cross_entropy
 from fedsea.model.packing import run
 from fedsea.model.partition import Layout
@@ -47,6 +48,7 @@ class Segment:
         self.blocks = blocks
         self._layout = layout
         self._autocast = autocast
+        self._padded = layout.attention is None
 
     @property
     def num_parameters(self) -> int:
@@ -69,6 +71,30 @@ class Segment:
         """Where the segment lives."""
         return next((parameter.device for parameter in self.model.parameters()), torch.device("cpu"))
 
+    @property
+    def padded(self) -> bool:
+        """Whether unequal sequences run as a padded batch, because the family cannot keep packed ones apart."""
+        return self._padded
+
+    def choose_packing(self) -> None:
+        """Try two packed sequences through the first block: a family that lets them see each other is padded instead.
+
+        What a family says about its attention is checked before; this finds what it does not say, for example a
+        convolution over time, or positions that it counts itself.
+        """
+        if self._padded:
+            return
+        decoder, generator = self._decoder, torch.Generator().manual_seed(0)
+        if len(self.blocks) > 1:
+            held, first = (BlockRange(self.blocks.start, stop) for stop in (self.blocks.stop, self.blocks.start + 1))
+            decoder = stage_of(decoder, self._layout.blocks, held, first)
+        first_TH, second_TH = (torch.randn(n, self.hidden_size, generator=generator).to(self.device) for n in (3, 2))
+        with torch.no_grad():
+            alone = torch.cat([self._run(decoder, first_TH, [3]), self._run(decoder, second_TH, [2])])
+            packed = self._run(decoder, torch.cat([first_TH, second_TH]), [3, 2])
+        close = (packed - alone).float().norm() <= 0.02 * alone.float().norm()
+        self._padded = self._padded or not bool(close)
+
     def _weights(self) -> list[nn.Parameter]:
         # The largest weight of a block is a linear layer's: norms may be kept in float32, adapters always are.
         blocks: nn.Module = getattr(self._decoder, self._layout.blocks)
@@ -76,11 +102,17 @@ class Segment:
 
     @property
     def _decoder(self) -> nn.Module:
-        return self.model.get_submodule(self._layout.decoder)
+        decoder: nn.Module = self.model.get_submodule(self._layout.decoder)
+        return decoder
 
     def _run(self, decoder: nn.Module, hidden_TH: torch.Tensor, lengths: Sequence[int]) -> torch.Tensor:
+        hidden_TH = hidden_TH.to(self.dtype)
         with self._precision(hidden_TH.device):
-            return run(decoder, hidden_TH.to(self.dtype), lengths, padded=self._layout.attention is None)
+            try:
+                return run(decoder, hidden_TH, lengths, padded=self._padded)
+            except OwnMaskError:
+                self._padded = True
+                return run(decoder, hidden_TH, lengths, padded=True)
 
     def _precision(self, device: torch.device) -> contextlib.AbstractContextManager[object]:
         if self._autocast is None:

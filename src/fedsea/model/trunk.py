@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TypeAlias
@@ -72,7 +73,7 @@ def run_group(parts: Sequence[TrunkPart], run: RunStage) -> list[torch.Tensor]:
         raise ConfigError("A group needs at least one member.")
     hidden = [part.hidden_TH for part in parts]
     edges = sorted({edge for part in parts for edge in (part.blocks.start, part.blocks.stop)})
-    for start, stop in zip(edges, edges[1:], strict=False):
+    for start, stop in itertools.pairwise(edges):
         stage = BlockRange(start, stop)
         members = [i for i, part in enumerate(parts) if part.blocks.covers(stage)]
         if not members:
@@ -82,6 +83,6 @@ def run_group(parts: Sequence[TrunkPart], run: RunStage) -> list[torch.Tensor]:
             continue
         lengths = [length for i in members for length in parts[i].lengths]
         out_TH = run(stage, torch.cat([hidden[i] for i in members]), lengths)
-        for i, own_TH in zip(members, out_TH.split([hidden[i].shape[0] for i in members]), strict=True):
+        for i, own_TH in zip(members, torch.split(out_TH, [hidden[i].shape[0] for i in members]), strict=True):
             hidden[i] = own_TH
     return hidden
