@@ -82,6 +82,8 @@ def write_adapter(
         inference_mode=True,
         **_targets(modules, linears_of(config)),
     )
+    if isinstance(lora.target_modules, set):
+        lora.target_modules = sorted(lora.target_modules)  # so that the same adapter gives the same file
     with _appearing(folder) as temporary:
         lora.save_pretrained(str(temporary))
         values = {_PEFT_PREFIX + name: tensor.to("cpu", torch.float32) for name, tensor in sorted(tensors.items())}

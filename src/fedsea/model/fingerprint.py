@@ -1,7 +1,8 @@
 """What identifies a base model: one SHA-256 per unit, so that each side checks just what it holds.
 
 Units are "config", "tokenizer", "embedding", "block.0" … "block.N-1", "norm" and "head". A tensor belongs to a
-unit by its name; the rules cover the decoders of transformers. With tied embeddings "head" equals "embedding".
+unit by its name; the rules cover the decoders of transformers. A tied head that is not stored
+has the hash of "embedding".
 """
 
 from __future__ import annotations
@@ -74,11 +75,11 @@ def fingerprint(checkpoint: Checkpoint, units: Iterable[str] | None = None) -> d
         ConfigError: A unit has no tensors in this checkpoint.
     """
     names = _names_by_unit(checkpoint)
+    twin = {"head": "embedding"} if is_tied(checkpoint.config) and not names.get("head") else {}
     wanted = ["config", "tokenizer", *names] if units is None else list(dict.fromkeys(units))
-    tied = is_tied(checkpoint.config)
     result: dict[str, str] = {}
     for unit in wanted:
-        source = "embedding" if unit == "head" and tied else unit
+        source = twin.get(unit, unit)
         if source == "config":
             result[unit] = _config_hash(checkpoint.config)
         elif source == "tokenizer":
@@ -122,8 +123,8 @@ def _names_by_unit(checkpoint: Checkpoint) -> dict[str, list[str]]:
     units: dict[str, list[str]] = {}
     for name in sorted(checkpoint.tensor_names):
         units.setdefault(unit_of(name), []).append(name)
-    if is_tied(checkpoint.config) and "embedding" in units:
-        units["head"] = []  # hashed as the embedding, whether the file repeats it or not
+    if is_tied(checkpoint.config):
+        units.setdefault("head", [])  # usually not stored; a stored one is what gets loaded, and may differ
     return {unit: units[unit] for unit in sorted(units, key=_unit_order)}
 
 
