@@ -7,6 +7,7 @@ about this machine (its disk, its data, its bugs) are logged here and replaced b
 from __future__ import annotations
 
 import logging
+import math
 from dataclasses import dataclass
 
 import grpc
@@ -149,6 +150,7 @@ def _one_line(text: str) -> str:
 
 def _seconds(text: str | None) -> float:
     try:
-        return min(max(float(text or 1.0), 0.0), 3600.0)
+        seconds = float(text or 1.0)
     except ValueError:
         return 1.0
+    return min(max(seconds, 0.0), 3600.0) if math.isfinite(seconds) else 1.0

@@ -1,0 +1,241 @@
+"""Sample messages of every kind, and hostile frames made from nothing or from real ones.
+
+The strategies yield lists of chunks, as a peer would write them to a stream.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import struct
+from collections.abc import Sequence
+
+import grpc
+import torch
+from hypothesis import strategies as st
+
+from fedsea.privacy.boundary import Boundary
+from fedsea.types import BlockRange, Channel, Reply
+from fedsea.wire import messages as m
+from fedsea.wire.encoding import Encoded, Encoder
+from fedsea.wire.frames import KINDS, PREFIX, Role
+from fedsea.wire.limits import WireLimits
+from fedsea.wire.proto import messages_pb2 as pb
+from fedsea.wire.transport import DEFAULT_TIMING, SESSION, client_options
+
+HIDDEN_SIZE = 32
+LENGTHS = (5, 3)
+BUNDLE = {"layers.1.q_proj.lora_A.weight": (4, 32), "layers.1.q_proj.lora_B.weight": (32, 4), "norm.weight": (32,)}
+
+
+def codecs(name: str) -> dict[Channel, str]:
+    return {Channel.HIDDEN: name, Channel.GRADIENT: name}
+
+
+def limits(codec: str = "fp32", *, max_tokens: int = 64, hidden_size: int = HIDDEN_SIZE) -> WireLimits:
+    return WireLimits(
+        hidden_size=hidden_size,
+        max_tokens=max_tokens,
+        max_sequences=8,
+        max_tensor_bytes=4 * max_tokens * hidden_size,
+        codecs=codecs(codec),
+        bundle_shapes=BUNDLE,
+        num_blocks=6,
+    )
+
+
+def hidden(num_rows: int = sum(LENGTHS)) -> torch.Tensor:
+    return torch.randn(num_rows, HIDDEN_SIZE, generator=torch.Generator().manual_seed(num_rows))
+
+
+def bundle() -> dict[str, torch.Tensor]:
+    generator = torch.Generator().manual_seed(7)
+    return {name: torch.randn(shape, generator=generator) for name, shape in BUNDLE.items()}
+
+
+def forward(tensors: object, step: int = 3, lengths: tuple[int, ...] = LENGTHS) -> m.Forward:
+    return m.Forward(step, 1, 0, 2, BlockRange(1, 5), lengths, 6, False, tensors)  # type: ignore[arg-type]
+
+
+def client_messages() -> list[m.Message]:
+    """One message of every kind that a client sends, with fresh releases."""
+    boundary = Boundary("trusted-server")
+    return [
+        m.Hello(1, "0.1.0"),
+        m.Join("ab" * 32, 4, -1, 2, "train"),
+        forward(boundary.hidden(hidden())),
+        m.Backward(3, 1, 0, boundary.gradient(hidden())),
+        m.StepReady(3, 1, 6, 0.25, boundary.update(bundle())),
+        m.StepReady(3, 1, 6, 0.25),
+        m.RoundUpdate(2, 100, boundary.update(bundle())),
+        m.Report(3, 1.5),
+        m.FetchTrunk(),
+        m.Finished(9),
+        m.Failure("CONFIG", "Say what to do.", 0.0, -1, True),
+    ]
+
+
+def server_messages() -> list[m.Message]:
+    """One message of every kind that a server sends."""
+    return [
+        m.Welcome('{"name": "prüfung"}' * 40000, "cd" * 32, "run-1"),
+        m.StepOpen(3, 1),
+        m.Output(3, 1, 0, False, Reply({"": hidden()})),
+        m.InputGradient(3, 1, 0, Reply({"": hidden()})),
+        m.InputGradient(3, 1, 0),
+        m.StepDone(3, 12, 0.5, Reply(bundle())),
+        m.RoundOpen(2),
+        m.RoundResult(2, Reply(bundle())),
+        m.TrunkState(4, Reply(bundle())),
+        m.Waiting(4, ("bank", "law-office")),
+        m.Finished(9),
+        m.Failure("CAPACITY", "Try later.", 2.5, 3, False),
+    ]
+
+
+def encoded(codec: str = "fp32", role: Role = "client") -> list[Encoded]:
+    encoder = Encoder(role, codecs(codec))
+    return [encoder.encode(message) for message in (client_messages() if role == "client" else server_messages())]
+
+
+def frame(header: bytes, payload: bytes = b"", *, payload_bytes: int | None = None, version: int = 1) -> bytes:
+    """A frame with a given header; `payload_bytes` may lie."""
+    size = len(payload) if payload_bytes is None else payload_bytes
+    return PREFIX.pack(b"FSEA", version, b"\0\0\0", len(header), size) + header + payload
+
+
+def retouched(original: Encoded, **changes: object) -> bytes:
+    """A real one-chunk frame whose protobuf header was changed; `tensors__shape=(…)` changes the first tensor."""
+    (chunk,) = original.chunks
+    _, _, _, header_bytes, payload_bytes = PREFIX.unpack_from(chunk)
+    header = pb.Header.FromString(chunk[PREFIX.size : PREFIX.size + header_bytes])
+    part = getattr(header, header.WhichOneof("kind"))
+    for path, value in changes.items():
+        owner, _, name = path.rpartition("__")
+        target = header.tensors[0] if owner == "tensors" else getattr(part, owner) if owner else part
+        if isinstance(value, tuple):
+            del getattr(target, name)[:]
+            getattr(target, name).extend(value)
+        else:
+            setattr(target, name, value)
+    payload = chunk[PREFIX.size + header_bytes :]
+    return frame(header.SerializeToString(), payload, payload_bytes=payload_bytes)
+
+
+_INTEGERS = st.sampled_from([-(2**63), -2, -1, 0, 1, 2, 3, 5, 8, 32, 64, 65, 2**20, 2**31, 2**40, 2**53, 2**63 - 1])
+_FLOATS = st.sampled_from([0.0, -1.0, 0.5, float("nan"), float("inf"), 1e308])
+_TEXTS = st.sampled_from(["", "train", "ab" * 32, "CONFIG", "run-1", "0.1", "\x1b[2J", "x" * 5000, *BUNDLE])
+_KIND_NAMES = st.sampled_from(sorted(kind.field for kind in KINDS.values()))
+
+
+def _value(field: object) -> st.SearchStrategy[object]:
+    kind = field.cpp_type  # type: ignore[attr-defined]
+    if kind == field.CPPTYPE_STRING:  # type: ignore[attr-defined]
+        return _TEXTS
+    if kind == field.CPPTYPE_DOUBLE:  # type: ignore[attr-defined]
+        return _FLOATS
+    if kind == field.CPPTYPE_BOOL:  # type: ignore[attr-defined]
+        return st.booleans()
+    return _INTEGERS
+
+
+@st.composite
+def built(draw: st.DrawFn) -> list[bytes]:
+    """Well-formed protobuf headers with any values, before payloads of right and wrong lengths."""
+    header = pb.Header()
+    part = getattr(header, draw(_KIND_NAMES))
+    part.SetInParent()
+    for field in part.DESCRIPTOR.fields:
+        if field.message_type is not None:
+            part.blocks.start, part.blocks.stop = draw(_INTEGERS), draw(_INTEGERS)
+        elif field.name in ("lengths", "waiting_for"):
+            getattr(part, field.name).extend(draw(st.lists(_value(field), max_size=10)))
+        else:
+            setattr(part, field.name, draw(_value(field)))
+    for _ in range(draw(st.integers(0, 3))):
+        shape = draw(st.lists(_INTEGERS, max_size=3)) if draw(st.booleans()) else [8, HIDDEN_SIZE]
+        shared = draw(st.sampled_from([0, 0, 0, 5, 2**32 - 1]))
+        header.tensors.add(shared=shared, suffix=draw(_TEXTS), codec=draw(st.integers(-1, 9)), shape=shape)
+    payload = bytes(draw(st.sampled_from([0, 1, 256, 1024, 8 * HIDDEN_SIZE * 4])))
+    announced = draw(st.sampled_from([len(payload), 0, 1024, 2**32, 2**64 - 1]))
+    return [frame(header.SerializeToString(), payload, payload_bytes=announced)]
+
+
+@st.composite
+def noise(draw: st.DrawFn) -> list[bytes]:
+    """Random bytes, bare or behind a correct prefix."""
+    data = draw(st.binary(max_size=300))
+    if draw(st.booleans()):
+        return [data]
+    header_bytes = draw(st.sampled_from([len(data), 0, len(data) + 1, 65536, 65537, 2**32 - 1]))
+    prefix = struct.pack(
+        "<4sB3sIQ", b"FSEA", draw(st.sampled_from([1, 1, 1, 0, 2])), b"\0\0\0", header_bytes, len(data)
+    )
+    return [prefix + data]
+
+
+_REAL = [list(one.chunks) for codec in ("fp32", "bf16", "fp16", "int8") for one in encoded(codec)]
+_REAL += [list(one.chunks) for one in encoded("fp32", "server")[1:]]
+
+
+@st.composite
+def mutated(draw: st.DrawFn) -> list[bytes]:
+    """Real frames with bytes changed, cut out, put in, or sent twice."""
+    chunks = [bytearray(chunk) for chunk in draw(st.sampled_from(_REAL))]
+    for _ in range(draw(st.integers(1, 4))):
+        chunk = chunks[draw(st.integers(0, len(chunks) - 1))]
+        # Mostly near the front, where prefix and header are.
+        at = draw(st.integers(0, min(len(chunk), 120 if draw(st.booleans()) else len(chunk))))
+        how = draw(st.sampled_from(["flip", "flip", "set", "cut", "insert", "end", "twice"]))
+        if how == "flip" and at < len(chunk):
+            chunk[at] ^= 1 << draw(st.integers(0, 7))
+        elif how == "set" and at < len(chunk):
+            chunk[at] = draw(st.sampled_from([0, 1, 0x7F, 0x80, 0xFF]))
+        elif how == "cut":
+            del chunk[at : at + draw(st.integers(1, 16))]
+        elif how == "insert":
+            chunk[at:at] = draw(st.binary(min_size=1, max_size=16))
+        elif how == "end":
+            del chunk[at:]
+        else:
+            chunks.append(bytearray(chunk))
+    return [bytes(chunk) for chunk in chunks]
+
+
+def hostile() -> st.SearchStrategy[list[bytes]]:
+    """All of the above."""
+    return st.one_of(noise(), built(), mutated())
+
+
+class Thrower:
+    """Writes raw chunks to a server, as a client with a good certificate and bad intentions would."""
+
+    def __init__(self, address: str, identity: object) -> None:
+        self._address = address
+        self._identity = identity
+
+    async def __aenter__(self) -> Thrower:
+        own = self._identity
+        credentials = grpc.ssl_channel_credentials(own.ca_pem, own.key_pem, own.certificate_pem)  # type: ignore[attr-defined]
+        options = client_options(DEFAULT_TIMING, proxy=False)
+        self._channel = grpc.aio.secure_channel(self._address, credentials, options=options)
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self._channel.close()
+
+    async def throw(self, chunks: Sequence[bytes], timeout_s: float = 10.0) -> grpc.StatusCode:
+        """Open a stream, write the chunks, end it; how the server ended it."""
+        call = self._channel.stream_stream(SESSION)()
+        try:
+            async with asyncio.timeout(timeout_s):
+                try:
+                    for chunk in chunks:
+                        await call.write(chunk)
+                    await call.done_writing()
+                    while await call.read() is not grpc.aio.EOF:
+                        pass
+                except (grpc.aio.AioRpcError, asyncio.InvalidStateError):
+                    pass
+                return await call.code()
+        finally:
+            call.cancel()

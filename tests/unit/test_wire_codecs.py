@@ -1,0 +1,91 @@
+"""Codecs: what comes out is what the type can hold, and nothing that is not finite goes in."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from fedsea.errors import ConfigError, NonFiniteError
+from fedsea.wire.codecs import CODECS, all_finite, check_codec
+
+NAMES = sorted(CODECS)
+
+
+def through(name: str, tensor: torch.Tensor) -> torch.Tensor:
+    raw = torch.cat([part.view(-1).view(torch.uint8) for part in CODECS[name].encode(tensor)])
+    assert raw.numel() == CODECS[name].num_bytes(tuple(tensor.shape))
+    out = torch.empty(tensor.shape)
+    CODECS[name].decode(raw, out)
+    return out
+
+
+def rows(scale: float) -> torch.Tensor:
+    return scale * torch.randn(7, 33, generator=torch.Generator().manual_seed(1))
+
+
+@pytest.mark.parametrize("scale", [1e-30, 1e-3, 1.0, 300.0])
+def test_fp32_is_exact(scale: float) -> None:
+    assert torch.equal(through("fp32", rows(scale)), rows(scale))
+
+
+@pytest.mark.parametrize(("name", "dtype"), [("bf16", torch.bfloat16), ("fp16", torch.float16)])
+def test_half_precision_equals_torch_casts(name: str, dtype: torch.dtype) -> None:
+    assert torch.equal(through(name, rows(5.0)), rows(5.0).to(dtype).float())
+
+
+@pytest.mark.parametrize("name", ["bf16", "fp16"])
+def test_values_of_the_codec_type_are_exact(name: str) -> None:
+    exact = through(name, rows(1.0))
+    assert torch.equal(through(name, exact), exact)
+
+
+@settings(max_examples=60, deadline=None, derandomize=True)
+@given(st.floats(1e-30, 1e30), st.integers(0, 10_000))
+def test_int8_errs_by_half_a_step_of_its_row_at_most(scale: float, seed: int) -> None:
+    values = scale * torch.randn(5, 16, generator=torch.Generator().manual_seed(seed))
+    step = values.abs().amax(1, keepdim=True) / 127
+    assert bool(((through("int8", values) - values).abs() <= 0.5001 * step).all())
+
+
+@pytest.mark.parametrize("value", [0.0, 1e-45, -1e-40, 3e38, -3.4e38])
+def test_int8_survives_the_ends_of_the_range(value: float) -> None:
+    result = through("int8", torch.full((2, 8), value))
+    assert all_finite(result)
+    assert float((result - value).abs().max()) <= max(abs(value) * 0.01, 2e-35)
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+def test_non_finite_values_are_refused(name: str, value: float) -> None:
+    tensor = rows(1.0)
+    tensor[3, 4] = value
+    with pytest.raises(NonFiniteError, match="NaN or an infinity"):
+        CODECS[name].encode(tensor)
+
+
+def test_fp16_overflow_advises_bf16() -> None:
+    with pytest.raises(NonFiniteError, match=r"65504.*bf16"):
+        CODECS["fp16"].encode(torch.full((2, 2), 70000.0))
+
+
+def test_a_finite_tensor_with_an_overflowing_sum_is_finite() -> None:
+    assert all_finite(torch.full((100,), 3e38))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_tensors_that_are_not_contiguous_are_encoded_by_value(name: str) -> None:
+    tensor = rows(1.0).T
+    assert torch.equal(through(name, tensor), through(name, tensor.contiguous()))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_half_precision_input_is_accepted(name: str) -> None:
+    tensor = rows(1.0).to(torch.bfloat16)
+    assert torch.allclose(through(name, tensor), tensor.float(), atol=0.05)
+
+
+def test_an_unknown_codec_names_the_known_ones() -> None:
+    with pytest.raises(ConfigError, match="fp32, bf16, fp16, int8"):
+        check_codec("zip")
