@@ -177,3 +177,21 @@ def test_a_store_that_keeps_nothing_is_refused(tmp_path: Path) -> None:
 def test_importing_storage_does_not_import_torch() -> None:
     program = "import fedsea.storage, sys; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", program], check=False, timeout=60).returncode == 0
+
+
+def test_a_run_folder_that_is_not_there_has_no_checkpoints(tmp_path: Path) -> None:
+    with storage.CheckpointStore(tmp_path / "none", read_only=True) as store:
+        assert store.latest() is None
+    assert not (tmp_path / "none").exists()
+
+
+@pytest.mark.parametrize("read_only", [False, True])
+def test_a_file_in_the_place_of_the_folder_says_what_to_do(tmp_path: Path, read_only: bool) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(StorageError, match="choose another folder|is a file"):
+        storage.CheckpointStore(tmp_path / "file" / "run", read_only=read_only).steps()
+
+
+def test_a_folder_in_the_place_of_a_checkpoint_is_a_storage_error(tmp_path: Path) -> None:
+    with pytest.raises(StorageError, match=str(tmp_path)):
+        storage.load_tensors(tmp_path)
