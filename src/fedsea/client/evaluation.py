@@ -26,7 +26,7 @@ def evaluate(
         trunk: Where hidden states go.
         boundary: Maker of releases; evaluating releases hidden states as training does.
         batches: Held-out batches.
-        plan: For the partition and the number of batches in flight.
+        plan: For the number of batches in flight.
 
     Returns:
         Nats per target token, and the number of target tokens.
@@ -34,7 +34,6 @@ def evaluate(
     Raises:
         DataError: There is no target token.
     """
-    blocks = plan.partition_of(segments.name).trunk(segments.output_blocks.num_blocks)
     under_way: deque[tuple[TokenBatch, Future[torch.Tensor]]] = deque()
     total, tokens = 0.0, 0
 
@@ -47,7 +46,7 @@ def evaluate(
     segments.train(False)
     for number, batch in enumerate(batches):
         hidden = segments.evaluate_embed(batch)
-        where = MicroBatch(number, -1, 0, 1, batch.lengths, batch.num_target_tokens, blocks)
+        where = MicroBatch(number, -1, 0, 1, batch.lengths, batch.num_target_tokens, segments.trunk_blocks)
         under_way.append((batch, trunk.evaluate(where, trunk.seal(boundary.hidden(hidden)))))
         if len(under_way) >= plan.training.in_flight:
             take()

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from fedsea.client.trunk import Connected, Event, MicroBatch, Sealed, Standing, Tensors
+from fedsea.client.trunk import Connected, Event, MicroBatch, Sealed, Tensors
 from fedsea.federation.schedule import place
 from fedsea.model import adapters
 from fedsea.model.optim import SegmentOptimizer, clip_coefficient
@@ -37,7 +37,6 @@ class LocalTrunk:
         trunk: The trunk segment, adapters attached.
         plan: A plan whose only client is `name`.
         name: The client.
-        standing: What the client holds durably, asked for at the start.
         folder: Where the trunk's state becomes durable after each step; None keeps it in memory only.
     """
 
@@ -46,12 +45,10 @@ class LocalTrunk:
         trunk: TrunkSegment,
         plan: FederationPlan,
         name: str,
-        standing: Callable[[], Standing],
         folder: Path | None = None,
     ) -> None:
         self.plan = plan
         self.name = name
-        self._standing = standing
         trains = plan.adapter.trunk != "frozen"
         self._passes = TrunkPasses(trunk, plan.seed, plan.training.max_batch_tokens, trains=trains)
         self._optimizer = SegmentOptimizer(adapters.trainable(trunk), plan.optimizer, plan.num_steps)

@@ -11,7 +11,7 @@ from fedsea.model import adapters
 from fedsea.model.optim import SegmentOptimizer, clip_coefficient
 from fedsea.model.segments import InputBlocks, OutputBlocks
 from fedsea.plan import FederationPlan
-from fedsea.types import TokenBatch
+from fedsea.types import BlockRange, TokenBatch
 
 Tensors = Mapping[str, torch.Tensor]
 
@@ -36,6 +36,11 @@ class ClientSegments:
         )
         self.trains_input = plan.trains_below_cut(name)
         self.sends_gradients = plan.sends_gradients(name)
+
+    @property
+    def trunk_blocks(self) -> BlockRange:
+        """The blocks between the two segments."""
+        return BlockRange(self.input_blocks.blocks.stop, self.output_blocks.blocks.start)
 
     def train(self, mode: bool) -> None:
         """Switch dropout on or off."""
@@ -76,7 +81,7 @@ class ClientSegments:
                 self.name,
             )
         if loss.requires_grad:
-            loss.backward()
+            torch.autograd.backward(loss)
         return float(loss.detach()), hidden_TH.grad
 
     def evaluate_embed(self, batch: TokenBatch) -> torch.Tensor:
@@ -118,7 +123,7 @@ class ClientSegments:
         """
         settings = self.plan.optimizer
         for optimizer in self._optimizers:
-            optimizer.set_gradients({name: gradients[name] for name in optimizer.names})
+            optimizer.set_gradients({name: gradients[name] for name in optimizer.parameters})
             clip = shared_clip
             if settings.clip_scope == "segment" and settings.max_norm > 0:
                 clip = clip_coefficient(optimizer.squared_norm(scale), settings.max_norm)

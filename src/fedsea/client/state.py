@@ -75,6 +75,12 @@ class ClientStore:
         self.state = ClientState()
         self.prepared: Prepared | None = None
 
+    @staticmethod
+    def peek(folder: Path) -> Tensors | None:
+        """The newest checkpoint's tensors, without locking the folder; None if there is none."""
+        found = CheckpointStore(folder / "checkpoints", read_only=True).latest()
+        return None if found is None else found[1]
+
     def restore(self) -> Tensors | None:
         """Read the newest checkpoint and the prepared step, if any.
 

@@ -20,7 +20,7 @@ from fedsea.errors import ProtocolError
 from fedsea.federation.schedule import place
 from fedsea.plan import FederationPlan
 from fedsea.privacy.boundary import Boundary
-from fedsea.types import BlockRange, TokenBatch
+from fedsea.types import TokenBatch
 from fedsea.wire import messages as m
 
 
@@ -106,7 +106,6 @@ class Trainer:
         self.observer = observer
         self.held_out = held_out
         self._work: _Work | None = None
-        self._blocks: BlockRange = plan.partition_of(segments.name).trunk(segments.output_blocks.num_blocks)
         self._seconds: dict[str, float] = {}
         self._evaluated_at = -1
 
@@ -173,7 +172,7 @@ class Trainer:
         batch = work.batches[number]
         count = len(work.batches)
         tokens = batch.num_target_tokens
-        return MicroBatch(opened.step, opened.attempt, number, count, batch.lengths, tokens, self._blocks)
+        return MicroBatch(opened.step, opened.attempt, number, count, batch.lengths, tokens, self.segments.trunk_blocks)
 
     def _micro_batches(self, opened: m.StepOpen, work: _Work) -> float:
         """Forward and backward of all micro-batches, up to `in_flight` of them under way at once.
@@ -221,7 +220,7 @@ class Trainer:
         if gradient is None:
             raise ProtocolError("The server sent no gradient for the input segment, which the plan trains.")
         with self._timed("input"):
-            hidden_TH.backward(gradient.to(hidden_TH.dtype))
+            torch.autograd.backward(hidden_TH, gradient.to(hidden_TH.dtype))
 
     def _prepare(self, opened: m.StepOpen, work: _Work, loss: float) -> None:
         tokens = sum(batch.num_target_tokens for batch in work.batches)

@@ -22,7 +22,7 @@ import torch
 from fedsea.errors import ConfigError
 from fedsea.model.layout import block_of, is_target, is_tied, linears_of
 from fedsea.model.partition import build
-from fedsea.plan import AdapterSection
+from fedsea.plan import AdapterSection, FederationPlan
 from fedsea.storage import storage_error, write_bytes_atomic, write_safetensors_atomic
 
 if TYPE_CHECKING:
@@ -269,3 +269,18 @@ def _appearing(folder: Path) -> Iterator[Path]:
         raise storage_error("write", folder, error) from None
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def write(
+    folder: Path, checkpoint: Checkpoint, tensors: Mapping[str, torch.Tensor], plan: FederationPlan, *, merged: bool
+) -> None:
+    """Write what a federation trained: `write_adapter`, or with `merged` `write_merged` in the plan's `model.dtype`.
+
+    Raises:
+        ConfigError: As either of them.
+    """
+    if merged:
+        write_merged(folder, checkpoint, tensors, plan.adapter, getattr(torch, plan.model.dtype))
+        return
+    info = {"federation": plan.name, "plan_sha256": plan.sha256(), "fingerprint": plan.model.fingerprint}
+    write_adapter(folder, tensors, plan.adapter, checkpoint.config, plan.model.path, info)

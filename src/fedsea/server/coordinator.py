@@ -28,7 +28,7 @@ from fedsea.server.engine import Engine, Outcome
 from fedsea.server.executor.local import Priority
 from fedsea.server.state import RunState, ServerStore
 from fedsea.server.step import ChangedInput, StepState, only_tensor
-from fedsea.types import Reply
+from fedsea.types import BlockRange, Reply
 from fedsea.wire import messages as m
 
 log = logging.getLogger(__name__)
@@ -54,6 +54,19 @@ class Ports(Protocol):
         ...
 
 
+@dataclass(frozen=True, slots=True)
+class Member:
+    """What a client of the plan has.
+
+    Attributes:
+        blocks: The blocks that it leaves to the trunk.
+        shapes: Its trained parameters.
+    """
+
+    blocks: BlockRange
+    shapes: Mapping[str, tuple[int, ...]]
+
+
 @dataclass(slots=True)
 class Progress:
     """Counters for displays and metrics."""
@@ -70,7 +83,7 @@ class Coordinator:
         engine: The trunk; touched only inside submitted jobs.
         store: Where state becomes durable.
         state: Where the run stands.
-        held: Client to the names of the trained parameters that it holds.
+        roster: What each client of the plan has.
         ports: The world.
     """
 
@@ -80,14 +93,14 @@ class Coordinator:
         engine: Engine,
         store: ServerStore,
         state: RunState,
-        held: Mapping[str, frozenset[str]],
+        roster: Mapping[str, Member],
         ports: Ports,
     ) -> None:
         self.plan = plan
         self.engine = engine
         self.store = store
         self.state = state
-        self.held = held
+        self.roster = roster
         self.ports = ports
         self.progress = Progress()
         self.connected: set[str] = set()
@@ -106,7 +119,7 @@ class Coordinator:
     @property
     def round_due(self) -> bool:
         """Whether a round's steps are all applied and its aggregation is not."""
-        if self.plan.aggregation.sync == "personal" or not any(self.held.values()):
+        if self.plan.aggregation.sync == "personal" or not any(member.shapes for member in self.roster.values()):
             return False
         step = self.state.next_step
         rounds_complete = place(self.plan, step - 1).round + place(self.plan, step - 1).ends_round if step else 0
@@ -242,7 +255,7 @@ class Coordinator:
             self._restart()
 
     def _check_blocks(self, name: str, message: m.Forward) -> None:
-        expected = self.plan.partition_of(name).trunk(self.engine.trunk.num_blocks)
+        expected = self.roster[name].blocks
         if message.blocks != expected:
             raise ProtocolError(
                 f"Client {name} asked for blocks {message.blocks.start}:{message.blocks.stop}; the plan gives it "
@@ -502,7 +515,7 @@ class Coordinator:
         self.ports.submit(Priority.EVALUATE, self.engine.parameters, then)
 
     def _held_by(self, name: str, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        return {key: tensor for key, tensor in tensors.items() if key in self.held[name]}
+        return {key: tensor for key, tensor in tensors.items() if key in self.roster[name].shapes}
 
     def _send_output(self, name: str, step: StepState, slot: int) -> None:
         output = Reply({"": step.members[name].outputs[slot]})

@@ -53,6 +53,31 @@ class ServerStore:
         self._checkpoints = CheckpointStore(folder / "checkpoints", keep=plan.durability.keep)
         self._rounds = CheckpointStore(folder / "rounds", keep=plan.durability.keep)
 
+    @staticmethod
+    def peek(folder: Path, plan: FederationPlan) -> dict[str, torch.Tensor]:
+        """Trained parameters of all segments in a run folder, without locking it: the last round's.
+
+        Raises:
+            ConfigError: No round is complete, or the clients' parameters never reach the server.
+        """
+        if plan.aggregation.sync == "personal" and {plan.adapter.input, plan.adapter.output} != {"frozen"}:
+            raise ConfigError(
+                'aggregation.sync = "personal": each client has its own segments, which the server does not know. Run '
+                "`fedsea export` at a client instead."
+            )
+        found = CheckpointStore(folder / "checkpoints", read_only=True).latest()
+        if found is None:
+            raise ConfigError(f"{folder} holds no checkpoint: start `fedsea server` with this run folder first.")
+        _, tensors, values = found
+        prefix = "engine.parameter."
+        result = {n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)}
+        rounds = CheckpointStore(folder / "rounds", read_only=True)
+        if values["rounds_done"] in rounds.steps():
+            result |= rounds.load(values["rounds_done"])[0]
+        elif {plan.adapter.input, plan.adapter.output} != {"frozen"}:
+            raise ConfigError(f"No round is complete in {folder}: export when the first one is.")
+        return result
+
     def restore(self, engine: Engine) -> RunState | None:
         """Load the newest checkpoint into `engine`.
 

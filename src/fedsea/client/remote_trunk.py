@@ -1,0 +1,375 @@
+"""A trunk at a server, behind one stream that is opened again whenever it breaks.
+
+One background thread runs the event loop; the trainer's calls queue messages and return futures. After every
+(re)connection the client says where it stands; steps that were under way are interrupted, evaluations are sent
+again, as the very same bytes.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import queue
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+import fedsea
+from fedsea.client.retry import RetryPolicy
+from fedsea.client.trunk import Connected, Event, MicroBatch, Sealed, Standing, StepInterrupted, Tensors
+from fedsea.errors import FedseaError, ProtocolError, TransportError
+from fedsea.plan import FederationPlan, parse_plan_json
+from fedsea.types import Channel, Release
+from fedsea.wire import messages as m
+from fedsea.wire.channel import ClientStream, connect
+from fedsea.wire.encoding import Encoded, Encoder
+from fedsea.wire.errors import PeerClosed
+from fedsea.wire.frames import PROTOCOL_VERSION
+from fedsea.wire.identity.identity import Identity
+from fedsea.wire.limits import HANDSHAKE, WireLimits
+
+log = logging.getLogger(__name__)
+
+Key = tuple[str, int, int, int]
+_GREETING_S = 60.0
+
+
+@dataclass(frozen=True, slots=True)
+class Invitation:
+    """What a server says of itself before anything is agreed on."""
+
+    plan: FederationPlan
+    run_id: str
+
+
+async def _greet(stream: ClientStream) -> m.Welcome:
+    await stream.send(m.Hello(PROTOCOL_VERSION, fedsea.__version__))
+    message = await stream.receive()
+    if not isinstance(message, m.Welcome):
+        raise ProtocolError("The server did not begin with its plan: both sides need compatible versions of fedsea.")
+    return message
+
+
+async def fetch_invitation(address: str, identity: Identity, timeout_s: float = 30.0) -> Invitation:
+    """Ask a server for its plan, and check that both sides read the same in it.
+
+    Raises:
+        ConfigError: The plan cannot be read here, or its hash differs.
+        FedseaError: The server cannot be reached or refuses.
+    """
+    try:
+        async with asyncio.timeout(timeout_s), await connect(address, identity, limits=HANDSHAKE) as stream:
+            welcome = await _greet(stream)
+    except TimeoutError:
+        raise TransportError(f"{address} did not answer in {timeout_s:g} s; try again later.") from None
+    plan = parse_plan_json(welcome.plan_json)
+    if plan.sha256() != welcome.plan_sha256:
+        raise ProtocolError(
+            f"This side's version of fedsea ({fedsea.__version__}) reads another plan than the server sent: install "
+            "the server's version on both sides."
+        )
+    return Invitation(plan, welcome.run_id)
+
+
+class RemoteTrunk:
+    """See `Trunk`. Use as a context manager, or call `start` and `close`.
+
+    Args:
+        address: `HOST:PORT` of the server.
+        identity: This client's; given as a function so that a renewed one is used at the next connection.
+        invitation: As fetched; a server that later has another plan is refused.
+        limits: What the server may announce.
+        standing: Where this client stands durably, asked for at every connection.
+        retry: How long a lost connection is sought.
+        role: "train" or "observe".
+        on_waiting: Told for whom the server waits.
+    """
+
+    def __init__(
+        self,
+        address: str,
+        identity: Callable[[], Identity],
+        invitation: Invitation,
+        limits: WireLimits,
+        standing: Callable[[], Standing],
+        retry: RetryPolicy,
+        role: str = "train",
+        on_waiting: Callable[[tuple[str, ...]], None] = lambda _: None,
+    ) -> None:
+        self.address = address
+        self.invitation = invitation
+        self._stream: ClientStream | None = None
+        self._bytes_before = (0, 0)
+        self._identity = identity
+        self._limits = limits
+        self._standing = standing
+        self._retry = retry
+        self._role = role
+        self._on_waiting = on_waiting
+        wire = invitation.plan.wire
+        self._encoder = Encoder("client", {Channel.HIDDEN: wire.hidden, Channel.GRADIENT: wire.gradient})
+        self._events: queue.SimpleQueue[Event | FedseaError] = queue.SimpleQueue()
+        self._lock = threading.Lock()
+        self._pending: dict[Key, Future[Any]] = {}
+        self._lasting: dict[Key, Encoded] = {}
+        self._epoch = (-1, -1)
+        self._outgoing: asyncio.Queue[Encoded] = asyncio.Queue()
+        self._loop = asyncio.new_event_loop()
+        self._thread = threading.Thread(target=self._work, name="fedsea-wire", daemon=True)
+        self._main: asyncio.Task[None] | None = None
+        self._closing = threading.Event()
+
+    def start(self) -> RemoteTrunk:
+        """Connect in the background."""
+        self._thread.start()
+        return self
+
+    def __enter__(self) -> RemoteTrunk:
+        return self.start()
+
+    def __exit__(self, *_: object) -> None:
+        self._stop()
+
+    # --- the Trunk protocol -----------------------------------------------------------------------------------------
+
+    def next_event(self) -> Event:
+        """See `Trunk.next_event`."""
+        event = self._events.get()
+        if isinstance(event, FedseaError):
+            raise event
+        return event
+
+    def seal(self, release: Release) -> Sealed:
+        """The payload's bytes, by the plan's codec."""
+        return self._encoder.seal(release)
+
+    def forward(self, where: MicroBatch, hidden: Sealed) -> Future[torch.Tensor]:
+        """See `Trunk.forward`."""
+        return self._ask(("output", where.step, where.attempt, where.number), self._forward(where, hidden, False))
+
+    def backward(self, where: MicroBatch, gradient: Sealed) -> Future[torch.Tensor | None]:
+        """See `Trunk.backward`."""
+        message = m.Backward(where.step, where.attempt, where.number, gradient)
+        return self._ask(("gradient", where.step, where.attempt, where.number), message)
+
+    def ready(self, step: int, attempt: int, num_target_tokens: int, squared_norm: float, gradients: Sealed) -> None:
+        """See `Trunk.ready`."""
+        self._send(m.StepReady(step, attempt, num_target_tokens, squared_norm, gradients))
+
+    def update(self, round_index: int, num_target_tokens: int, parameters: Sealed) -> None:
+        """See `Trunk.update`."""
+        self._send(m.RoundUpdate(round_index, num_target_tokens, parameters))
+
+    def evaluate(self, where: MicroBatch, hidden: Sealed) -> Future[torch.Tensor]:
+        """See `Trunk.evaluate`; survives a lost connection."""
+        return self._ask(("evaluation", where.step, -1, where.number), self._forward(where, hidden, True), lasting=True)
+
+    def fetch(self) -> Future[Tensors]:
+        """See `Trunk.fetch`; survives a lost connection."""
+        return self._ask(("trunk", 0, -1, 0), m.FetchTrunk(), lasting=True)
+
+    def close(self, next_step: int) -> None:
+        """Say goodbye and end the stream."""
+        self._send(m.Finished(next_step))
+        self._stop()
+
+    @staticmethod
+    def _forward(where: MicroBatch, hidden: Sealed, evaluate: bool) -> m.Forward:
+        attempt = -1 if evaluate else where.attempt
+        return m.Forward(
+            where.step,
+            attempt,
+            where.number,
+            where.count,
+            where.blocks,
+            where.lengths,
+            where.num_target_tokens,
+            evaluate,
+            hidden,
+        )
+
+    @property
+    def num_bytes(self) -> tuple[int, int]:
+        """Bytes sent and received so far, over all connections."""
+        up, down = self._bytes_before
+        if (stream := self._stream) is None:
+            return up, down
+        return up + sum(stream.stats.sent.values()), down + sum(stream.stats.received.values())
+
+    # --- from the trainer's thread ----------------------------------------------------------------------------------
+
+    def _ask(self, key: Key, message: m.Message, *, lasting: bool = False) -> Future[Any]:
+        future: Future[Any] = Future()
+        encoded = self._encoder.encode(message)
+        with self._lock:
+            if not lasting and key[1:3] != self._epoch:
+                future.set_exception(StepInterrupted())
+                return future
+            self._pending[key] = future
+            if lasting:
+                self._lasting[key] = encoded
+        self._queue(encoded)
+        return future
+
+    def _send(self, message: m.Message) -> None:
+        self._queue(self._encoder.encode(message))
+
+    def _queue(self, encoded: Encoded) -> None:
+        self._loop.call_soon_threadsafe(self._outgoing.put_nowait, encoded)
+
+    def _stop(self) -> None:
+        if not self._thread.is_alive():
+            return
+        self._closing.set()
+        self._loop.call_soon_threadsafe(self._outgoing.put_nowait, _GOODBYE)
+        self._thread.join(timeout=10.0)
+
+    # --- on the event loop ------------------------------------------------------------------------------------------
+
+    def _work(self) -> None:
+        asyncio.set_event_loop(self._loop)
+        try:
+            self._loop.run_until_complete(self._run())
+        except Exception:
+            log.exception("the connection's thread failed")
+            self._give_up(FedseaError("The connection failed for a reason of our own; the log has the details."))
+        finally:
+            self._loop.close()
+
+    async def _run(self) -> None:
+        pauses = self._retry.pauses()
+        while not self._closing.is_set():
+            try:
+                async with await connect(self.address, self._identity(), limits=HANDSHAKE) as stream:
+                    await self._join(stream)
+                    pauses = self._retry.pauses()
+                    await self._converse(stream)
+            except FedseaError as error:
+                self._interrupt((-1, -1))
+                if self._closing.is_set():
+                    return
+                if not await self._pause(error, pauses):
+                    self._give_up(error)
+                    return
+
+    async def _pause(self, error: FedseaError, pauses: Iterator[float]) -> bool:
+        if not error.retryable and not isinstance(error, PeerClosed):
+            return False
+        pause = next(pauses, None)
+        if pause is None:
+            return False
+        log.warning("%s Trying again in %.1f s.", error.message, pause)
+        await asyncio.sleep(pause)
+        return True
+
+    def _give_up(self, error: FedseaError) -> None:
+        if isinstance(error, TransportError):
+            error = TransportError(f"{error.message} Gave up after {self._retry.retry_for_s:g} s of trying.")
+        self._closing.set()
+        with self._lock:
+            pending, self._pending = self._pending, {}
+        for future in pending.values():
+            future.set_exception(error)
+        self._events.put(error)
+
+    async def _join(self, stream: ClientStream) -> None:
+        try:
+            async with asyncio.timeout(_GREETING_S):
+                welcome = await _greet(stream)
+        except TimeoutError:
+            raise TransportError(f"{self.address} did not answer in {_GREETING_S:g} s.") from None
+        if (welcome.plan_sha256, welcome.run_id) != (self.invitation.plan.sha256(), self.invitation.run_id):
+            raise ProtocolError(
+                "The server came back with another plan or another run: start this client again to take part in it."
+            )
+        stream.limits, stream.encoder = self._limits, self._encoder
+        standing = self._standing()
+        while not self._outgoing.empty():
+            self._outgoing.get_nowait()  # of before the connection broke; lasting requests follow
+        await stream.send(
+            m.Join(welcome.plan_sha256, standing.next_step, standing.prepared_step, standing.round, self._role)
+        )
+        with self._lock:
+            lasting = list(self._lasting.values())
+        for encoded in lasting:
+            self._outgoing.put_nowait(encoded)
+        self._events.put(Connected())
+
+    async def _converse(self, stream: ClientStream) -> None:
+        self._stream = stream
+        reader = asyncio.create_task(self._read(stream))
+        writer = asyncio.create_task(self._write(stream))
+        try:
+            done, _ = await asyncio.wait({reader, writer}, return_when=asyncio.FIRST_COMPLETED)
+            for task in done:
+                task.result()
+        finally:
+            reader.cancel()
+            writer.cancel()
+            await asyncio.gather(reader, writer, return_exceptions=True)
+            self._bytes_before, self._stream = self.num_bytes, None
+
+    async def _write(self, stream: ClientStream) -> None:
+        while True:
+            encoded = await self._outgoing.get()
+            if encoded is _GOODBYE:
+                return
+            await stream.send(encoded)
+
+    async def _read(self, stream: ClientStream) -> None:
+        while True:
+            self._deliver(await stream.receive())
+
+    def _deliver(self, message: m.Message) -> None:
+        match message:
+            case m.Output(evaluate=True):
+                self._resolve(("evaluation", message.step, -1, message.micro_batch), _single(message.tensors))
+            case m.Output():
+                key = ("output", message.step, message.attempt, message.micro_batch)
+                self._resolve(key, _single(message.tensors))
+            case m.InputGradient():
+                key = ("gradient", message.step, message.attempt, message.micro_batch)
+                self._resolve(key, _single(message.tensors) if message.tensors else None)
+            case m.TrunkState():
+                self._resolve(("trunk", 0, -1, 0), dict(message.tensors))  # type: ignore[arg-type]
+            case m.StepOpen():
+                self._interrupt((message.step, message.attempt))
+                self._events.put(message)
+            case m.StepDone() | m.RoundOpen() | m.RoundResult() | m.Finished():
+                self._events.put(message)
+            case m.Waiting():
+                self._on_waiting(message.waiting_for)
+            case m.Failure():
+                log.warning("The server reports: %s", message.message)
+            case _:
+                raise ProtocolError(f"The server sent an unexpected {type(message).__name__}.")
+
+    def _resolve(self, key: Key, value: Any) -> None:
+        with self._lock:
+            future = self._pending.pop(key, None)
+            self._lasting.pop(key, None)
+        if future is not None:
+            future.set_result(value)
+
+    def _interrupt(self, epoch: tuple[int, int]) -> None:
+        """Begin a new step or attempt: whatever was asked for an older one will not be answered."""
+        with self._lock:
+            self._epoch = epoch
+            given_up = [key for key in self._pending if key not in self._lasting]
+            futures = [self._pending.pop(key) for key in given_up]
+        for future in futures:
+            future.set_exception(StepInterrupted())
+
+
+_GOODBYE = Encoded((), 0, 0, "")
+
+
+def _single(tensors: Any) -> torch.Tensor:
+    if not isinstance(tensors, dict) or set(tensors) != {""}:
+        raise ProtocolError("The server's answer must hold exactly one unnamed tensor.")
+    tensor: torch.Tensor = tensors[""]
+    return tensor

@@ -1,0 +1,187 @@
+"""From a plan to a client that is ready to train: limits, checkpoint, segments, data."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from itertools import chain, islice
+from pathlib import Path
+
+import torch
+
+from fedsea.client.retry import RetryPolicy
+from fedsea.client.segments import ClientSegments
+from fedsea.data.batches import BatchStream, evaluation_batches, pack
+from fedsea.data.formats import DataFormat
+from fedsea.data.opening import open_silo
+from fedsea.data.silo import Silo
+from fedsea.data.tokenizer import load_tokenizer
+from fedsea.errors import ConfigError
+from fedsea.model import adapters
+from fedsea.model.checkpoint import Checkpoint, open_checkpoint
+from fedsea.model.fingerprint import check, fingerprint, units_of
+from fedsea.model.loading import load_input_blocks, load_output_blocks
+from fedsea.plan import ClientLimits, FederationPlan, load_limits
+from fedsea.types import Channel, SegmentKind, TokenBatch
+from fedsea.wire.limits import WireLimits
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class ClientOptions:
+    """Settings of a client that are not the federation's business.
+
+    Attributes:
+        server: `HOST:PORT`.
+        identity: Folder of this client's identity.
+        data: Files of the silo.
+        run: Run folder.
+        model: This client's own copy of the base model; None takes the plan's path or hub id.
+        settings: Client settings (TOML) with the limits, or None for the defaults.
+        format: Name of a `DataFormat`.
+        fields: Role to column, see `DataFormat`.
+        threads: CPU threads; None leaves torch's choice.
+        device: Where the segments run.
+        evaluate: Evaluate the held-out split before training, after every round and at the end.
+        retry_for_s: How long a lost server is sought.
+        skip_bad_rows: Count malformed rows instead of refusing the file.
+    """
+
+    server: str
+    identity: Path
+    data: tuple[Path, ...] = ()
+    run: Path = Path("runs/client")
+    model: str | None = None
+    settings: Path | None = None
+    format: str = "auto"
+    fields: Mapping[str, str] = field(default_factory=dict)
+    threads: int | None = None
+    device: str = "cpu"
+    evaluate: bool = True
+    retry_for_s: float = 600.0
+    skip_bad_rows: bool = False
+
+    @property
+    def retry(self) -> RetryPolicy:
+        """As the type that the trunk takes."""
+        return RetryPolicy(self.retry_for_s)
+
+
+def check_limits(plan: FederationPlan, name: str, options: ClientOptions) -> None:
+    """Refuse a plan that goes past this client's own limits.
+
+    Raises:
+        ConfigError: Names every field.
+    """
+    limits = ClientLimits() if options.settings is None else load_limits(options.settings)
+    limits.check(plan, name)
+
+
+def open_base_model(plan: FederationPlan, options: ClientOptions, name: str) -> Checkpoint:
+    """This client's copy of the base model, checked against the plan's fingerprint.
+
+    Raises:
+        ConfigError: It is missing, or another model.
+    """
+    path = options.model or plan.model.path
+    try:
+        checkpoint = open_checkpoint(path, plan.model.revision)
+    except ConfigError as error:
+        if options.model is not None:
+            raise
+        raise ConfigError(f"{error.message} Give this machine's copy of the base model with --model.") from None
+    cut, count = plan.partition_of(name), checkpoint.num_blocks
+    cut.trunk(count)
+    units = units_of(SegmentKind.INPUT, cut, count) + units_of(SegmentKind.OUTPUT, cut, count)
+    check(plan.model.fingerprint, fingerprint(checkpoint, units))
+    return checkpoint
+
+
+def load_segments(plan: FederationPlan, checkpoint: Checkpoint, name: str, device: str) -> ClientSegments:
+    """The client's two segments with their adapters."""
+    cut = plan.partition_of(name)
+    autocast = torch.bfloat16 if plan.model.autocast == "bfloat16" else None
+    dtype = getattr(torch, plan.model.dtype)
+    again = plan.model.activation_checkpointing
+    input_blocks = load_input_blocks(
+        checkpoint, cut, dtype=dtype, device=device, activation_checkpointing=again, autocast=autocast
+    )
+    output_blocks = load_output_blocks(
+        checkpoint, cut, dtype=dtype, device=device, activation_checkpointing=again, autocast=autocast
+    )
+    adapters.attach(input_blocks, plan.adapter, plan.adapter.input, plan.seed)
+    adapters.attach(output_blocks, plan.adapter, plan.adapter.output, plan.seed)
+    return ClientSegments(plan, name, input_blocks, output_blocks)
+
+
+def open_data(plan: FederationPlan, checkpoint: Checkpoint, options: ClientOptions) -> Silo:
+    """The silo, tokenised for the base model.
+
+    Raises:
+        DataError: A file cannot be used.
+        ConfigError: No file was given, or the tokenizer does not fit the model.
+    """
+    if not options.data:
+        raise ConfigError("No data files were given: name the silo's files with --data.")
+    vocab_size = int(checkpoint.config.get_text_config(decoder=True).vocab_size)
+    tokenizer = load_tokenizer(str(checkpoint.folder), plan.model.revision, vocab_size=vocab_size)
+    silo = open_silo(
+        options.data,
+        tokenizer,
+        plan.data,
+        format=DataFormat(options.format, options.fields),  # type: ignore[arg-type]
+        seed=plan.seed,
+        on_bad_row="skip" if options.skip_bad_rows else "error",
+    )
+    for warning in silo.summary().warnings():
+        log.warning("%s", warning)
+    return silo
+
+
+def open_stream(plan: FederationPlan, silo: Silo, name: str) -> BatchStream:
+    """Training batches in this client's own order."""
+    _, sequences = plan.micro_batches_of(name)
+    return BatchStream(silo, seed=adapters.derive_seed(plan.seed, name, "order"), sequences_per_batch=sequences)
+
+
+def held_out(plan: FederationPlan, silo: Silo, name: str) -> Iterator[TokenBatch]:
+    """The held-out split, in micro-batches."""
+    _, sequences = plan.micro_batches_of(name)
+    return evaluation_batches(silo, sequences_per_batch=sequences, max_sequences=None)
+
+
+def every_row(plan: FederationPlan, silo: Silo, name: str) -> Iterator[TokenBatch]:
+    """The whole silo, in micro-batches."""
+    _, sequences = plan.micro_batches_of(name)
+    rows = chain(iter(silo.train()), iter(silo.heldout()))
+    while batch := list(islice(rows, sequences)):
+        yield pack(batch)
+
+
+def wire_limits(plan: FederationPlan, checkpoint: Checkpoint, name: str, *, trunk: bool = False) -> WireLimits:
+    """What the server may announce to this client.
+
+    Args:
+        plan: The plan.
+        checkpoint: The base model.
+        name: The client.
+        trunk: Also the trunk's parameters, for an export.
+    """
+    kinds = (SegmentKind.INPUT, SegmentKind.OUTPUT)
+    shapes = dict(adapters.trainable_shapes(checkpoint.config, plan.partition_of(name), kinds, plan.adapter))
+    if trunk:
+        for client in plan.client_names:
+            cut = plan.partition_of(client)
+            shapes |= adapters.trainable_shapes(checkpoint.config, cut, (SegmentKind.TRUNK,), plan.adapter)
+    max_tensor_bytes = plan.wire.max_tensor_mb << 20
+    return WireLimits(
+        hidden_size=checkpoint.hidden_size,
+        max_tokens=max(1, max_tensor_bytes // (4 * checkpoint.hidden_size)),
+        max_sequences=4096,
+        max_tensor_bytes=max_tensor_bytes,
+        codecs={Channel.HIDDEN: plan.wire.hidden, Channel.GRADIENT: plan.wire.gradient},
+        bundle_shapes=shapes,
+        num_blocks=checkpoint.num_blocks,
+    )

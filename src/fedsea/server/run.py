@@ -1,0 +1,251 @@
+"""Starts a server: resolves the plan, loads the trunk, serves until the run is over or a signal comes."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import secrets
+import signal
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+
+from fedsea.errors import ConfigError
+from fedsea.model import adapters, export
+from fedsea.model.checkpoint import Checkpoint, open_checkpoint
+from fedsea.model.fingerprint import fingerprint
+from fedsea.model.loading import load_trunk
+from fedsea.plan import FederationPlan, load_plan, parse_plan_json
+from fedsea.server.coordinator import Member
+from fedsea.server.engine import Engine
+from fedsea.server.executor.local import EngineThread
+from fedsea.server.service import Service
+from fedsea.server.state import RunState, ServerStore
+from fedsea.storage import write_bytes_atomic
+from fedsea.types import BlockRange, SegmentKind
+from fedsea.wire.identity.authority import Authority
+from fedsea.wire.identity.identity import Identity
+from fedsea.wire.identity.peers import PeerGate
+from fedsea.wire.limits import HANDSHAKE
+from fedsea.wire.server import WireServer
+from fedsea.wire.server import serve as listen
+
+log = logging.getLogger(__name__)
+
+TRUST_STATEMENT = (
+    "Trust mode: trusted-server. Connections are encrypted and clients keep their text, but this server CAN "
+    "reconstruct the text from the hidden states and gradients that it receives. Operate it accordingly."
+)
+
+
+@dataclass(frozen=True, slots=True)
+class ServerOptions:
+    """Settings of a server that are not the federation's business.
+
+    Attributes:
+        plan: Plan file.
+        listen: `HOST:PORT`; port 0 takes a free one.
+        identity: Folder of the server's identity.
+        ca: Folder of the authority (or a copy of its certificate and journal), for the gate and for renewals.
+        run: Run folder.
+        threads: CPU threads of the engine; None leaves torch's choice.
+        device: Where the trunk runs.
+        metrics: `HOST:PORT` of the Prometheus endpoint, or None.
+        exit_when_finished: End when the run is finished and every client has left.
+        ready_file: Gets `HOST:PORT` as soon as clients may connect.
+    """
+
+    plan: Path
+    listen: str
+    identity: Path
+    ca: Path
+    run: Path
+    threads: int | None = None
+    device: str = "cpu"
+    metrics: str | None = None
+    exit_when_finished: bool = False
+    ready_file: Path | None = None
+
+
+class Watcher(Protocol):
+    """Who is shown how the server stands, several times a second."""
+
+    def __call__(self, status: dict[str, Any]) -> None:
+        """Takes `Service.status()`."""
+        ...
+
+
+def trunk_blocks(plan: FederationPlan, num_blocks: int) -> BlockRange:
+    """Blocks that some client leaves to the trunk: the server holds them all."""
+    ranges = [plan.partition_of(name).trunk(num_blocks) for name in plan.client_names]
+    return BlockRange(min(r.start for r in ranges), max(r.stop for r in ranges))
+
+
+def resolve(plan: FederationPlan, checkpoint: Checkpoint) -> FederationPlan:
+    """The plan with the fingerprint of every unit of the model filled in.
+
+    Raises:
+        ConfigError: The plan names a fingerprint already, and the checkpoint has another one.
+    """
+    adapters.check_settings(checkpoint.config, plan.adapter)
+    found = fingerprint(checkpoint)
+    wrong = [unit for unit, expected in plan.model.fingerprint.items() if found.get(unit) != expected]
+    if wrong:
+        raise ConfigError(
+            f"The checkpoint {plan.model.path} is not the one that the plan names: {', '.join(sorted(wrong))} differ. "
+            "Get the right checkpoint, or remove model.fingerprint from the plan."
+        )
+    return plan.model_copy(update={"model": plan.model.model_copy(update={"fingerprint": found})})
+
+
+def load_engine(plan: FederationPlan, checkpoint: Checkpoint, device: str) -> Engine:
+    """The trunk's blocks with their adapters, ready to run."""
+    autocast = torch.bfloat16 if plan.model.autocast == "bfloat16" else None
+    trunk = load_trunk(
+        checkpoint,
+        trunk_blocks(plan, checkpoint.num_blocks),
+        dtype=getattr(torch, plan.model.dtype),
+        device=device,
+        activation_checkpointing=plan.model.activation_checkpointing,
+        autocast=autocast,
+    )
+    adapters.attach(trunk, plan.adapter, plan.adapter.trunk, plan.seed)
+    return Engine(trunk, plan)
+
+
+def make_roster(plan: FederationPlan, checkpoint: Checkpoint) -> dict[str, Member]:
+    """What each client of the plan has."""
+    kinds = (SegmentKind.INPUT, SegmentKind.OUTPUT)
+    roster = {}
+    for name in plan.client_names:
+        cut = plan.partition_of(name)
+        shapes = adapters.trainable_shapes(checkpoint.config, cut, kinds, plan.adapter)
+        roster[name] = Member(cut.trunk(checkpoint.num_blocks), shapes)
+    return roster
+
+
+def serve(options: ServerOptions, watch: Watcher | None = None) -> None:
+    """Run a server until its run is over (with `exit_when_finished`), or a signal ends it.
+
+    Args:
+        options: See `ServerOptions`.
+        watch: Told how the server stands, a few times a second.
+
+    Raises:
+        FedseaError: The server cannot start or cannot go on; state on disk is whole.
+    """
+    if options.threads:
+        torch.set_num_threads(options.threads)
+    plan = load_plan(options.plan)
+    identity = Identity.load(options.identity)
+    gate = PeerGate(options.ca, plan.client_names)
+    checkpoint = open_checkpoint(plan.model.path, plan.model.revision)
+    plan = resolve(plan, checkpoint)
+    roster = make_roster(plan, checkpoint)
+    store = ServerStore(options.run, plan)
+    try:
+        engine = load_engine(plan, checkpoint, options.device)
+        state = store.restore(engine)
+        if state is None:
+            state = RunState(run_id=secrets.token_hex(8))
+            store.save(engine, state)
+        write_bytes_atomic(options.run / "plan.json", plan.model_dump_json(indent=2).encode())
+        log.info("%s", TRUST_STATEMENT)
+        with EngineThread() as executor:
+            asyncio.run(_serve(options, plan, engine, store, state, roster, executor, identity, gate, watch))
+    finally:
+        store.close()
+
+
+async def _serve(
+    options: ServerOptions,
+    plan: FederationPlan,
+    engine: Engine,
+    store: ServerStore,
+    state: RunState,
+    roster: dict[str, Member],
+    executor: EngineThread,
+    identity: Identity,
+    gate: PeerGate,
+    watch: Watcher | None,
+) -> None:
+    service = Service(plan, engine, store, state, roster, executor)
+    stopped = asyncio.Event()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        asyncio.get_running_loop().add_signal_handler(number, stopped.set)
+    server = await listen(
+        options.listen,
+        identity,
+        gate,
+        service.handle,
+        status=service.status,
+        renew=_renewal(options.ca),
+        limits=HANDSHAKE,
+    )
+    address = f"{options.listen.rpartition(':')[0]}:{server.port}"
+    log.info("listening on %s", address)
+    if options.ready_file is not None:
+        write_bytes_atomic(options.ready_file, address.encode())
+    tasks = [asyncio.create_task(service.tick())]
+    if watch is not None:
+        tasks.append(asyncio.create_task(_watch(service, watch)))
+    try:
+        await _until_over(service, stopped, options.exit_when_finished)
+    finally:
+        for task in tasks:
+            task.cancel()
+        await _close(server)
+    if service.coordinator.failure is not None:
+        raise service.coordinator.failure
+
+
+async def _until_over(service: Service, stopped: asyncio.Event, exit_when_finished: bool) -> None:
+    waits = [asyncio.create_task(stopped.wait()), asyncio.create_task(service.over.wait())]
+    while True:
+        done, _ = await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
+        if waits[0] in done or exit_when_finished or service.coordinator.failure is not None:
+            break
+        waits = waits[:1]
+    for wait in waits:
+        wait.cancel()
+
+
+async def _watch(service: Service, watch: Watcher) -> None:
+    while True:
+        watch(service.status())
+        await asyncio.sleep(0.25)
+
+
+async def _close(server: WireServer) -> None:
+    await server.stop(grace_s=1.0)
+
+
+def _renewal(ca: Path) -> Callable[..., bytes] | None:
+    """Signs renewals if the authority's key is at hand."""
+    try:
+        authority = Authority.open(ca)
+    except ConfigError:
+        return None
+    return lambda _peer, certificate_pem, request: authority.renew(certificate_pem, request).pem
+
+
+def export_run(run: Path, out: Path, merged: bool = False) -> None:
+    """Write the whole model's adapter from a server's run folder, at the operator's.
+
+    Args:
+        run: Run folder of a server; the plan in it names the base model.
+        out: Folder to write: a PEFT adapter, or a whole checkpoint.
+        merged: Merge into the base weights.
+
+    Raises:
+        ConfigError: There is no run, no round is complete, or the clients' parameters are personal.
+    """
+    try:
+        plan = parse_plan_json((run / "plan.json").read_text(encoding="utf-8"))
+    except OSError:
+        raise ConfigError(f"{run} is not a server's run folder: give the one of `fedsea server` with --run.") from None
+    tensors = ServerStore.peek(run, plan)
+    export.write(out, open_checkpoint(plan.model.path, plan.model.revision), tensors, plan, merged=merged)

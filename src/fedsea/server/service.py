@@ -1,0 +1,236 @@
+"""Connections: handshake, messages in and out, and the coordinator between them."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import Callable
+from typing import Any
+
+import fedsea
+from fedsea.errors import AuthError, ConfigError, FedseaError, ProtocolError
+from fedsea.plan import FederationPlan
+from fedsea.server.coordinator import Coordinator, Member
+from fedsea.server.engine import Engine
+from fedsea.server.executor.local import EngineThread, Priority
+from fedsea.server.state import RunState, ServerStore
+from fedsea.types import Channel
+from fedsea.wire import messages as m
+from fedsea.wire.encoding import Encoder
+from fedsea.wire.errors import PeerClosed
+from fedsea.wire.frames import PROTOCOL_VERSION
+from fedsea.wire.identity.peers import PeerIdentity
+from fedsea.wire.limits import WireLimits
+from fedsea.wire.server import PeerSession
+
+log = logging.getLogger(__name__)
+
+_HANDSHAKE_S = 60.0
+_MOST_WAITING = 1024
+_MOST_SEQUENCES = 4096
+
+
+class _Link:
+    """One stream's outgoing queue, emptied by a task of its own."""
+
+    def __init__(self, session: PeerSession) -> None:
+        self.session = session
+        self._queue: asyncio.Queue[m.Message] = asyncio.Queue(_MOST_WAITING)
+
+    def put(self, message: m.Message) -> None:
+        """Queue a message; a client that lets a thousand pile up is cut off."""
+        try:
+            self._queue.put_nowait(message)
+        except asyncio.QueueFull:
+            self.session.end(ProtocolError("Too many answers wait for this client: it does not read. Reconnect."))
+
+    async def pump(self) -> None:
+        """Send until cancelled."""
+        while True:
+            await self.session.send(await self._queue.get())
+
+
+class Service:
+    """Serves the clients of one run. The coordinator's world (`coordinator.Ports`).
+
+    Args:
+        plan: The resolved plan.
+        engine: The trunk.
+        store: Durable state.
+        state: Where the run stands.
+        roster: What each client has.
+        executor: The engine thread.
+    """
+
+    def __init__(
+        self,
+        plan: FederationPlan,
+        engine: Engine,
+        store: ServerStore,
+        state: RunState,
+        roster: dict[str, Member],
+        executor: EngineThread,
+    ) -> None:
+        self.plan = plan
+        self.roster = roster
+        self.coordinator = Coordinator(plan, engine, store, state, roster, self)
+        self.over = asyncio.Event()
+        self._welcome = m.Welcome(plan.to_json(), plan.sha256(), state.run_id)
+        self._hidden_size = engine.trunk.hidden_size
+        self._num_blocks = max(member.blocks.stop for member in roster.values()) + max(
+            plan.partition_of(name).output_blocks for name in roster
+        )
+        self._executor = executor
+        self._links: dict[str, _Link] = {}
+        self._left: set[str] = set()
+        self.bytes_before = [0, 0]
+
+    # --- the coordinator's ports ------------------------------------------------------------------------------------
+
+    def send(self, client: str, message: m.Message) -> None:
+        """See `Ports.send`."""
+        if (link := self._links.get(client)) is not None:
+            link.put(message)
+
+    def disconnect(self, client: str, error: FedseaError) -> None:
+        """See `Ports.disconnect`."""
+        if (link := self._links.get(client)) is not None:
+            link.session.end(error)
+
+    def submit(self, priority: Priority, job: Callable[[], Any], then: Callable[[Any], None]) -> None:
+        """See `Ports.submit`."""
+        self._executor.submit(priority, job).add_done_callback(lambda future: self._deliver(future, then))
+
+    def clock(self) -> float:
+        """See `Ports.clock`."""
+        return time.monotonic()
+
+    def _deliver(self, future: asyncio.Future[Any], then: Callable[[Any], None]) -> None:
+        if future.cancelled():
+            return
+        if (error := future.exception()) is not None:
+            self.coordinator.engine_failed(error)
+        else:
+            then(future.result())
+        if self.coordinator.failure is not None:
+            self.over.set()
+
+    # --- sessions ---------------------------------------------------------------------------------------------------
+
+    async def handle(self, session: PeerSession) -> None:
+        """Serve one stream from handshake to end."""
+        name = session.peer.name
+        entry = self.plan.client(name)
+        try:
+            async with asyncio.timeout(_HANDSHAKE_S):
+                await self._hello(session)
+                join = await session.receive()
+        except TimeoutError:
+            raise ProtocolError(f"No complete handshake came within {_HANDSHAKE_S:g} s; connect again.") from None
+        except PeerClosed:
+            return  # only wanted to read the plan
+        if not isinstance(join, m.Join):
+            raise ProtocolError(f"The handshake needs a Join; a {type(join).__name__} came.")
+        if join.plan_sha256 != self._welcome.plan_sha256:
+            raise ConfigError(
+                "The client agreed to another plan than this server's: install the same version of fedsea on both "
+                f"sides (the server has {fedsea.__version__})."
+            )
+        session.limits = self._limits(entry.name)
+        wire = self.plan.wire
+        session.encoder = Encoder("server", {Channel.HIDDEN: wire.hidden, Channel.GRADIENT: wire.gradient})
+        link = _Link(session)
+        pump = asyncio.create_task(link.pump())
+        try:
+            await (self._observe(link) if join.role == "observe" else self._train(link, name, join))
+        finally:
+            pump.cancel()
+            self.bytes_before[0] += sum(session.stats.sent.values())
+            self.bytes_before[1] += sum(session.stats.received.values())
+
+    async def _hello(self, session: PeerSession) -> None:
+        hello = await session.receive()
+        if not isinstance(hello, m.Hello):
+            raise ProtocolError(f"A session begins with Hello; a {type(hello).__name__} came.")
+        if hello.protocol_version != PROTOCOL_VERSION:
+            raise ProtocolError(
+                f"The client speaks protocol {hello.protocol_version}, this server {PROTOCOL_VERSION}: install fedsea "
+                f"{fedsea.__version__} at the client."
+            )
+        await session.send(self._welcome)
+
+    def _limits(self, name: str) -> WireLimits:
+        _, sequences = self.plan.micro_batches_of(name)
+        max_tensor_bytes = self.plan.wire.max_tensor_mb << 20
+        return WireLimits(
+            hidden_size=self._hidden_size,
+            max_tokens=max(1, max_tensor_bytes // (4 * self._hidden_size)),
+            max_sequences=max(sequences, _MOST_SEQUENCES),
+            max_tensor_bytes=max_tensor_bytes,
+            codecs={Channel.HIDDEN: self.plan.wire.hidden, Channel.GRADIENT: self.plan.wire.gradient},
+            bundle_shapes=self.roster[name].shapes,
+            num_blocks=self._num_blocks,
+        )
+
+    async def _observe(self, link: _Link) -> None:
+        async for message in link.session:
+            if isinstance(message, m.Finished):
+                return
+            self.coordinator.answer(link.session.peer.name, message, link.put)
+
+    async def _train(self, link: _Link, name: str, join: m.Join) -> None:
+        if (before := self._links.get(name)) is not None:
+            before.session.end(AuthError(f"Another process connected as {name}; only one may train at a time."))
+            self._gone(name, before)
+        self._links[name] = link
+        try:
+            self.coordinator.join(name, join)
+            async for message in link.session:
+                if isinstance(message, m.Finished):
+                    self._left.add(name)
+                    return
+                self.coordinator.receive(name, message)
+        finally:
+            self._gone(name, link)
+
+    def _gone(self, name: str, link: _Link) -> None:
+        if self._links.get(name) is link:
+            del self._links[name]
+            log.info("client %s left", name)
+            self.coordinator.leave(name)
+        if self.coordinator.finished and self._left >= set(self.plan.client_names):
+            self.over.set()
+
+    # --- asked from outside -----------------------------------------------------------------------------------------
+
+    async def tick(self) -> None:
+        """Bound waiting; runs until cancelled."""
+        while True:
+            await asyncio.sleep(0.05)
+            self.coordinator.tick()
+
+    def status(self, _: PeerIdentity | None = None) -> dict[str, Any]:
+        """Where the run stands, for `fedsea status`."""
+        coordinator, state = self.coordinator, self.coordinator.state
+        step = coordinator.step
+        sessions = [link.session for link in self._links.values()]
+        return {
+            "run_id": state.run_id,
+            "federation": self.plan.name,
+            "plan_sha256": self.plan.sha256(),
+            "version": fedsea.__version__,
+            "trust_mode": self.plan.trust.mode,
+            "time": time.time(),
+            "next_step": state.next_step,
+            "num_steps": self.plan.num_steps,
+            "rounds_done": state.rounds_done,
+            "rounds": self.plan.training.rounds,
+            "finished": coordinator.finished,
+            "clients": list(self.plan.client_names),
+            "connected": [name for name in self.plan.client_names if name in coordinator.connected],
+            "waiting_for": [] if step is None else list(step.waiting_for()),
+            "target_tokens": coordinator.progress.tokens,
+            "bytes_sent": self.bytes_before[0] + sum(sum(s.stats.sent.values()) for s in sessions),
+            "bytes_received": self.bytes_before[1] + sum(sum(s.stats.received.values()) for s in sessions),
+        }
