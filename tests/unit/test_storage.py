@@ -188,7 +188,7 @@ def test_a_run_folder_that_is_not_there_has_no_checkpoints(tmp_path: Path) -> No
 @pytest.mark.parametrize("read_only", [False, True])
 def test_a_file_in_the_place_of_the_folder_says_what_to_do(tmp_path: Path, read_only: bool) -> None:
     (tmp_path / "file").touch()
-    with pytest.raises(StorageError, match="choose another folder|is a file"):
+    with pytest.raises(StorageError, match="choose another folder"):
         storage.CheckpointStore(tmp_path / "file" / "run", read_only=read_only).steps()
 
 
