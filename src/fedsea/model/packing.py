@@ -101,7 +101,7 @@ def run(decoder: nn.Module, hidden_TH: torch.Tensor, lengths: Sequence[int], *, 
         raise ConfigError(f"{way.num_tokens} tokens were announced, but the tensor has shape {tuple(hidden_TH.shape)}.")
     if way.segments is None:
         hidden_BLH = hidden_TH.view(len(way.lengths), -1, hidden_TH.shape[1])
-        return _call(decoder, hidden_BLH, way.positions, None).reshape(hidden_TH.shape)
+        return _call(decoder, hidden_BLH, way.positions, None).flatten(0, 1)
     if padded:
         return _run_padded(decoder, hidden_TH, way)
     if way.order_T is not None and way.place_T is not None:
@@ -119,7 +119,7 @@ def _run_padded(decoder: nn.Module, hidden_TH: torch.Tensor, way: Packing) -> to
     mask = torch.zeros(rows, dtype=torch.long, device=hidden_TH.device).index_fill(0, way.slots_T, 1)
     positions = torch.arange(longest, device=hidden_TH.device).expand(num_sequences, -1)
     out_BLH = _call(decoder, padded.view(num_sequences, longest, -1), positions, mask.view(num_sequences, longest))
-    return out_BLH.reshape(rows, -1).index_select(0, way.slots_T)
+    return out_BLH.flatten(0, 1).index_select(0, way.slots_T)
 
 
 def _call(

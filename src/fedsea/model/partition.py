@@ -8,7 +8,7 @@ Every rule here was found by looking at what transformers' decoders share; `fami
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -65,6 +65,25 @@ class BlockList(nn.ModuleList):
     def stage(self, start: int, stop: int) -> BlockList:
         """The blocks `start … stop - 1` (original indices): the same modules, not copies."""
         return BlockList({index: self.get_submodule(str(index)) for index in range(start, stop)})
+
+
+_BLOCKS_READ = "the blocks"
+
+
+class _Watched(BlockList):
+    """An empty block list that notes when it is read."""
+
+    def __init__(self, calls: list[str]) -> None:
+        super().__init__({})
+        self._calls = calls
+
+    def __iter__(self) -> Iterator[nn.Module]:
+        self._calls.append(_BLOCKS_READ)
+        return iter(())
+
+    def __getitem__(self, index: Any) -> Any:
+        self._calls.append(_BLOCKS_READ)
+        return super().__getitem__(index)
 
 
 class Zero(nn.Module):
@@ -128,6 +147,8 @@ def _find(model: PreTrainedModel, attention: str | None) -> Layout:
             passed = True
         elif not child.state_dict() and not _acts_on_hidden_states(child):
             continue  # rotary tables and the like stay in every segment
+        elif isinstance(child, nn.Dropout):
+            before.append(name)  # of the embedding, though some declare it last
         elif name in family.after or (name not in family.before and (passed or "final" in name)):
             after.append(name)
         else:
@@ -214,17 +235,30 @@ def cut_per_layer_lists(owner: Any, num_blocks: int, start: int, stop: int) -> N
 
 
 def _check_nothing_remains(skeleton: PreTrainedModel, layout: Layout) -> None:
-    """A trunk of no blocks must hand its input through: what acts before and after the blocks is really gone."""
+    """A trunk of no blocks must hand its input through: what acts before and after the blocks is really gone.
+
+    The decoder must also call what is taken out where the layout says, or a client's segment would be wrong.
+    """
+    calls: list[str] = []
+    decoder = skeleton.get_submodule(layout.decoder)
+    decoder._modules[layout.blocks] = _Watched(calls)
+    for name in (*layout.before, *layout.after):
+        if (stand_in := decoder._modules[name]) is not None:
+            stand_in.register_forward_pre_hook(lambda _module, _args, name=name: calls.append(name))
     hidden = torch.linspace(-1.0, 1.0, 3 * skeleton.config.hidden_size).view(3, -1)
     try:
         with torch.no_grad():
-            out = run(skeleton.get_submodule(layout.decoder), hidden, [3], padded=False)
+            out = run(decoder, hidden, [3], padded=False)
     except Exception as error:
         raise _refused(
             skeleton.config, f"its decoder does not run without its embedding ({type(error).__name__})"
         ) from error
     if not torch.equal(out, hidden):
         raise _refused(skeleton.config, "its decoder changes hidden states before the first or after the last block")
+    turn = calls.index(_BLOCKS_READ) if _BLOCKS_READ in calls else len(calls)
+    misplaced = set(calls[:turn]) & set(layout.after) | set(calls[turn:]) & set(layout.before)
+    if misplaced and _BLOCKS_READ in calls:
+        raise _refused(skeleton.config, f"its {min(misplaced)} acts on the other side of the blocks too")
 
 
 def _refused(config: PretrainedConfig, reason: str) -> ConfigError:

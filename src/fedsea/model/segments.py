@@ -88,12 +88,17 @@ class Segment:
         if len(self.blocks) > 1:
             held, first = (BlockRange(self.blocks.start, stop) for stop in (self.blocks.stop, self.blocks.start + 1))
             decoder = stage_of(decoder, self._layout.blocks, held, first)
-        first_TH, second_TH = (torch.randn(n, self.hidden_size, generator=generator).to(self.device) for n in (3, 2))
+        width = self._entering_width
+        first_TH, second_TH = (torch.randn(n, width, generator=generator).to(self.device) for n in (3, 2))
         with torch.no_grad():
             alone = torch.cat([self._run(decoder, first_TH, [3]), self._run(decoder, second_TH, [2])])
             packed = self._run(decoder, torch.cat([first_TH, second_TH]), [3, 2])
         close = (packed - alone).float().norm() <= 0.02 * alone.float().norm()
         self._padded = self._padded or not bool(close)
+
+    @property
+    def _entering_width(self) -> int:
+        return self.hidden_size
 
     def _weights(self) -> list[nn.Parameter]:
         # The largest weight of a block is a linear layer's: norms may be kept in float32, adapters always are.
@@ -139,10 +144,19 @@ class InputBlocks(Segment):
         Raises:
             ConfigError: The lengths do not fit the ids.
         """
-        embedding = self._decoder.get_input_embeddings()  # type: ignore[operator]
         with self._precision(input_ids_T.device):
-            hidden_TH = embedding(input_ids_T)
+            hidden_TH = self._embedding(input_ids_T)
         return self._run(self._decoder, hidden_TH, lengths)
+
+    @property
+    def _embedding(self) -> nn.Module:
+        embedding: nn.Module = self.model.get_input_embeddings()
+        return embedding
+
+    @property
+    def _entering_width(self) -> int:
+        # Some families embed narrower than the blocks are, and project.
+        return int(next(self._embedding.parameters()).shape[1])
 
 
 class Trunk(Segment):
