@@ -1,0 +1,75 @@
+"""How bytes, durations and rates are written, and how a rate is taken from a run."""
+
+from __future__ import annotations
+
+from collections import deque
+
+_WINDOW = 30
+_MINUTE_S, _HOUR_S, _DAY_S = 60, 3600, 86400
+
+
+def bytes_text(count: float) -> str:
+    """Decimal units, three digits: `1.23 MB`.
+
+    >>> bytes_text(999), bytes_text(67_100_000), bytes_text(12_345)
+    ('999 B', '67.1 MB', '12.3 KB')
+    """
+    unit = 0
+    while count >= 999.5 and unit < 5:
+        count, unit = count / 1000, unit + 1
+    if unit == 0:
+        return f"{count:.0f} B"
+    digits = 2 if count < 9.995 else 1 if count < 99.95 else 0
+    return f"{count:.{digits}f} {'BKMGTP'[unit]}B"
+
+
+def duration_text(seconds: float) -> str:
+    """The two largest units.
+
+    >>> duration_text(7.4), duration_text(75), duration_text(7265), duration_text(200_000)
+    ('7 s', '1 min 15 s', '2 h 1 min', '2 d 7 h')
+    """
+    whole = round(seconds)
+    if whole < _MINUTE_S:
+        return f"{whole} s"
+    if whole < _HOUR_S:
+        return f"{whole // _MINUTE_S} min {whole % _MINUTE_S} s"
+    if whole < _DAY_S:
+        return f"{whole // _HOUR_S} h {whole % _HOUR_S // _MINUTE_S} min"
+    return f"{whole // _DAY_S} d {whole % _DAY_S // _HOUR_S} h"
+
+
+def number_text(value: float) -> str:
+    """Thousands apart; one digit behind the point below 10: `1,234`."""
+    return f"{value:,.1f}" if value < 10 else f"{value:,.0f}"
+
+
+class Pace:
+    """Steps and tokens per second over the last steps of this process.
+
+    Args:
+        window: Steps over which the rate is taken.
+    """
+
+    def __init__(self, window: int = _WINDOW) -> None:
+        self._marks: deque[tuple[float, int, float]] = deque(maxlen=window)
+
+    def mark(self, now: float, steps: int, tokens: float) -> None:
+        """Note totals: `steps` done and `tokens` seen at the time `now` (monotonic seconds)."""
+        self._marks.append((now, steps, tokens))
+
+    @property
+    def tokens_per_s(self) -> float | None:
+        """None until there are two marks apart."""
+        return self._rate(2)
+
+    def seconds_left(self, steps: int) -> float | None:
+        """Time for so many more steps; None as long as nothing is known."""
+        rate = self._rate(1)
+        return None if not rate else steps / rate
+
+    def _rate(self, index: int) -> float | None:
+        if len(self._marks) < 2:
+            return None
+        first, last = self._marks[0], self._marks[-1]
+        return (last[index] - first[index]) / (last[0] - first[0]) if last[0] > first[0] else None

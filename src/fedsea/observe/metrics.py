@@ -1,0 +1,110 @@
+"""The server's Prometheus metrics: numbers by client-independent labels, on loopback unless told otherwise."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Literal
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, start_http_server
+
+from fedsea.errors import ConfigError
+
+if TYPE_CHECKING:
+    from fedsea.observe.progress import ServerSnapshot
+
+DEFAULT_LISTEN = "127.0.0.1:9464"
+_STEP_BUCKETS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 25, 60, 120, 300)
+
+
+class ServerMetrics:
+    """Gauges and counters of one server.
+
+    Args:
+        registry: Where they are registered; give every server in a process its own.
+    """
+
+    def __init__(self, registry: CollectorRegistry) -> None:
+        self.registry = registry
+        self._step = Gauge("fedsea_step", "Steps applied", registry=registry)
+        self._round = Gauge("fedsea_round", "Round under way", registry=registry)
+        self._clients = Gauge("fedsea_clients_connected", "Clients connected", registry=registry)
+        self._tokens = Counter("fedsea_tokens", "Tokens through the trunk in training", registry=registry)
+        self._bytes = Counter(
+            "fedsea_bytes",
+            "Frame bytes by direction (up: from clients) and kind of message",
+            ("direction", "kind"),
+            registry=registry,
+        )
+        self._step_seconds = Histogram(
+            "fedsea_step_seconds", "Wall time from a step to the next", buckets=_STEP_BUCKETS, registry=registry
+        )
+        self._engine = Counter(
+            "fedsea_engine_seconds", "Engine thread's busy time by phase", ("phase",), registry=registry
+        )
+        self._errors = Counter("fedsea_errors", "Errors by code", ("code",), registry=registry)
+        self._totals: dict[tuple[str, ...], float] = {}
+
+    def update(self, snapshot: ServerSnapshot) -> None:
+        """Take over where the run stands. Bytes come by kind, through `bytes`."""
+        self._step.set(snapshot.step)
+        self._round.set(snapshot.round)
+        self._clients.set(len(snapshot.connected))
+        self._tokens.inc(self._growth(("tokens",), snapshot.tokens))
+
+    def bytes(self, direction: Literal["up", "down"], kind: str, total: int) -> None:
+        """Bytes of a kind of message so far.
+
+        Args:
+            direction: "up" is from the clients to the server.
+            kind: Class name of the message.
+            total: Since the process began; a smaller total than before counts from zero again.
+        """
+        self._bytes.labels(direction, kind).inc(self._growth(("bytes", direction, kind), total))
+
+    def step_seconds(self, seconds: float) -> None:
+        """A step took so long."""
+        self._step_seconds.observe(seconds)
+
+    def engine_seconds(self, phase: str, seconds: float) -> None:
+        """The engine thread was busy so long with a phase, such as "forward"."""
+        self._engine.labels(phase).inc(seconds)
+
+    def error(self, code: str) -> None:
+        """An error with this `FedseaError.code` was answered."""
+        self._errors.labels(code).inc()
+
+    def _growth(self, key: tuple[str, ...], total: float) -> float:
+        before = self._totals.get(key, 0.0)
+        self._totals[key] = total
+        return total - before if total >= before else total
+
+
+@contextmanager
+def serve_metrics(listen: str = DEFAULT_LISTEN, registry: CollectorRegistry | None = None) -> Iterator[ServerMetrics]:
+    """Serve metrics over HTTP while the `with` block runs.
+
+    Args:
+        listen: `HOST:PORT`. There is no access control: listen on loopback, or behind your own.
+        registry: A new one by default.
+
+    Raises:
+        ConfigError: The address is none, or the port is in use.
+    """
+    host, _, port = listen.rpartition(":")
+    if not host or not port.isascii() or not port.isdigit() or int(port) > 65535:
+        raise ConfigError(f"{listen!r} is no address for metrics: give HOST:PORT, for example {DEFAULT_LISTEN}.")
+    metrics = ServerMetrics(registry or CollectorRegistry())
+    try:
+        server, thread = start_http_server(int(port), addr=host.strip("[]"), registry=metrics.registry)
+    except OSError as error:
+        raise ConfigError(
+            f"Metrics cannot be served at {listen} ({error.strerror or 'no such address'}): choose another port or "
+            "address with --metrics."
+        ) from None
+    try:
+        yield metrics
+    finally:
+        server.shutdown()
+        server.server_close()
+        thread.join()
