@@ -46,7 +46,7 @@ def evaluate(
     segments.train(False)
     for number, batch in enumerate(batches):
         hidden = segments.evaluate_embed(batch)
-        where = MicroBatch(number, -1, 0, 1, batch.lengths, batch.num_target_tokens, segments.trunk_blocks)
+        where = MicroBatch(number, 0, 0, 1, batch.lengths, batch.num_target_tokens, segments.trunk_blocks)
         under_way.append((batch, trunk.evaluate(where, trunk.seal(boundary.hidden(hidden)))))
         if len(under_way) >= plan.training.in_flight:
             take()

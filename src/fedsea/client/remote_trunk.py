@@ -27,7 +27,6 @@ from fedsea.types import Channel, Release
 from fedsea.wire import messages as m
 from fedsea.wire.channel import ClientStream, connect
 from fedsea.wire.encoding import Encoded, Encoder
-from fedsea.wire.errors import PeerClosed
 from fedsea.wire.frames import PROTOCOL_VERSION
 from fedsea.wire.identity.identity import Identity
 from fedsea.wire.limits import HANDSHAKE, WireLimits
@@ -73,6 +72,31 @@ async def fetch_invitation(address: str, identity: Identity, timeout_s: float = 
             "the server's version on both sides."
         )
     return Invitation(plan, welcome.run_id)
+
+
+async def seek_invitation(address: str, identity: Callable[[], Identity], retry: RetryPolicy) -> Invitation:
+    """`fetch_invitation`, tried again while the server cannot be reached.
+
+    Raises:
+        FedseaError: The server refuses, or the policy's time is used up.
+    """
+    pauses = retry.pauses()
+    while True:
+        try:
+            return await fetch_invitation(address, identity())
+        except FedseaError as error:
+            if not await _pause(error, pauses):
+                raise
+
+
+async def _pause(error: FedseaError, pauses: Iterator[float]) -> bool:
+    """Wait before the next try; False if there is to be none."""
+    pause = next(pauses, None)
+    if pause is None or not error.retryable:
+        return False
+    log.warning("%s Trying again in %.1f s.", error.message, pause)
+    await asyncio.sleep(pause)
+    return True
 
 
 class RemoteTrunk:
@@ -179,7 +203,7 @@ class RemoteTrunk:
 
     @staticmethod
     def _forward(where: MicroBatch, hidden: Sealed, evaluate: bool) -> m.Forward:
-        attempt = -1 if evaluate else where.attempt
+        attempt = 0 if evaluate else where.attempt
         return m.Forward(
             where.step,
             attempt,
@@ -252,19 +276,9 @@ class RemoteTrunk:
                 self._interrupt((-1, -1))
                 if self._closing.is_set():
                     return
-                if not await self._pause(error, pauses):
+                if not await _pause(error, pauses):
                     self._give_up(error)
                     return
-
-    async def _pause(self, error: FedseaError, pauses: Iterator[float]) -> bool:
-        if not error.retryable and not isinstance(error, PeerClosed):
-            return False
-        pause = next(pauses, None)
-        if pause is None:
-            return False
-        log.warning("%s Trying again in %.1f s.", error.message, pause)
-        await asyncio.sleep(pause)
-        return True
 
     def _give_up(self, error: FedseaError) -> None:
         if isinstance(error, TransportError):

@@ -15,7 +15,7 @@ import torch
 from fedsea.client import setup
 from fedsea.client.evaluation import evaluate as evaluate_batches
 from fedsea.client.local_trunk import LocalTrunk
-from fedsea.client.remote_trunk import RemoteTrunk, fetch_invitation
+from fedsea.client.remote_trunk import RemoteTrunk, seek_invitation
 from fedsea.client.renewal import IdentityKeeper
 from fedsea.client.segments import ClientSegments
 from fedsea.client.setup import ClientOptions
@@ -123,7 +123,7 @@ def train(options: ClientOptions, observer: Observer | None = None) -> TrainSumm
     if options.threads:
         torch.set_num_threads(options.threads)
     keeper = IdentityKeeper(options.identity, options.server)
-    invitation = asyncio.run(fetch_invitation(options.server, keeper.current()))
+    invitation = asyncio.run(seek_invitation(options.server, keeper.current, options.retry))
     plan, name = invitation.plan, keeper.current().name
     setup.check_limits(plan, name, options)
     log.info("%s", Boundary(plan.trust.mode).statement)
@@ -213,7 +213,7 @@ def evaluate(options: ClientOptions, everything: bool = False) -> EvalSummary:
     if options.threads:
         torch.set_num_threads(options.threads)
     keeper = IdentityKeeper(options.identity, options.server)
-    invitation = asyncio.run(fetch_invitation(options.server, keeper.current()))
+    invitation = asyncio.run(seek_invitation(options.server, keeper.current, options.retry))
     plan, name = invitation.plan, keeper.current().name
     setup.check_limits(plan, name, options)
     log.info("%s", Boundary(plan.trust.mode).statement)
@@ -243,7 +243,7 @@ def export_adapter(options: ClientOptions, out: Path, merged: bool = False) -> N
         FedseaError: The server cannot be reached or does not share the trunk.
     """
     keeper = IdentityKeeper(options.identity, options.server)
-    invitation = asyncio.run(fetch_invitation(options.server, keeper.current()))
+    invitation = asyncio.run(seek_invitation(options.server, keeper.current, options.retry))
     plan, name = invitation.plan, keeper.current().name
     found = ClientStore.peek(options.run)
     if found is None:

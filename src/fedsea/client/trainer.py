@@ -230,7 +230,7 @@ class Trainer:
             self.store.prepare(Prepared(opened.step, tokens, norm, loss / tokens, work.data_after, gradients))
             self._offer_prepared(opened.attempt)
 
-    def _offer_prepared(self, attempt: int = -1) -> None:
+    def _offer_prepared(self, attempt: int = 0) -> None:
         prepared = self.store.prepared
         if prepared is None:
             return

@@ -501,7 +501,7 @@ class Coordinator:
         job = partial(self.engine.passes.evaluate, self._entry(name, message))
 
         def then(output: torch.Tensor) -> None:
-            reply(m.Output(message.step, -1, message.micro_batch, True, Reply({"": output})))
+            reply(m.Output(message.step, 0, message.micro_batch, True, Reply({"": output})))
 
         self.ports.submit(Priority.EVALUATE, job, then)
 
