@@ -122,7 +122,7 @@ class Authority:
 
     @property
     def fingerprint(self) -> str:
-        """SHA-256 of the CA's certificate, `AB:CD:…`; tell it to clients by telephone or in person."""
+        """SHA-256 of the CA's certificate, `AB:12:…`; tell it to clients by telephone or in person."""
         return certs.certificate_fingerprint(self._certificate)
 
     @property
@@ -155,14 +155,14 @@ class Authority:
             write_new_pair(folder, key, certificate)
         return folder
 
-    def inspect(self, csr_pem: bytes) -> tuple[SigningRequest, list[Entry]]:
-        """Check a request, and list the valid certificates that its name already has.
+    def inspect(self, csr_pem: bytes, *, name: str | None = None) -> tuple[SigningRequest, list[Entry]]:
+        """Check a request, and list the valid certificates that the name it asks for, or `name`, already has.
 
         Raises:
             AuthError: The request is damaged or unsigned, or its key has another type.
         """
         request, now = read_request(csr_pem), self._clock()
-        valid = [entry for entry in self._read().named(request.name) if entry.status(now) == "valid"]
+        valid = [entry for entry in self._read().named(name or request.name) if entry.status(now) == "valid"]
         return request, valid
 
     def approve(

@@ -112,12 +112,12 @@ def _colons(digest: bytes) -> str:
 
 
 def certificate_fingerprint(certificate: x509.Certificate) -> str:
-    """SHA-256 of the whole certificate, as `AB:CD:…`; identifies a CA."""
+    """SHA-256 of the whole certificate, as `AB:12:…`; identifies a CA."""
     return _colons(certificate.fingerprint(hashes.SHA256()))
 
 
 def key_fingerprint(key: object) -> str:
-    """SHA-256 of a public key (SubjectPublicKeyInfo), as `AB:CD:…`; the same in request and certificate."""
+    """SHA-256 of a public key (SubjectPublicKeyInfo), as `AB:12:…`; the same in request and certificate."""
     assert isinstance(key, ec.EllipticCurvePublicKey)
     digest = hashes.Hash(hashes.SHA256())
     digest.update(key.public_bytes(serialization.Encoding.DER, serialization.PublicFormat.SubjectPublicKeyInfo))
@@ -133,7 +133,7 @@ def same_fingerprint(found: str, expected: str) -> bool:
     plain = "".join(expected.replace(":", "").split()).lower().removeprefix("sha256")
     if len(plain) != 64 or not set(plain) <= set("0123456789abcdef"):
         raise ConfigError(
-            "The fingerprint must be 64 hexadecimal digits like AB:CD:…; copy it whole from what the other side shows."
+            "The fingerprint must be 64 hexadecimal digits like AB:12:…; copy it whole from what the other side shows."
         )
     return found.replace(":", "").lower() == plain
 

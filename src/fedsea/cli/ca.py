@@ -1,0 +1,180 @@
+"""`fedsea ca`: the operator's certificate authority."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+if TYPE_CHECKING:
+    from fedsea.wire.identity.journal import Entry
+    from fedsea.wire.identity.requests import SigningRequest
+
+app = typer.Typer(
+    no_args_is_help=True,
+    help="The federation's certificate authority: who may take part (for the operator).",
+    rich_markup_mode="markdown",
+)
+
+Folder = Annotated[Path, typer.Option("--folder", help="The authority's folder.")]
+Days = Annotated[float, typer.Option("--days", help="How long the certificate is valid.", min=0.001, max=825)]
+Hosts = Annotated[
+    list[str] | None,
+    typer.Option("--host", help="Host name or address under which clients reach the server; may be repeated."),
+]
+_FOLDER = Path("ca")
+
+
+@app.command("init")
+def init(
+    folder: Folder = _FOLDER,
+    name: Annotated[str, typer.Option(help="Name of the authority, such as the federation's.")] = "fedsea federation",
+    host: Hosts = None,
+    days: Days = 30,
+) -> None:
+    """Make the authority and the server's first identity.
+
+    Without `--host` the certificate is for localhost and this machine's host name.
+
+    Example: `fedsea ca init --host fedsea.example.org`
+    """
+    import socket
+
+    from fedsea.wire.identity import Authority
+
+    hosts = host or ["localhost", "127.0.0.1", "::1", socket.gethostname()]
+    authority = Authority.create(folder, name)
+    server = authority.issue_server(hosts, days=days)
+    typer.echo(f"Made the authority {folder} and the server's identity {server} for {', '.join(hosts)}.")
+    typer.echo(f"Keep {folder} secret: whoever has its key can let anyone in.")
+    typer.echo("Tell every client this fingerprint by telephone or in person, not along with the certificate:")
+    typer.echo(f"  {authority.fingerprint}")
+
+
+@app.command("approve")
+def approve(
+    request: Annotated[Path, typer.Argument(metavar="CSR_FILE", help="The request that the client sent.")],
+    folder: Folder = _FOLDER,
+    name: Annotated[str | None, typer.Option(help="Another name than the request asks for.")] = None,
+    days: Days = 30,
+    out: Annotated[Path | None, typer.Option(help="Where the certificate is written; beside the request.")] = None,
+    fingerprint: Annotated[
+        str | None,
+        typer.Option(help="What the client shows; if it is the same, approves without asking."),
+    ] = None,
+    yes: Annotated[bool, typer.Option("--yes", help="Do not ask; only where the request cannot be another's.")] = False,
+    again: Annotated[bool, typer.Option("--again", help="Admit a name that was revoked.")] = False,
+) -> None:
+    """Approve a client's request, after comparing its fingerprint with the client's.
+
+    Example: `fedsea ca approve clinic.request.pem`
+    """
+    from fedsea.errors import AuthError
+    from fedsea.wire.identity import Authority
+    from fedsea.wire.identity.certificates import same_fingerprint
+    from fedsea.wire.identity.files import read_file, write_public
+
+    authority = Authority.open(folder)
+    csr_pem = read_file(request, "give the path of the request that the client sent.")
+    asked, valid = authority.inspect(csr_pem, name=name)
+    _show_request(asked, name or asked.name, valid)
+    if fingerprint is not None:
+        if not same_fingerprint(asked.fingerprint, fingerprint):
+            raise AuthError("The request's fingerprint is another one, so it is not the client's: approve nothing.")
+    elif not yes:
+        typer.confirm("Does the client show the same fingerprint?", abort=True)
+    certificate = authority.approve(csr_pem, name=name, days=days, again=again)
+    out = out or request.with_name(f"{certificate.name}.certificate.pem")
+    write_public(out, certificate.pem)
+    typer.echo(f"{certificate.name} is approved until {certificate.not_after:%Y-%m-%d}. Send it {out}; it then runs:")
+    typer.echo(f"  fedsea enroll --install {out.name} --ca-fingerprint …")
+    typer.echo(f"where … is the authority's fingerprint, told by another way: {authority.fingerprint}")
+
+
+def _show_request(asked: SigningRequest, name: str, valid: list[Entry]) -> None:
+    typer.echo(f"Name         {name}" + (f" (asks for {asked.name})" if name != asked.name else ""))
+    typer.echo(f"Fingerprint  {asked.fingerprint}")
+    if others := [entry for entry in valid if entry.key != asked.fingerprint]:
+        until = max(entry.not_after for entry in others)
+        typer.echo(
+            f"Attention: {name} already has {len(others)} valid certificate(s) under another key, until "
+            f"{until:%Y-%m-%d}. If that key is lost or stolen, revoke the name first and approve this with --again."
+        )
+
+
+@app.command("revoke")
+def revoke(
+    name: Annotated[str, typer.Argument(help="A client's name, or one certificate's serial number.")],
+    folder: Folder = _FOLDER,
+    reason: Annotated[str, typer.Option(help="Kept in the authority's journal.")] = "",
+) -> None:
+    """Revoke a client; a running server closes its connections within seconds.
+
+    Example: `fedsea ca revoke clinic --reason "left the federation"`
+    """
+    from fedsea.wire.identity import Authority
+
+    revoked = Authority.open(folder).revoke(name, reason)
+    typer.echo(f"Revoked {len(revoked)} certificate(s) of {name}." if revoked else f"{name} was revoked before.")
+
+
+@app.command("list")
+def list_(
+    folder: Folder = _FOLDER,
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON document, for scripts.")] = False,
+) -> None:
+    """List the certificates that were issued, and how they stand.
+
+    Example: `fedsea ca list --json`
+    """
+    import json
+
+    from fedsea.wire.identity import Authority
+    from fedsea.wire.identity.certificates import utc_now
+
+    authority, now = Authority.open(folder), utc_now()
+    entries = authority.entries()
+    if as_json:
+        rows = [
+            {
+                "name": entry.name,
+                "role": entry.role.value,
+                "serial": entry.serial,
+                "not_before": entry.not_before.isoformat(),
+                "not_after": entry.not_after.isoformat(),
+                "status": entry.status(now),
+                "fingerprint": entry.key,
+            }
+            for entry in entries
+        ]
+        typer.echo(json.dumps({"ca_fingerprint": authority.fingerprint, "certificates": rows}))
+        return
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table("name", "role", "status", "until (UTC)")
+    table.add_column("serial", overflow="fold")
+    for entry in entries:
+        until = f"{entry.not_after:%Y-%m-%d %H:%M}"
+        table.add_row(entry.name, entry.role.value, entry.status(now), until, entry.serial)
+    Console().print(table)
+    typer.echo(f"Authority {authority.fingerprint}")
+
+
+@app.command("server")
+def server(
+    folder: Folder = _FOLDER,
+    host: Hosts = None,
+    days: Days = 30,
+    out: Annotated[Path | None, typer.Option(help="Identity folder; FOLDER/server if not given.")] = None,
+) -> None:
+    """Issue or renew a server's identity; without `--host`, for the same host names as before.
+
+    Example: `fedsea ca server --host fedsea.example.org --host 192.0.2.10`
+    """
+    from fedsea.wire.identity import Authority, Identity
+
+    written = Authority.open(folder).issue_server(host or [], days=days, folder=out)
+    identity = Identity.load(written)
+    typer.echo(f"The server's identity {written} for {identity.name} is valid until {identity.not_after:%Y-%m-%d}.")
