@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from fedsea.client.trunk import Connected, Event, MicroBatch, Sealed, Tensors
+from fedsea.errors import FedseaError
 from fedsea.federation.schedule import place
 from fedsea.model import adapters
 from fedsea.model.optim import SegmentOptimizer, clip_coefficient
@@ -166,6 +167,10 @@ class LocalTrunk:
     def fetch(self) -> Future[Tensors]:
         """See `Trunk.fetch`."""
         return _done(adapters.read(self._passes.trunk))
+
+    def abandon(self, step: int, error: FedseaError) -> None:  # noqa: ARG002 (nobody else is told)
+        """See `Trunk.abandon`."""
+        self.close(step)
 
     def close(self, next_step: int) -> None:  # noqa: ARG002 (nobody else is told)
         """Release the folder."""

@@ -196,6 +196,12 @@ class RemoteTrunk:
         """See `Trunk.fetch`; survives a lost connection."""
         return self._ask(("trunk", 0, -1, 0), m.FetchTrunk(), lasting=True)
 
+    def abandon(self, step: int, error: FedseaError) -> None:
+        """See `Trunk.abandon`."""
+        if not self._closing.is_set():
+            self._send(m.Failure(error.code, "", 0.0, step, True))
+        self._stop()
+
     def close(self, next_step: int) -> None:
         """Say goodbye and end the stream."""
         self._send(m.Finished(next_step))

@@ -16,7 +16,7 @@ from fedsea.client.segments import ClientSegments
 from fedsea.client.state import ClientState, ClientStore, Prepared
 from fedsea.client.trunk import Connected, MicroBatch, Sealed, StepInterrupted, Trunk
 from fedsea.data.batches import BatchStream
-from fedsea.errors import ProtocolError
+from fedsea.errors import FedseaError, ProtocolError
 from fedsea.federation.schedule import place
 from fedsea.plan import FederationPlan
 from fedsea.privacy.boundary import Boundary
@@ -124,6 +124,13 @@ class Trainer:
         Raises:
             FedseaError: The run cannot go on; what was applied is durable.
         """
+        try:
+            self._follow()
+        except FedseaError as error:
+            self.trunk.abandon(self.store.state.next_step, error)
+            raise
+
+    def _follow(self) -> None:
         while True:
             event = self.trunk.next_event()
             match event:

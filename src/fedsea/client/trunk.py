@@ -14,6 +14,7 @@ from typing import Any, Protocol, TypeAlias
 
 import torch
 
+from fedsea.errors import FedseaError
 from fedsea.types import BlockRange, Release
 from fedsea.wire import messages as m
 
@@ -102,6 +103,10 @@ class Trunk(Protocol):
 
     def fetch(self) -> Future[Tensors]:
         """The trunk's trained parameters by portable name."""
+        ...
+
+    def abandon(self, step: int, error: FedseaError) -> None:
+        """Leave because of an error of this client's own; others are told its code, nothing else."""
         ...
 
     def close(self, next_step: int) -> None:

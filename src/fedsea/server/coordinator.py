@@ -13,66 +13,26 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from functools import partial
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 
 from fedsea.errors import AuthError, FedseaError, NonFiniteError, ProtocolError
-from fedsea.federation.aggregation import Contribution
 from fedsea.federation.schedule import place
 from fedsea.model.passes import Entry
 from fedsea.plan import FederationPlan
 from fedsea.server.engine import Engine, Outcome
 from fedsea.server.executor.local import Priority
+from fedsea.server.ports import Member, Ports
+from fedsea.server.rounds import RoundKeeper
 from fedsea.server.state import RunState, ServerStore
 from fedsea.server.step import ChangedInput, StepState, only_tensor
-from fedsea.types import BlockRange, Reply
+from fedsea.types import Reply
 from fedsea.wire import messages as m
 
 log = logging.getLogger(__name__)
-
-
-class Ports(Protocol):
-    """What the coordinator needs of the world."""
-
-    def send(self, client: str, message: m.Message) -> None:
-        """Queue a message to a connected client."""
-        ...
-
-    def disconnect(self, client: str, error: FedseaError) -> None:
-        """Tell a client why, and end its stream."""
-        ...
-
-    def submit(self, priority: Priority, job: Callable[[], Any], then: Callable[[Any], None]) -> None:
-        """Run `job` on the engine thread, then `then(result)` here; an exception goes to `engine_failed`."""
-        ...
-
-    def clock(self) -> float:
-        """Monotonic seconds."""
-        ...
-
-
-@dataclass(frozen=True, slots=True)
-class Member:
-    """What a client of the plan has.
-
-    Attributes:
-        blocks: The blocks that it leaves to the trunk.
-        shapes: Its trained parameters.
-    """
-
-    blocks: BlockRange
-    shapes: Mapping[str, tuple[int, ...]]
-
-
-@dataclass(slots=True)
-class Progress:
-    """Counters for displays and metrics."""
-
-    tokens: int = 0
-    losses: dict[str, float] = field(default_factory=dict)
 
 
 class Coordinator:
@@ -102,11 +62,10 @@ class Coordinator:
         self.state = state
         self.roster = roster
         self.ports = ports
-        self.progress = Progress()
+        self.num_target_tokens = 0
         self.connected: set[str] = set()
         self.step: StepState | None = None
-        self.updates: dict[str, Contribution] = {}
-        self.aggregating = False
+        self.rounds = RoundKeeper(plan, roster)
         self.failure: FedseaError | None = None
         self._attempt = 0
         self._waiting_since: float | None = None
@@ -118,12 +77,8 @@ class Coordinator:
 
     @property
     def round_due(self) -> bool:
-        """Whether a round's steps are all applied and its aggregation is not."""
-        if self.plan.aggregation.sync == "personal" or not any(member.shapes for member in self.roster.values()):
-            return False
-        step = self.state.next_step
-        rounds_complete = place(self.plan, step - 1).round + place(self.plan, step - 1).ends_round if step else 0
-        return self.state.rounds_done < rounds_complete
+        """Whether the clients' parameters are to be aggregated before the next step."""
+        return self.rounds.due(self.state)
 
     @property
     def finished(self) -> bool:
@@ -224,11 +179,8 @@ class Coordinator:
                 self._step_message(name, message)
             case m.RoundUpdate():
                 self._round_update(name, message)
-            case m.Report():
-                self.progress.losses[name] = message.mean_loss
             case _:
-                self.answer(name, message, partial(self.ports.send, name))
-                return
+                raise ProtocolError(f"A client may not send {type(message).__name__} here.")
         self.advance()
 
     def _step_message(self, name: str, message: m.Forward | m.Backward | m.StepReady) -> None:
@@ -262,7 +214,15 @@ class Coordinator:
                 f"{expected.start}:{expected.stop}."
             )
 
+    def _check_bundle(self, name: str, tensors: object) -> None:
+        """Shapes were checked on arrival; here, that nothing is missing."""
+        expected = self.roster[name].shapes.keys()
+        if not isinstance(tensors, dict) or tensors.keys() != expected:
+            raise ProtocolError(f"Client {name} must send all {len(expected)} of its trained parameters at once.")
+
     def _ready(self, name: str, message: m.StepReady) -> None:
+        if self.plan.aggregation.sync == "step":
+            self._check_bundle(name, message.tensors)
         step, outcome = self.step, self.state.outcomes.get(name)
         if outcome is not None and outcome.step == message.step:
             self._send_done(name, outcome)
@@ -320,8 +280,7 @@ class Coordinator:
     def _late(self) -> tuple[str, ...]:
         """Clients for whom others wait; none while nobody waits."""
         if self.round_due:
-            missing = tuple(name for name in self.connected if name not in self.updates)
-            return missing if self.updates and not self.aggregating else ()
+            return self.rounds.missing(self.connected)
         if self.step is None or self.step.running or self.step.finishing:
             return ()
         late = self.step.waiting_for()
@@ -433,7 +392,7 @@ class Coordinator:
 
     def _finished_step(self, step: StepState, result: tuple[RunState, Outcome]) -> None:
         self.state, outcome = result
-        self.progress.tokens += outcome.num_target_tokens
+        self.num_target_tokens += outcome.num_target_tokens
         self.step, self._attempt = None, 0
         for name in step.members:
             if name in self.connected:
@@ -459,23 +418,22 @@ class Coordinator:
     # --- rounds -----------------------------------------------------------------------------------------------------
 
     def _round_update(self, name: str, message: m.RoundUpdate) -> None:
+        self._check_bundle(name, message.tensors)
         if message.round < self.state.rounds_done:
             self._send_result(name)
-        elif message.round > self.state.rounds_done or not self.round_due:
-            raise ProtocolError(f"Client {name} sent an update for round {message.round}, which is not due.")
-        elif isinstance(message.tensors, dict):
-            self.updates[name] = Contribution(message.tensors, float(message.num_target_tokens))
+        else:
+            self.rounds.add(name, message, self.state)
 
     def _advance_round(self) -> None:
         expected = self.plan.client_names if self.wait_s is None else tuple(self.connected)
-        if expected and all(name in self.updates for name in expected):
+        if self.rounds.complete(expected):
             self._aggregate()
 
     def _aggregate(self) -> None:
-        if self.aggregating:
+        if self.rounds.aggregating:
             return
-        self.aggregating = True
-        updates, before = dict(self.updates), self.state
+        self.rounds.aggregating = True
+        updates, before = dict(self.rounds.updates), self.state
 
         def job() -> RunState:
             state = replace(before, result=self.engine.average(updates), rounds_done=before.rounds_done + 1)
@@ -486,8 +444,8 @@ class Coordinator:
 
     def _aggregated(self, state: RunState) -> None:
         self.state = state
-        self.aggregating = False
-        self.updates.clear()
+        self.rounds.aggregating = False
+        self.rounds.updates.clear()
         for name in self.connected:
             self._send_result(name)
         if self.finished:

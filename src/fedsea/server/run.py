@@ -13,27 +13,30 @@ from typing import Any, Protocol
 
 import torch
 
-from fedsea.errors import ConfigError
+from fedsea.errors import ConfigError, FedseaError
 from fedsea.model import adapters, export
 from fedsea.model.checkpoint import Checkpoint, open_checkpoint
 from fedsea.model.fingerprint import fingerprint
 from fedsea.model.loading import load_trunk
 from fedsea.plan import FederationPlan, load_plan, parse_plan_json
-from fedsea.server.coordinator import Member
 from fedsea.server.engine import Engine
 from fedsea.server.executor.local import EngineThread
+from fedsea.server.ports import Member
 from fedsea.server.service import Service
 from fedsea.server.state import RunState, ServerStore
 from fedsea.storage import write_bytes_atomic
 from fedsea.types import BlockRange, SegmentKind
 from fedsea.wire.identity.authority import Authority
-from fedsea.wire.identity.identity import Identity
+from fedsea.wire.identity.certificates import utc_now
+from fedsea.wire.identity.identity import Identity, needs_renewal
 from fedsea.wire.identity.peers import PeerGate
 from fedsea.wire.limits import HANDSHAKE
 from fedsea.wire.server import WireServer
 from fedsea.wire.server import serve as listen
 
 log = logging.getLogger(__name__)
+
+_LOOK_EVERY_S = 600.0
 
 TRUST_STATEMENT = (
     "Trust mode: trusted-server. Connections are encrypted and clients keep their text, but this server CAN "
@@ -189,7 +192,7 @@ async def _serve(
     log.info("listening on %s", address)
     if options.ready_file is not None:
         write_bytes_atomic(options.ready_file, address.encode())
-    tasks = [asyncio.create_task(service.tick())]
+    tasks = [asyncio.create_task(service.tick()), asyncio.create_task(_stay_valid(server, identity, options))]
     if watch is not None:
         tasks.append(asyncio.create_task(_watch(service, watch)))
     try:
@@ -217,6 +220,20 @@ async def _watch(service: Service, watch: Watcher) -> None:
     while True:
         watch(service.status())
         await asyncio.sleep(0.25)
+
+
+async def _stay_valid(server: WireServer, identity: Identity, options: ServerOptions) -> None:
+    """Renew the server's own certificate in time, if the authority's key is at hand."""
+    while True:
+        if needs_renewal(identity, utc_now()):
+            try:
+                Authority.open(options.ca).issue_server(folder=options.identity)
+                identity = Identity.load(options.identity)
+                server.replace_identity(identity)
+                log.info("the server's certificate was renewed until %s", f"{identity.not_after:%Y-%m-%d %H:%M}")
+            except FedseaError as error:
+                log.warning("The server's certificate could not be renewed: %s", error.message)
+        await asyncio.sleep(_LOOK_EVERY_S)
 
 
 async def _close(server: WireServer) -> None:

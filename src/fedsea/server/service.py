@@ -11,9 +11,10 @@ from typing import Any
 import fedsea
 from fedsea.errors import AuthError, ConfigError, FedseaError, ProtocolError
 from fedsea.plan import FederationPlan
-from fedsea.server.coordinator import Coordinator, Member
+from fedsea.server.coordinator import Coordinator
 from fedsea.server.engine import Engine
 from fedsea.server.executor.local import EngineThread, Priority
+from fedsea.server.ports import Member
 from fedsea.server.state import RunState, ServerStore
 from fedsea.types import Channel
 from fedsea.wire import messages as m
@@ -29,6 +30,7 @@ log = logging.getLogger(__name__)
 _HANDSHAKE_S = 60.0
 _MOST_WAITING = 1024
 _MOST_SEQUENCES = 4096
+_MOST_QUESTIONS = 8
 
 
 class _Link:
@@ -37,6 +39,7 @@ class _Link:
     def __init__(self, session: PeerSession) -> None:
         self.session = session
         self._queue: asyncio.Queue[m.Message] = asyncio.Queue(_MOST_WAITING)
+        self._questions = asyncio.Semaphore(_MOST_QUESTIONS)
 
     def put(self, message: m.Message) -> None:
         """Queue a message; a client that lets a thousand pile up is cut off."""
@@ -44,6 +47,15 @@ class _Link:
             self._queue.put_nowait(message)
         except asyncio.QueueFull:
             self.session.end(ProtocolError("Too many answers wait for this client: it does not read. Reconnect."))
+
+    async def may_ask(self) -> None:
+        """Wait until few enough of this client's questions are open; it is not read from meanwhile."""
+        await self._questions.acquire()
+
+    def answer(self, message: m.Message) -> None:
+        """Queue the answer to a question."""
+        self._questions.release()
+        self.put(message)
 
     async def pump(self) -> None:
         """Send until cancelled."""
@@ -78,9 +90,8 @@ class Service:
         self.over = asyncio.Event()
         self._welcome = m.Welcome(plan.to_json(), plan.sha256(), state.run_id)
         self._hidden_size = engine.trunk.hidden_size
-        self._num_blocks = max(member.blocks.stop for member in roster.values()) + max(
-            plan.partition_of(name).output_blocks for name in roster
-        )
+        first = plan.client_names[0]
+        self._num_blocks = roster[first].blocks.stop + plan.partition_of(first).output_blocks
         self._executor = executor
         self._links: dict[str, _Link] = {}
         self._left: set[str] = set()
@@ -177,7 +188,11 @@ class Service:
         async for message in link.session:
             if isinstance(message, m.Finished):
                 return
-            self.coordinator.answer(link.session.peer.name, message, link.put)
+            await self._ask(link, message)
+
+    async def _ask(self, link: _Link, message: m.Message) -> None:
+        await link.may_ask()
+        self.coordinator.answer(link.session.peer.name, message, link.answer)
 
     async def _train(self, link: _Link, name: str, join: m.Join) -> None:
         if (before := self._links.get(name)) is not None:
@@ -187,10 +202,17 @@ class Service:
         try:
             self.coordinator.join(name, join)
             async for message in link.session:
-                if isinstance(message, m.Finished):
-                    self._left.add(name)
-                    return
-                self.coordinator.receive(name, message)
+                match message:
+                    case m.Finished():
+                        self._left.add(name)
+                        return
+                    case m.Failure():
+                        log.warning("client %s stopped at step %d: %s", name, message.step, message.code)
+                        return
+                    case m.Forward(evaluate=True) | m.FetchTrunk():
+                        await self._ask(link, message)
+                    case _:
+                        self.coordinator.receive(name, message)
         finally:
             self._gone(name, link)
 
@@ -230,7 +252,7 @@ class Service:
             "clients": list(self.plan.client_names),
             "connected": [name for name in self.plan.client_names if name in coordinator.connected],
             "waiting_for": [] if step is None else list(step.waiting_for()),
-            "target_tokens": coordinator.progress.tokens,
+            "target_tokens": coordinator.num_target_tokens,
             "bytes_sent": self.bytes_before[0] + sum(sum(s.stats.sent.values()) for s in sessions),
             "bytes_received": self.bytes_before[1] + sum(sum(s.stats.received.values()) for s in sessions),
         }
