@@ -120,10 +120,10 @@ def _fill(model: PreTrainedModel, checkpoint: Checkpoint, tied: Mapping[str, str
         names = {source: name for name, source in stored.items() if source is not None}
         for source, tensor in checkpoint.read(names):
             _place(model, names[source], tensor.to(device=device, dtype=wanted[names[source]].dtype))
-    model.to(device)
     missing = sorted(name for name, parameter in model.named_parameters() if parameter.is_meta)
     if missing:
         raise _missing(checkpoint, missing)
+    model.to(device)
 
 
 def _stored_name(name: str, prefix: str, tied: Mapping[str, str], stored: Mapping[str, str]) -> str | None:
