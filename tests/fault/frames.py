@@ -216,7 +216,7 @@ class Thrower:
     async def __aenter__(self) -> Thrower:
         own = self._identity
         credentials = grpc.ssl_channel_credentials(own.ca_pem, own.key_pem, own.certificate_pem)  # type: ignore[attr-defined]
-        options = client_options(DEFAULT_TIMING, proxy=False)
+        options = [*client_options(DEFAULT_TIMING, proxy=False), ("grpc.max_send_message_length", -1)]
         self._channel = grpc.aio.secure_channel(self._address, credentials, options=options)
         return self
 
@@ -228,14 +228,22 @@ class Thrower:
         call = self._channel.stream_stream(SESSION)()
         try:
             async with asyncio.timeout(timeout_s):
+                reading = asyncio.create_task(_read_to_the_end(call))
                 try:
                     for chunk in chunks:
                         await call.write(chunk)
                     await call.done_writing()
-                    while await call.read() is not grpc.aio.EOF:
-                        pass
                 except (grpc.aio.AioRpcError, asyncio.InvalidStateError):
                     pass
+                await reading
                 return await call.code()
         finally:
             call.cancel()
+
+
+async def _read_to_the_end(call: grpc.aio.StreamStreamCall[bytes, bytes]) -> None:
+    try:
+        while await call.read() is not grpc.aio.EOF:
+            pass
+    except grpc.aio.AioRpcError:
+        pass

@@ -246,7 +246,7 @@ def many_tensors(count: int) -> dict[str, torch.Tensor]:
 def test_the_adapter_of_a_model_of_100_blocks_fits_a_header() -> None:
     tensors = many_tensors(1400)
     encoded = Encoder("server", {}).encode(m.TrunkState(1, Reply(tensors)))
-    limits = dataclasses.replace(frames.limits(), bundle_shapes={name: (1,) for name in tensors})
+    limits = dataclasses.replace(frames.limits(), bundle_shapes=dict.fromkeys(tensors, (1,)))
     again = feed(Decoder(limits, "client"), encoded.chunks)
     assert isinstance(again, m.TrunkState)
     assert list(again.tensors) == list(tensors)  # type: ignore[arg-type]

@@ -3,58 +3,51 @@
 from __future__ import annotations
 
 import asyncio
-import ipaddress
-import json
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
 from types import TracebackType
-from typing import Any, Protocol, Self
+from typing import Any, Self
 
 import grpc
 
-from fedsea.errors import FedseaError, ProtocolError, TransportError
+from fedsea.errors import FedseaError, TransportError
+from fedsea.wire.calls import Ending, examine, open_channel
 from fedsea.wire.encoding import Decoder, Encoded, Encoder
-from fedsea.wire.errors import CODE_KEY, error_from_status, error_of
-from fedsea.wire.identity.diagnose import diagnose, split_address
+from fedsea.wire.errors import error_of
 from fedsea.wire.identity.identity import Identity
 from fedsea.wire.limits import WireLimits
 from fedsea.wire.messages import Failure, Message
+from fedsea.wire.status import call_renew, call_status
 from fedsea.wire.stream import LinkStats, MessageStream
-from fedsea.wire.transport import DEFAULT_TIMING, RENEW, SESSION, STATUS, Timing, aio, client_options
+from fedsea.wire.transport import ADMITTED, DEFAULT_TIMING, SESSION, Timing, aio
 
-_UNEXPLAINED = frozenset({grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.DEADLINE_EXCEEDED, grpc.StatusCode.UNKNOWN})
-"""gRPC's own words for these do not say what to do; a look at the connection with plain sockets does."""
-
-
-class ClientIdentity(Protocol):
-    """What a connection needs of `wire.identity.Identity`."""
-
-    @property
-    def key_pem(self) -> bytes:
-        """Private key."""
-        ...
-
-    @property
-    def certificate_pem(self) -> bytes:
-        """Certificate chain."""
-        ...
-
-    @property
-    def ca_pem(self) -> bytes:
-        """The authority whose servers are trusted."""
-        ...
+__all__ = ["ClientStream", "call_renew", "call_status", "connect"]
 
 
 class ClientStream:
     """An open session with a server; made by `connect`, closed by `close` or by leaving its `async with`."""
 
-    def __init__(self, address: str, channel: Any, call: Any, encoder: Encoder, decoder: Decoder, timing: Timing):
+    def __init__(
+        self,
+        address: str,
+        channel: Any,
+        call: Any,
+        ending: Ending,
+        encoder: Encoder,
+        limits: WireLimits,
+        timing: Timing,
+    ) -> None:
         self.address = address
         self._channel = channel
         self._call = call
         self._timing = timing
+        self._ending = ending
         self._stream = MessageStream(
-            self._read, self._write, encoder, decoder, send_timeout_s=timing.send_timeout_s, broken=self._broken
+            self._read,
+            self._write,
+            encoder,
+            Decoder(limits, "client"),
+            send_timeout_s=timing.send_timeout_s,
+            broken=self._broken,
         )
 
     @property
@@ -129,25 +122,26 @@ class ClientStream:
     async def _read(self) -> bytes | None:
         try:
             chunk = await self._call.read()
-        except aio.AioRpcError as error:
-            raise await _explain(error, self.address) from None
+        except aio.AioRpcError:
+            raise await self._ending.reason() from None
         except asyncio.CancelledError:
             if self._call.cancelled() and not _being_cancelled():
-                raise TransportError(f"The stream to {self.address} was closed on this side; reconnect.") from None
+                raise self._closed_here() from None
             raise
         return None if chunk is aio.EOF else chunk
 
     async def _write(self, chunk: bytes) -> None:
         try:
             await self._call.write(chunk)
-        except aio.AioRpcError as error:
-            raise await _explain(error, self.address) from None
-        except asyncio.InvalidStateError:
-            raise TransportError(f"The stream to {self.address} has ended; reconnect.") from None
+        except (aio.AioRpcError, asyncio.InvalidStateError):
+            raise await self._ending.reason() from None
         except asyncio.CancelledError:
             if self._call.cancelled() and not _being_cancelled():
-                raise TransportError(f"The stream to {self.address} was closed on this side; reconnect.") from None
+                raise self._closed_here() from None
             raise
+
+    def _closed_here(self) -> FedseaError:
+        return TransportError(f"The stream to {self.address} was closed on this side; reconnect.")
 
     def _broken(self, _: FedseaError) -> None:
         self._call.cancel()
@@ -177,105 +171,23 @@ async def connect(
         AuthError: A certificate is foreign, expired, revoked or not on the list.
         FedseaError: What else the server answered.
     """
-    channel = _open(address, identity, timing)
+    channel = open_channel(address, identity, timing)
     call = channel.stream_stream(SESSION)()
+    ending = Ending(call, address)
     try:
         async with asyncio.timeout(timeout_s):
-            await call.initial_metadata()
-            if call.done():
-                raise await _explained_end(call)
-    except aio.AioRpcError as error:
-        await channel.close()
-        raise await _explain(error, address, identity, timeout_s) from None
+            admitted = (ADMITTED, "") in tuple(await call.initial_metadata())
+        if not admitted:
+            raise await ending.reason_at_start(identity, timeout_s)
     except TimeoutError:
         await channel.close()
-        raise await _diagnose(address, identity, timeout_s) from None
+        raise await examine(address, identity, timeout_s) from None
     except BaseException:
         await channel.close()
         raise
-    decoder = Decoder(limits, "client")
-    return ClientStream(address, channel, call, encoder or Encoder("client", {}), decoder, timing)
-
-
-async def call_status(address: str, identity: Identity, timeout_s: float = 10.0) -> dict[str, Any]:
-    """Ask a server how it stands.
-
-    Raises:
-        FedseaError: As `connect`.
-    """
-    answer = await _unary(address, identity, STATUS, b"", timeout_s)
-    try:
-        status = json.loads(answer)
-    except ValueError:
-        status = None
-    if not isinstance(status, dict):
-        raise ProtocolError(f"{address} answered with something that is no status: check that both sides are fedsea.")
-    return status
-
-
-async def call_renew(address: str, identity: Identity, csr_pem: bytes, timeout_s: float = 10.0) -> bytes:
-    """Have a server sign a request for a new certificate of the same name.
-
-    Returns:
-        The certificate, PEM.
-
-    Raises:
-        FedseaError: As `connect`, or the server's reason for refusing.
-    """
-    return await _unary(address, identity, RENEW, csr_pem, timeout_s)
-
-
-async def _unary(address: str, identity: Identity, method: str, request: bytes, timeout_s: float) -> bytes:
-    async with _opened(address, identity) as channel:
-        try:
-            answer: bytes = await channel.unary_unary(method)(request, timeout=timeout_s)
-        except aio.AioRpcError as error:
-            raise await _explain(error, address, identity, timeout_s) from None
-        return answer
-
-
-@asynccontextmanager
-async def _opened(address: str, identity: ClientIdentity) -> AsyncIterator[Any]:
-    channel = _open(address, identity, DEFAULT_TIMING)
-    try:
-        yield channel
-    finally:
-        await channel.close()
-
-
-def _open(address: str, identity: ClientIdentity, timing: Timing) -> Any:
-    host, _ = split_address(address)
-    credentials = grpc.ssl_channel_credentials(identity.ca_pem, identity.key_pem, identity.certificate_pem)
-    options = client_options(timing, proxy=not _is_loopback(host))
-    return aio.secure_channel(address, credentials, options=options)
-
-
-def _is_loopback(host: str) -> bool:
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost"
+    return ClientStream(address, channel, call, ending, encoder or Encoder("client", {}), limits, timing)
 
 
 def _being_cancelled() -> bool:
     task = asyncio.current_task()
     return task is not None and task.cancelling() > 0
-
-
-async def _explained_end(call: Any) -> BaseException:
-    failed: BaseException = aio.AioRpcError(
-        await call.code(), await call.initial_metadata(), await call.trailing_metadata(), await call.details()
-    )
-    return failed
-
-
-async def _explain(error: Any, address: str, identity: Identity | None = None, timeout_s: float = 10.0) -> FedseaError:
-    """What a failed call means; with an identity (a connection that did not come up), examine the connection too."""
-    trailers = {str(key): str(value) for key, value in error.trailing_metadata() or ()}
-    if identity is not None and CODE_KEY not in trailers and error.code() in _UNEXPLAINED:
-        return await _diagnose(address, identity, timeout_s)
-    return error_from_status(error.code(), error.details() or "", trailers, address)
-
-
-async def _diagnose(address: str, identity: Identity, timeout_s: float) -> FedseaError:
-    return await asyncio.to_thread(diagnose, address, identity, timeout_s)

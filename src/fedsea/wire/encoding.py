@@ -15,9 +15,10 @@ import torch
 
 from fedsea.errors import NonFiniteError, ProtocolError, UnprotectedRelease
 from fedsea.types import Channel, Release, Reply
+from fedsea.wire.assembly import Assembly, Discarded
 from fedsea.wire.buffers import BufferPool
 from fedsea.wire.checks import check_fields, check_frame, place
-from fedsea.wire.codecs import CODECS, all_finite, check_codec
+from fedsea.wire.codecs import CODECS, check_codec
 from fedsea.wire.errors import NonFiniteMessage
 from fedsea.wire.frames import KINDS, Frame, Kind, Role, TensorSpec, fields_of, read_header, write_header
 from fedsea.wire.limits import CHUNK_BYTES, WireLimits
@@ -87,12 +88,12 @@ class Encoder:
         check_fields(kind, fields)
         if kind.name == "Welcome":
             payload = np.frombuffer(cast(Any, message).plan_json.encode(), dtype=np.uint8)
-            return _assemble(kind, fields, (), [payload])
+            return _cut(kind, fields, (), [payload])
         if kind.channel is None:
-            return _assemble(kind, fields, (), [])
+            return _cut(kind, fields, (), [])
         value = cast(Any, message).tensors
         if isinstance(value, Mapping) and not value and kind.optional:
-            return _assemble(kind, fields, (), [])
+            return _cut(kind, fields, (), [])
         try:
             sealed = value if isinstance(value, Sealed) else self._seal(kind, value)
         except NonFiniteError as error:
@@ -100,7 +101,7 @@ class Encoder:
         if sealed.channel is not kind.channel:
             raise UnprotectedRelease(f"A release made for {sealed.channel} was put into a {kind.name}.")
         _check_own_specs(kind, sealed.specs, fields)
-        return _assemble(kind, fields, sealed.specs, sealed.pieces)
+        return _cut(kind, fields, sealed.specs, sealed.pieces)
 
     def seal(self, release: Release) -> Sealed:
         """Take a release's tensors once, in the form in which every sending will have them.
@@ -146,9 +147,7 @@ def _check_own_specs(kind: Kind, specs: Sequence[TensorSpec], fields: Mapping[st
         raise ProtocolError(f"The tensors of a {kind.name} do not have the names or shapes that the protocol asks for.")
 
 
-def _assemble(
-    kind: Kind, fields: Mapping[str, Any], specs: Sequence[TensorSpec], pieces: Sequence[np.ndarray]
-) -> Encoded:
+def _cut(kind: Kind, fields: Mapping[str, Any], specs: Sequence[TensorSpec], pieces: Sequence[np.ndarray]) -> Encoded:
     payload_bytes = sum(piece.nbytes for piece in pieces)
     head = write_header(kind, fields, specs, payload_bytes)
     chunks = tuple(_chunks(head, pieces))
@@ -170,78 +169,6 @@ def _chunks(head: bytes, pieces: Sequence[np.ndarray]) -> Iterator[bytes]:
             start += len(part)
             room -= len(part)
     yield b"".join(parts)
-
-
-class _Assembly:
-    """One message whose payload is arriving.
-
-    fp32 tensors are filled in place; the others go through `staging`, which the next message uses again.
-    """
-
-    def __init__(self, frame: Frame, pool: BufferPool, staging: np.ndarray) -> None:
-        self.frame = frame
-        self.missing = frame.payload_bytes
-        self.tensors = [pool.empty(spec.shape) for spec in frame.specs]
-        self.raw: list[np.ndarray] = []
-        start = 0
-        for spec, tensor in zip(frame.specs, self.tensors, strict=True):
-            if spec.codec == "fp32":
-                self.raw.append(tensor.view(-1).view(torch.uint8).numpy())
-            else:
-                self.raw.append(staging[start : start + spec.wire_bytes])
-                start += spec.wire_bytes
-        if frame.kind.name == "Welcome":
-            self.raw.append(np.empty(frame.payload_bytes, dtype=np.uint8))
-        self._views = [raw.data for raw in self.raw]
-        self._index = self._filled = 0
-
-    def fill(self, chunk: memoryview) -> None:
-        """Copy the next piece of payload to where it belongs."""
-        self.missing -= len(chunk)
-        start = 0
-        while start < len(chunk):
-            view = self._views[self._index]
-            num_bytes = min(len(view) - self._filled, len(chunk) - start)
-            view[self._filled : self._filled + num_bytes] = chunk[start : start + num_bytes]
-            start += num_bytes
-            self._filled += num_bytes
-            if self._filled == len(view):
-                self._index, self._filled = self._index + 1, 0
-
-    def message(self) -> Message:
-        """The decoded message; its tensors are checked to be finite."""
-        frame, fields = self.frame, dict(self.frame.fields)
-        for spec, tensor, raw in zip(frame.specs, self.tensors, self.raw, strict=False):
-            if spec.codec != "fp32":
-                CODECS[spec.codec].decode(torch.from_numpy(raw), tensor)
-            if not all_finite(tensor):
-                raise NonFiniteMessage(
-                    f"A {frame.kind.name} held a NaN or an infinity and was dropped; the peer's model or data produced "
-                    "it: lower the learning rate, or look at that side's log.",
-                    frame.kind.name,
-                    **place(fields),
-                )
-        if frame.kind.channel is not None:
-            fields["tensors"] = {spec.name: tensor for spec, tensor in zip(frame.specs, self.tensors, strict=True)}
-        if frame.kind.name == "Welcome":
-            try:
-                fields["plan_json"] = self.raw[0].tobytes().decode()
-            except UnicodeDecodeError:
-                raise ProtocolError("The plan that the server sent is not text.") from None
-        return cast(Message, frame.kind.cls(**fields))
-
-
-class _Discarded:
-    """A message whose header had a non-finite number: its payload is read past, then the error is raised."""
-
-    def __init__(self, frame: Frame, error: NonFiniteMessage) -> None:
-        self.missing, self._error = frame.payload_bytes, error
-
-    def fill(self, chunk: memoryview) -> None:
-        self.missing -= len(chunk)
-
-    def message(self) -> Message:
-        raise self._error
 
 
 _PEER_OF: Mapping[Role | None, Role] = {"client": "server", "server": "client"}
@@ -267,7 +194,7 @@ class Decoder:
         self.limits = limits
         self._role = role
         self._pool = pool or BufferPool()
-        self._assembly: _Assembly | _Discarded | None = None
+        self._assembly: Assembly | Discarded | None = None
         self._staging = np.empty(0, dtype=np.uint8)
         self._broken = False
         self.kind = ""
@@ -314,7 +241,7 @@ class Decoder:
         self._assembly = None
         return message
 
-    def _begin(self, frame: Frame) -> _Assembly | _Discarded:
+    def _begin(self, frame: Frame) -> Assembly | Discarded:
         sender = _PEER_OF.get(self._role)
         if sender is not None and sender not in frame.kind.senders:
             raise ProtocolError(f"A {sender} must not send a {frame.kind.name}.")
@@ -322,8 +249,8 @@ class Decoder:
         try:
             check_frame(frame, self.limits)
         except NonFiniteMessage as error:
-            return _Discarded(frame, error)
-        return _Assembly(frame, self._pool, self._staging_for(frame))
+            return Discarded(frame, error)
+        return Assembly(frame, self._pool, self._staging_for(frame))
 
     def _staging_for(self, frame: Frame) -> np.ndarray:
         num_bytes = sum(spec.wire_bytes for spec in frame.specs if spec.codec != "fp32")

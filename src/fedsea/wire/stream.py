@@ -84,7 +84,8 @@ class MessageStream:
         self._send_lock = asyncio.Lock()
         self._receive_lock = asyncio.Lock()
         self._reading: asyncio.Task[bytes | None] | None = None
-        self._error: FedseaError | None = None
+        self._error: FedseaError | None = None  # of sending
+        self._torn_down: FedseaError | None = None
 
     @property
     def limits(self) -> WireLimits:
@@ -106,11 +107,10 @@ class MessageStream:
         """
         if self._error is not None:
             raise self._error
+        self._read_ahead()
         encoded = message if isinstance(message, Encoded) else self.encoder.encode(message)
         if len(self._sending) >= _MAX_WAITING_SENDS:
-            self._fail(TransportError("The peer reads too slowly: too many messages wait for it. Reconnect."))
-            assert self._error is not None
-            raise self._error
+            raise self._tear_down(TransportError("The peer reads too slowly: too many messages wait. Reconnect."))
         task = asyncio.create_task(self._write_all(encoded))
         self._sending.add(task)
         task.add_done_callback(self._sent)
@@ -165,14 +165,24 @@ class MessageStream:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
 
-    async def _next_chunk(self) -> bytes | None:
+    def _read_ahead(self) -> asyncio.Task[bytes | None]:
+        """Keep one read under way: gRPC learns of the stream's end, and why, through a read only."""
         if self._reading is None:
             self._reading = asyncio.create_task(_awaited(self._read()))
-        # At the end of the stream the finished task stays, so that every later call meets the same end.
-        chunk = await asyncio.shield(self._reading)
+            self._reading.add_done_callback(_seen)
+        return self._reading
+
+    async def _next_chunk(self) -> bytes | None:
+        try:
+            chunk = await asyncio.shield(self._read_ahead())
+        except FedseaError:
+            if self._torn_down is not None:
+                raise self._torn_down from None
+            raise
         if chunk is not None:
             self._reading = None
-        return chunk
+            self._read_ahead()
+        return chunk  # None stays: every later call meets the same end
 
     async def _write_all(self, encoded: Encoded) -> None:
         async with self._send_lock:
@@ -184,27 +194,31 @@ class MessageStream:
                         await self._write(chunk)
                     self.stats.sent[encoded.kind] += len(chunk)
             except TimeoutError:
-                self._fail(
+                raise self._tear_down(
                     TransportError(f"The peer took no data for {self._send_timeout_s:g} s; the stream was closed.")
-                )
-                assert self._error is not None
-                raise self._error from None
+                ) from None
             except FedseaError as error:
-                self._fail(error)
+                self._error = self._error or error  # what the peer sent before can still be received
                 raise
             self.stats.sent_messages[encoded.kind] += 1
             self.stats.sent_payload[encoded.kind] += encoded.payload_bytes
 
     def _sent(self, task: asyncio.Task[None]) -> None:
         self._sending.discard(task)
-        if not task.cancelled():
-            task.exception()  # seen, even if the caller of `send` was cancelled
+        _seen(task)
 
-    def _fail(self, error: FedseaError) -> None:
-        if self._error is None:
-            self._error = error
+    def _tear_down(self, error: FedseaError) -> FedseaError:
+        if self._torn_down is None:
+            self._error = self._torn_down = error
             self._broken(error)
+        return self._torn_down
 
 
 async def _awaited(reading: Awaitable[bytes | None]) -> bytes | None:
     return await reading
+
+
+def _seen(task: asyncio.Task[None] | asyncio.Task[bytes | None]) -> None:
+    """Mark a task's error as known even if nobody waits for it any more."""
+    if not task.cancelled():
+        task.exception()

@@ -17,6 +17,9 @@ SESSION = f"/{SERVICE}/Session"
 STATUS = f"/{SERVICE}/Status"
 RENEW = f"/{SERVICE}/Renew"
 
+ADMITTED = "fedsea-admitted"
+"""Key of the metadata with which the server lets a stream in."""
+
 Option = tuple[str, int]
 
 

@@ -1,0 +1,90 @@
+"""A message whose payload is arriving: every byte is copied once, to where it belongs."""
+
+from __future__ import annotations
+
+from typing import cast
+
+import numpy as np
+import torch
+
+from fedsea.errors import ProtocolError
+from fedsea.wire.buffers import BufferPool
+from fedsea.wire.checks import place
+from fedsea.wire.codecs import CODECS, all_finite
+from fedsea.wire.errors import NonFiniteMessage
+from fedsea.wire.frames import Frame
+from fedsea.wire.messages import Message
+
+
+class Assembly:
+    """One message whose payload is arriving.
+
+    fp32 tensors are filled in place; the others go through `staging`, which the next message uses again.
+    """
+
+    def __init__(self, frame: Frame, pool: BufferPool, staging: np.ndarray) -> None:
+        self.frame = frame
+        self.missing = frame.payload_bytes
+        self.tensors = [pool.empty(spec.shape) for spec in frame.specs]
+        self.raw: list[np.ndarray] = []
+        start = 0
+        for spec, tensor in zip(frame.specs, self.tensors, strict=True):
+            if spec.codec == "fp32":
+                self.raw.append(tensor.view(-1).view(torch.uint8).numpy())
+            else:
+                self.raw.append(staging[start : start + spec.wire_bytes])
+                start += spec.wire_bytes
+        if frame.kind.name == "Welcome":
+            self.raw.append(np.empty(frame.payload_bytes, dtype=np.uint8))
+        self._views = [raw.data for raw in self.raw]
+        self._index = self._filled = 0
+
+    def fill(self, chunk: memoryview) -> None:
+        """Copy the next piece of payload to where it belongs."""
+        self.missing -= len(chunk)
+        start = 0
+        while start < len(chunk):
+            view = self._views[self._index]
+            num_bytes = min(len(view) - self._filled, len(chunk) - start)
+            view[self._filled : self._filled + num_bytes] = chunk[start : start + num_bytes]
+            start += num_bytes
+            self._filled += num_bytes
+            if self._filled == len(view):
+                self._index, self._filled = self._index + 1, 0
+
+    def message(self) -> Message:
+        """The decoded message; its tensors are checked to be finite."""
+        frame, fields = self.frame, dict(self.frame.fields)
+        for spec, tensor, raw in zip(frame.specs, self.tensors, self.raw, strict=False):
+            if spec.codec != "fp32":
+                CODECS[spec.codec].decode(torch.from_numpy(raw), tensor)
+            if not all_finite(tensor):
+                raise NonFiniteMessage(
+                    f"A {frame.kind.name} held a NaN or an infinity and was dropped; the peer's model or data produced "
+                    "it: lower the learning rate, or look at that side's log.",
+                    frame.kind.name,
+                    **place(fields),
+                )
+        if frame.kind.channel is not None:
+            fields["tensors"] = {spec.name: tensor for spec, tensor in zip(frame.specs, self.tensors, strict=True)}
+        if frame.kind.name == "Welcome":
+            try:
+                fields["plan_json"] = self.raw[0].tobytes().decode()
+            except UnicodeDecodeError:
+                raise ProtocolError("The plan that the server sent is not text.") from None
+        return cast(Message, frame.kind.cls(**fields))
+
+
+class Discarded:
+    """A message whose header had a non-finite number: its payload is read past, then the error is raised."""
+
+    def __init__(self, frame: Frame, error: NonFiniteMessage) -> None:
+        self.missing, self._error = frame.payload_bytes, error
+
+    def fill(self, chunk: memoryview) -> None:
+        """Read past the next piece."""
+        self.missing -= len(chunk)
+
+    def message(self) -> Message:
+        """Raise what was wrong with the header."""
+        raise self._error
