@@ -11,6 +11,7 @@ import asyncio
 import logging
 import queue
 import threading
+from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from dataclasses import dataclass
@@ -127,7 +128,7 @@ class RemoteTrunk:
         self.address = address
         self.invitation = invitation
         self._stream: ClientStream | None = None
-        self._bytes_before = (0, 0)
+        self._traffic_before: tuple[Counter[str], Counter[str]] = (Counter(), Counter())
         self._identity = identity
         self._limits = limits
         self._standing = standing
@@ -225,10 +226,16 @@ class RemoteTrunk:
     @property
     def num_bytes(self) -> tuple[int, int]:
         """Bytes sent and received so far, over all connections."""
-        up, down = self._bytes_before
+        sent, received = self.traffic
+        return sum(sent.values()), sum(received.values())
+
+    @property
+    def traffic(self) -> tuple[Counter[str], Counter[str]]:
+        """Bytes sent and received so far, by kind of message."""
+        sent, received = self._traffic_before
         if (stream := self._stream) is None:
-            return up, down
-        return up + sum(stream.stats.sent.values()), down + sum(stream.stats.received.values())
+            return sent, received
+        return sent + Counter(stream.stats.sent), received + Counter(stream.stats.received)
 
     # --- from the trainer's thread ----------------------------------------------------------------------------------
 
@@ -331,7 +338,7 @@ class RemoteTrunk:
             reader.cancel()
             writer.cancel()
             await asyncio.gather(reader, writer, return_exceptions=True)
-            self._bytes_before, self._stream = self.num_bytes, None
+            self._traffic_before, self._stream = self.traffic, None
 
     async def _write(self, stream: ClientStream) -> None:
         while True:

@@ -43,6 +43,7 @@ class TrainSummary:
         loss_before: Held-out loss in nats per target token before the first step of this process; None if not taken.
         loss_after: The same at the end.
         bytes_sent: By this process, over the wire.
+        bytes_by_kind: The same, and what was received, by kind of message.
         phases_s: Phase to seconds, summed over this process's steps.
     """
 
@@ -53,6 +54,7 @@ class TrainSummary:
     loss_after: float | None
     bytes_sent: int
     bytes_received: int
+    bytes_by_kind: Mapping[str, int]
     phases_s: Mapping[str, float]
 
 
@@ -86,9 +88,11 @@ class _Recorder:
         if self._observer is not None:
             self._observer.evaluation(report)
 
-    def summary(self, name: str, next_step: int, num_bytes: tuple[int, int]) -> TrainSummary:
+    def summary(self, name: str, next_step: int, traffic: tuple[Mapping[str, int], Mapping[str, int]]) -> TrainSummary:
         first, last = (self.losses[0], self.losses[-1]) if self.losses else (None, None)
-        return TrainSummary(name, next_step, self.tokens, first, last, *num_bytes, self.phases)
+        sent, received = traffic
+        num_bytes = sum(sent.values()), sum(received.values())
+        return TrainSummary(name, next_step, self.tokens, first, last, *num_bytes, {**sent, **received}, self.phases)
 
 
 def _trainer(
@@ -148,7 +152,7 @@ def train(options: ClientOptions, observer: Observer | None = None) -> TrainSumm
             begin(plan, name, trunk)
         with keeper, trunk:
             trainer.run()
-        return recorder.summary(name, store.state.next_step, trunk.num_bytes)
+        return recorder.summary(name, store.state.next_step, trunk.traffic)
     finally:
         store.close()
 
@@ -182,7 +186,7 @@ def train_alone(plan_file: Path, name: str, options: ClientOptions, observer: Ob
         if (begin := getattr(observer, "begin", None)) is not None:
             begin(plan, name, None)
         trainer.run()
-        return recorder.summary(name, store.state.next_step, (0, 0))
+        return recorder.summary(name, store.state.next_step, ({}, {}))
     finally:
         store.close()
 
