@@ -22,7 +22,7 @@ from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig
 
 from fedsea.errors import ConfigError
-from fedsea.model.partition import describe
+from fedsea.model.architecture import describe
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig

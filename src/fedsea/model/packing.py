@@ -20,6 +20,9 @@ from torch import nn
 from fedsea.errors import ConfigError
 from fedsea.model.attention import Segments, attend_within
 
+_LEAK = 0.25
+"""Share of a block's contribution that another sequence would have to change to be noticed; rounding stays below."""
+
 
 @dataclass(frozen=True)
 class Packing:
@@ -134,3 +137,25 @@ def _call(
 @functools.cache
 def _takes_positions(forward: Callable[..., object]) -> bool:
     return "position_ids" in inspect.signature(forward).parameters
+
+
+def keeps_apart(
+    through: Callable[[torch.Tensor, Sequence[int]], torch.Tensor], width: int, device: torch.device
+) -> bool:
+    """Whether two sequences come out of a pack as they come out alone.
+
+    Args:
+        through: Runs packed rows of given lengths.
+        width: Columns of its input.
+        device: Where it runs.
+    """
+    # Small, so that in half precision too the block's own contribution stands out: norms undo the scale.
+    hidden_TH = (0.05 * torch.randn(5, width, generator=torch.Generator().manual_seed(0))).to(device)
+    with torch.no_grad():
+        packed = torch.split(through(hidden_TH, [3, 2]), [3, 2])
+        for part_TH, together in zip(torch.split(hidden_TH, [3, 2]), packed, strict=True):
+            alone = through(part_TH, [len(part_TH)])
+            change = alone - part_TH if alone.shape == part_TH.shape else alone
+            if (together - alone).float().norm() > _LEAK * change.float().norm():
+                return False
+    return True

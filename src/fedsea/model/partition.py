@@ -8,7 +8,7 @@ Every rule here was found by looking at what transformers' decoders share; `fami
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -20,7 +20,6 @@ from transformers import AutoModelForCausalLM
 from fedsea.errors import ConfigError
 from fedsea.model.attention import attention_for
 from fedsea.model.families import family_of, refusal
-from fedsea.model.packing import run
 from fedsea.types import SegmentKind
 
 if TYPE_CHECKING:
@@ -67,25 +66,6 @@ class BlockList(nn.ModuleList):
         return BlockList({index: self.get_submodule(str(index)) for index in range(start, stop)})
 
 
-_BLOCKS_READ = "the blocks"
-
-
-class _Watched(BlockList):
-    """An empty block list that notes when it is read."""
-
-    def __init__(self, calls: list[str]) -> None:
-        super().__init__({})
-        self._calls = calls
-
-    def __iter__(self) -> Iterator[nn.Module]:
-        self._calls.append(_BLOCKS_READ)
-        return iter(())
-
-    def __getitem__(self, index: Any) -> Any:
-        self._calls.append(_BLOCKS_READ)
-        return super().__getitem__(index)
-
-
 class Zero(nn.Module):
     """Stands where position embeddings are added, in a segment that gets them in its hidden states already."""
 
@@ -95,26 +75,14 @@ class Zero(nn.Module):
         return torch.zeros((), device=device, dtype=torch.float16)
 
 
-def describe(config: PretrainedConfig) -> Layout:
-    """How the model of a config would be cut.
-
-    Raises:
-        ConfigError: The architecture cannot be split; the message gives the reason.
-    """
-    skeleton, layout = build(config, torch.float32)
-    cut(skeleton, layout, SegmentKind.TRUNK, range(0))
-    _check_nothing_remains(skeleton, layout)
-    return layout
-
-
 def build(config: PretrainedConfig, dtype: torch.dtype) -> tuple[PreTrainedModel, Layout]:
     """The whole model without weights: parameters on the meta device, buffers real (rotary tables are not stored).
 
     Raises:
-        ConfigError: As `describe`.
+        ConfigError: The architecture cannot be split; the message gives the reason.
     """
     if reason := refusal(config):
-        raise _refused(config, reason)
+        raise refused(config, reason)
     config = copy.deepcopy(config)
     model_class = AutoModelForCausalLM._model_mapping[type(config)]
     attention = attention_for(model_class)
@@ -125,7 +93,7 @@ def build(config: PretrainedConfig, dtype: torch.dtype) -> tuple[PreTrainedModel
         with init_empty_weights(include_buffers=False):
             model = AutoModelForCausalLM.from_config(config, dtype=dtype, **settings)
     except (ValueError, TypeError, AttributeError, KeyError, ImportError, RuntimeError) as error:
-        raise _refused(config, f"transformers cannot build it from its config ({type(error).__name__})") from error
+        raise refused(config, f"transformers cannot build it from its config ({type(error).__name__})") from error
     return model.eval(), _find(model, attention)
 
 
@@ -137,10 +105,10 @@ def _find(model: PreTrainedModel, attention: str | None) -> Layout:
         if isinstance(module, nn.ModuleList) and len(module) == config.num_hidden_layers and "." in name
     ]
     if not lists or model.get_input_embeddings() is None or model.get_output_embeddings() is None:
-        raise _refused(config, "no list of its num_hidden_layers blocks between an embedding and a head was found")
+        raise refused(config, "no list of its num_hidden_layers blocks between an embedding and a head was found")
     path, _, blocks = min(lists, key=lambda name: name.count(".")).rpartition(".")
     if model.get_input_embeddings() not in model.get_submodule(path).children():
-        raise _refused(config, "the module that runs its blocks is not the one that embeds, as in BERT-like encoders")
+        raise refused(config, "the module that runs its blocks is not the one that embeds, as in BERT-like encoders")
     before, after, passed = [], [], False
     for name, child in model.get_submodule(path).named_children():
         if name == blocks:
@@ -234,32 +202,6 @@ def cut_per_layer_lists(owner: Any, num_blocks: int, start: int, stop: int) -> N
             setattr(owner, name, value[start:stop])
 
 
-def _check_nothing_remains(skeleton: PreTrainedModel, layout: Layout) -> None:
-    """A trunk of no blocks must hand its input through: what acts before and after the blocks is really gone.
-
-    The decoder must also call what is taken out where the layout says, or a client's segment would be wrong.
-    """
-    calls: list[str] = []
-    decoder = skeleton.get_submodule(layout.decoder)
-    decoder._modules[layout.blocks] = _Watched(calls)
-    for name in (*layout.before, *layout.after):
-        if (stand_in := decoder._modules[name]) is not None:
-            stand_in.register_forward_pre_hook(lambda _module, _args, name=name: calls.append(name))
-    hidden = torch.linspace(-1.0, 1.0, 3 * skeleton.config.hidden_size).view(3, -1)
-    try:
-        with torch.no_grad():
-            out = run(decoder, hidden, [3], padded=False)
-    except Exception as error:
-        raise _refused(
-            skeleton.config, f"its decoder does not run without its embedding ({type(error).__name__})"
-        ) from error
-    if not torch.equal(out, hidden):
-        raise _refused(skeleton.config, "its decoder changes hidden states before the first or after the last block")
-    turn = calls.index(_BLOCKS_READ) if _BLOCKS_READ in calls else len(calls)
-    misplaced = set(calls[:turn]) & set(layout.after) | set(calls[turn:]) & set(layout.before)
-    if misplaced and _BLOCKS_READ in calls:
-        raise _refused(skeleton.config, f"its {min(misplaced)} acts on the other side of the blocks too")
-
-
-def _refused(config: PretrainedConfig, reason: str) -> ConfigError:
+def refused(config: PretrainedConfig, reason: str) -> ConfigError:
+    """The error for an architecture that cannot be split."""
     return ConfigError(f"fedsea cannot split models of type {config.model_type!r}: {reason}.")

@@ -20,16 +20,13 @@ from torch import nn
 from fedsea.errors import ConfigError
 from fedsea.model.attention import OwnMaskError
 from fedsea.model.head import head_of, summed_cross_entropy
-from fedsea.model.packing import run
+from fedsea.model.packing import keeps_apart, run
 from fedsea.model.partition import Layout
 from fedsea.model.trunk import TrunkPart, run_group, stage_of
 from fedsea.types import IGNORE, BlockRange, SegmentKind
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
-
-_LEAK = 0.25
-"""Share of a block's contribution that another sequence would have to change to be noticed; rounding stays below."""
 
 
 class Segment:
@@ -87,20 +84,16 @@ class Segment:
         """
         if self._padded:
             return
-        decoder, generator = self._decoder, torch.Generator().manual_seed(0)
+        decoder = self._decoder
         if len(self.blocks) > 1:
             held, first = (BlockRange(self.blocks.start, stop) for stop in (self.blocks.stop, self.blocks.start + 1))
             decoder = stage_of(decoder, self._layout.blocks, held, first)
-        width = self._entering_width
-        # Small, so that in half precision too the block's own contribution stands out: norms undo the scale.
-        hidden_TH = 0.05 * torch.randn(5, width, generator=generator).to(self.device)
-        with torch.no_grad():
-            packed = torch.split(self._run(decoder, hidden_TH, [3, 2]), [3, 2])
-            for part_TH, together in zip(torch.split(hidden_TH, [3, 2]), packed, strict=True):
-                alone = self._run(decoder, part_TH, [len(part_TH)])
-                change = alone - part_TH if alone.shape == part_TH.shape else alone
-                if (together - alone).float().norm() > _LEAK * change.float().norm():
-                    self._padded = True
+
+        def through(hidden_TH: torch.Tensor, lengths: Sequence[int]) -> torch.Tensor:
+            return self._run(decoder, hidden_TH, lengths)
+
+        if not keeps_apart(through, self._entering_width, self.device):
+            self._padded = True
 
     @property
     def _entering_width(self) -> int:
