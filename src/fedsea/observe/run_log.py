@@ -11,7 +11,6 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-from fedsea.observe.observers import EvaluationLike, StepLike
 from fedsea.plan import FederationPlan
 from fedsea.storage import storage_error, write_bytes_atomic
 
@@ -87,30 +86,7 @@ class RunLog:
         Raises:
             StorageError: The disk refused.
         """
-        document = {"sha256": plan.sha256(), "plan": plan.model_dump(mode="json")}
-        write_bytes_atomic(self.folder / "plan.json", (json.dumps(document, indent=2) + "\n").encode())
-
-    def step(self, report: StepLike) -> None:
-        """As an observer of a client's run: one line a step."""
-        phases = {f"seconds_{phase}": round(seconds, 6) for phase, seconds in report.seconds.items()}
-        self.write(
-            "step",
-            step=report.step,
-            round=report.round,
-            mean_loss=report.mean_loss,
-            num_target_tokens=report.num_target_tokens,
-            num_tokens=report.num_tokens,
-            **phases,
-        )
-
-    def evaluation(self, report: EvaluationLike) -> None:
-        """As an observer of a client's run: one line an evaluation."""
-        self.write(
-            "evaluation",
-            next_step=report.next_step,
-            mean_loss=report.mean_loss,
-            num_target_tokens=report.num_target_tokens,
-        )
+        write_bytes_atomic(self.folder / "plan.json", (plan.model_dump_json(indent=2) + "\n").encode())
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
