@@ -22,7 +22,7 @@ from fedsea.errors import (
 )
 from fedsea.types import Reply
 from fedsea.wire import messages as m
-from fedsea.wire.channel import call_renew, call_status
+from fedsea.wire.channel import ClientStream, call_renew, call_status
 from fedsea.wire.encoding import Encoder
 from fedsea.wire.errors import PeerClosed
 from fedsea.wire.identity import Identity, begin_renewal, finish_renewal
@@ -40,6 +40,12 @@ def federation(tmp_path_factory: pytest.TempPathFactory) -> Federation:
 
 def clinic(federation: Federation) -> Identity:
     return federation.clients["clinic"]
+
+
+async def flood(stream: ClientStream) -> None:
+    """Send more than any buffer on the way can hold."""
+    for step in range(50):
+        await stream.send(forward(step, 4096))
 
 
 def test_sixteen_megabytes_cross_in_both_directions_at_once(federation: Federation) -> None:
@@ -414,6 +420,61 @@ def test_a_client_that_never_reads_is_dropped(federation: Federation) -> None:
                         pass
             assert len(sent) < 4
             assert server.sessions == ()
+
+    run(work())
+
+
+def test_a_server_that_never_reads_is_given_up(federation: Federation) -> None:
+    async def handler(session: PeerSession) -> None:
+        await asyncio.Event().wait()
+
+    async def work() -> None:
+        async with running(federation, handler, timing=Timing(check_s=0.05, close_s=0.5)) as (_, address):
+            timing = Timing(send_timeout_s=0.3, close_s=0.3)
+            async with await join(address, clinic(federation), timing=timing) as stream:
+                with pytest.raises(TransportError, match="took no data"):
+                    await flood(stream)
+                with pytest.raises(TransportError, match="took no data"):
+                    await stream.receive()
+                with pytest.raises(TransportError, match="took no data"):
+                    await stream.send(m.FetchTrunk())
+
+    run(work())
+
+
+def test_a_port_that_never_answers_is_given_up_in_time(federation: Federation) -> None:
+    async def work() -> None:
+        with socket.create_server(("127.0.0.1", 0)) as silent:
+            address = f"127.0.0.1:{silent.getsockname()[1]}"
+            with pytest.raises(TransportError):
+                await join(address, clinic(federation), timeout_s=0.3)
+            with pytest.raises(TransportError):
+                await call_status(address, clinic(federation), timeout_s=0.3)
+
+    run(work(), timeout_s=10.0)
+
+
+def test_a_status_that_is_none_is_refused(federation: Federation) -> None:
+    async def work() -> None:
+        async with running(federation, status=lambda _: [1]) as (_, address):
+            with pytest.raises(ProtocolError, match="no status"):
+                await call_status(address, clinic(federation))
+
+    run(work())
+
+
+def test_the_servers_last_words_arrive_while_the_client_still_sends(federation: Federation) -> None:
+    async def handler(session: PeerSession) -> None:
+        await session.send(m.Finished(3))
+
+    async def work() -> None:
+        async with (
+            running(federation, handler) as (_, address),
+            await join(address, clinic(federation)) as stream,
+        ):
+            with pytest.raises(TransportError):
+                await flood(stream)
+            assert isinstance(await stream.receive(), m.Finished)
 
     run(work())
 

@@ -1,1 +1,21 @@
-"""Bytes: frames, codecs, certificates, channels. The only room that imports grpc."""
+"""Bytes: messages, frames, certificates, channels. The only room that imports grpc.
+
+messages.py   what client and server say to each other, as plain dataclasses
+codecs.py     how a tensor becomes bytes: fp32, bf16, fp16, int8
+frames.py     a message's prefix and protobuf header
+limits.py     what a peer may announce
+checks.py     a header against those limits, before memory is allocated
+buffers.py    memory for received tensors, used again
+assembly.py   a payload on its way into that memory
+encoding.py   Encoder and Decoder: messages to chunks and back
+stream.py     messages over anything that carries chunks
+transport.py  method names, gRPC options and deadlines of both ends
+calls.py      the client's channel, and why a call ended
+channel.py    the client's stream: `connect`
+status.py     the client's calls without a stream: `call_status`, `call_renew`
+session.py    the server's view of one stream
+server.py     the server's port: `serve`
+errors.py     error codes to gRPC status and to what a peer may read
+identity/     who is who: certificates, enrolment, revocation, diagnosis
+proto/        the header's definition and the code generated from it
+"""
