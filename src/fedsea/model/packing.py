@@ -103,7 +103,7 @@ def run(decoder: nn.Module, hidden_TH: torch.Tensor, lengths: Sequence[int], *, 
     if hidden_TH.dim() != 2 or hidden_TH.shape[0] != way.num_tokens:
         raise ConfigError(f"{way.num_tokens} tokens were announced, but the tensor has shape {tuple(hidden_TH.shape)}.")
     if way.segments is None:
-        hidden_BLH = hidden_TH.view(len(way.lengths), -1, hidden_TH.shape[1])
+        hidden_BLH = hidden_TH.reshape(len(way.lengths), -1, hidden_TH.shape[1])
         return _call(decoder, hidden_BLH, way.positions, None).flatten(0, 1)
     if padded:
         return _run_padded(decoder, hidden_TH, way)

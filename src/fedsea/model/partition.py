@@ -8,6 +8,7 @@ Every rule here was found by looking at what transformers' decoders share; `fami
 from __future__ import annotations
 
 import copy
+import threading
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -24,6 +25,9 @@ from fedsea.types import SegmentKind
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
+
+_BUILDING = threading.Lock()
+"""accelerate changes how torch makes parameters, in all threads, while a model is built."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,7 +94,7 @@ def build(config: PretrainedConfig, dtype: torch.dtype) -> tuple[PreTrainedModel
         config.output_router_logits = False
     settings = {} if attention is None else {"attn_implementation": attention}
     try:
-        with init_empty_weights(include_buffers=False):
+        with _BUILDING, init_empty_weights(include_buffers=False):
             model = AutoModelForCausalLM.from_config(config, dtype=dtype, **settings)
     except (ValueError, TypeError, AttributeError, KeyError, ImportError, RuntimeError) as error:
         raise refused(config, f"transformers cannot build it from its config ({type(error).__name__})") from error
