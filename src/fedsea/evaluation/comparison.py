@@ -1,0 +1,96 @@
+"""One model's loss on several silos' held-out text, from trained parameters by name."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from fedsea.client import setup
+from fedsea.client.evaluation import evaluate
+from fedsea.client.generation import greedy
+from fedsea.client.local_trunk import LocalTrunk
+from fedsea.client.segments import ClientSegments
+from fedsea.client.setup import ClientOptions
+from fedsea.data.silo import Silo
+from fedsea.data.tokenizer import load_tokenizer
+from fedsea.model import adapters
+from fedsea.model.checkpoint import open_checkpoint
+from fedsea.model.loading import load_trunk
+from fedsea.plan import FederationPlan
+from fedsea.privacy.boundary import Boundary
+
+Tensors = Mapping[str, torch.Tensor]
+
+
+@dataclass(frozen=True, slots=True)
+class Losses:
+    """Held-out losses in nats per target token.
+
+    Attributes:
+        pooled: Over all silos' held-out target tokens.
+        by_silo: Silo to loss.
+    """
+
+    pooled: float
+    by_silo: dict[str, float]
+
+
+class Comparison:
+    """Evaluates sets of trained parameters on the held-out splits of a plan's clients, in this process.
+
+    Args:
+        plan: The federation's plan; its first client's partition is used.
+        data: Client to its silo's file.
+    """
+
+    def __init__(self, plan: FederationPlan, data: Mapping[str, Path]) -> None:
+        first = plan.clients[0]
+        alone = plan.model_copy(update={"clients": (first,)})
+        checkpoint = open_checkpoint(plan.model.path, plan.model.revision)
+        self._plan = alone
+        self._segments: ClientSegments = setup.load_segments(alone, checkpoint, first.name, "cpu")
+        self._trunk = load_trunk(checkpoint, self._segments.trunk_blocks, dtype=getattr(torch, plan.model.dtype))
+        adapters.attach(self._trunk, plan.adapter, plan.adapter.trunk, plan.seed)
+        self._base = self._segments.parameters() | adapters.read(self._trunk)
+        self._tokenizer = load_tokenizer(plan.model.path, plan.model.revision, vocab_size=None)
+        self.silos: dict[str, Silo] = {
+            name: setup.open_data(plan, checkpoint, ClientOptions("", Path(), (file,))) for name, file in data.items()
+        }
+
+    def losses(self, parameters: Tensors | None) -> Losses:
+        """Losses of a model.
+
+        Args:
+            parameters: Trained parameters of all segments by portable name; None is the base model.
+        """
+        self._load(parameters)
+        trunk = LocalTrunk(self._trunk, self._plan, self._segments.name)
+        boundary = Boundary(self._plan.trust.mode)
+        total, tokens, by_silo = 0.0, 0, {}
+        for name, silo in self.silos.items():
+            batches = setup.held_out(self._plan, silo, self._segments.name)
+            loss, count = evaluate(self._segments, trunk, boundary, batches, self._plan)
+            by_silo[name] = loss
+            total += loss * count
+            tokens += count
+        return Losses(total / tokens, by_silo)
+
+    def generate(self, parameters: Tensors | None, prompt: str, max_new_tokens: int = 60) -> str:
+        """Greedy continuation of a prompt."""
+        self._load(parameters)
+        trunk = LocalTrunk(self._trunk, self._plan, self._segments.name)
+        ids = self._tokenizer(prompt)["input_ids"]
+        end = self._tokenizer.eos_token_id
+        if ids and ids[-1] == end:
+            ids = ids[:-1]
+        boundary = Boundary(self._plan.trust.mode)
+        new = greedy(self._segments, trunk, boundary, ids, max_new_tokens=max_new_tokens, stop=end)
+        return str(self._tokenizer.decode(new, skip_special_tokens=True))
+
+    def _load(self, parameters: Tensors | None) -> None:
+        wanted = self._base if parameters is None else parameters
+        self._segments.load_parameters(wanted)
+        adapters.load(self._trunk, {name: wanted[name] for name in adapters.trainable(self._trunk)})

@@ -1,0 +1,118 @@
+"""The quickstart's page: one HTML file with its plots inside."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import jinja2
+
+from fedsea.plan import FederationPlan
+from fedsea.privacy.boundary import STATEMENTS
+from fedsea.storage import write_bytes_atomic
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+    from fedsea.evaluation.quickstart import QuickstartResult
+
+Curves = Mapping[str, Sequence[Mapping[str, Any]]]
+
+KINDS = {
+    "Forward": "hidden states to the server",
+    "Output": "hidden states back",
+    "Backward": "gradients to the server",
+    "InputGradient": "gradients back",
+    "RoundUpdate": "trained parameters to the server",
+    "RoundResult": "averaged parameters back",
+    "StepReady": "step agreed on (ready)",
+    "StepDone": "step agreed on (done)",
+}
+"""Kind of message to what it carries; the rest is handshake."""
+
+PHASES = {
+    "input": "input segment (here)",
+    "trunk": "waiting for the trunk",
+    "output": "output segment and loss (here)",
+    "commit": "gradients and checkpoints to disk",
+}
+
+
+def traffic_rows(bytes_by_kind: Mapping[str, int]) -> list[tuple[str, int]]:
+    """What travelled, in words, with its bytes; the largest first."""
+    rows = {KINDS[kind]: count for kind, count in bytes_by_kind.items() if kind in KINDS}
+    other = sum(count for kind, count in bytes_by_kind.items() if kind not in KINDS)
+    return sorted((rows | {"handshake and control": other}).items(), key=lambda row: -row[1])
+
+
+def loss_rows(result: QuickstartResult) -> list[tuple[str, float, dict[str, float]]]:
+    """Model, pooled loss, and loss by silo, in the order of telling."""
+    values = result.val_loss
+    rows = [("base", values["base"], result.by_silo["base"])]
+    rows += [(f"{name} alone", loss, result.by_silo[name]) for name, loss in values["alone"].items()]
+    rows += [(name, values[name], result.by_silo[name]) for name in ("federated", "central")]
+    return rows
+
+
+def write_report(result: QuickstartResult, plan: FederationPlan, curves: Curves) -> None:
+    """Write the page to `result.report`.
+
+    Args:
+        result: What the quickstart found.
+        plan: For its settings and its trust mode.
+        curves: Client to the lines of its `metrics.jsonl`.
+    """
+    environment = jinja2.Environment(loader=jinja2.PackageLoader("fedsea.evaluation", "."), autoescape=True)
+    page = environment.get_template("report.html.j2").render(
+        result=result,
+        plan=plan,
+        statement=STATEMENTS[plan.trust.mode],
+        losses=loss_rows(result),
+        silos=list(curves),
+        traffic=traffic_rows(result.bytes_by_kind),
+        phases=[(PHASES.get(name, name), seconds) for name, seconds in result.phases_s.items()],
+        loss_plot=_svg(lambda axes: _plot_losses(axes, result)),
+        curve_plot=_svg(lambda axes: _plot_curves(axes, curves)),
+    )
+    write_bytes_atomic(result.report, page.encode())
+
+
+def _svg(draw: Any) -> str:
+    import matplotlib as mpl
+    from matplotlib.figure import Figure
+
+    with mpl.rc_context({"svg.fonttype": "none", "font.size": 9, "svg.hashsalt": "fedsea"}):
+        figure = Figure(figsize=(7.2, 3.2), layout="constrained")
+        draw(figure.subplots())
+        file = io.StringIO()
+        figure.savefig(file, format="svg", metadata={"Date": None})
+    text = file.getvalue()
+    return text[text.index("<svg") :]
+
+
+def _plot_losses(axes: Axes, result: QuickstartResult) -> None:
+    rows = loss_rows(result)
+    names = [name for name, _, _ in rows]
+    colours = ["#b7b7b7", *["#7fa6c9"] * len(result.val_loss["alone"]), "#1f6f54", "#3b3b3b"]
+    bars = axes.barh(names, [loss for _, loss, _ in rows], color=colours)
+    axes.bar_label(bars, fmt="%.3f", padding=3)
+    axes.invert_yaxis()
+    axes.set_xlabel("validation loss on all silos' held-out text (nats per target token)")
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.margins(x=0.12)
+
+
+def _plot_curves(axes: Axes, curves: Curves) -> None:
+    for index, (name, lines) in enumerate(curves.items()):
+        steps = [line for line in lines if line["kind"] == "step"]
+        held = [line for line in lines if line["kind"] == "evaluation"]
+        colour = f"C{index}"
+        axes.plot([s["step"] for s in steps], [s["mean_loss"] for s in steps], color=colour, alpha=0.35, linewidth=1)
+        axes.plot(
+            [h["next_step"] for h in held], [h["mean_loss"] for h in held], "o-", color=colour, label=name, markersize=4
+        )
+    axes.set_xlabel("step (thin: training loss; dots: held-out loss)")
+    axes.set_ylabel("nats per target token")
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(frameon=False)
