@@ -1,0 +1,280 @@
+"""What all benchmarks share: real processes with real certificates on the loopback, and the line of JSON at the end."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import os
+import platform
+import selectors
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Self
+
+import psutil
+from _inputs import Shape, write_model
+from _probes import cpu_seconds
+
+HERE = Path(__file__).parent
+_ANSWER_S = 900.0
+_LOG_TAIL = 3000
+
+
+# --- the result -------------------------------------------------------------------------------------------------------
+
+
+def arguments(description: str | None) -> argparse.ArgumentParser:
+    """A parser with what every benchmark takes."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--tiny", action="store_true", help="smallest shape and shortest run, for CI")
+    parser.add_argument("--threads", type=int, default=1, help="CPU threads of every process")
+    parser.add_argument("--out", help="also write the result to benchmarks/results/<OUT>.json")
+    return parser
+
+
+def finish(benchmark: str, settings: Mapping[str, Any], figures: Mapping[str, Any], out: str | None) -> None:
+    """Print the result as the last line, and keep it if asked for."""
+    result = {
+        "benchmark": benchmark,
+        "commit": _commit(),
+        "machine": machine(),
+        "settings": settings,
+        "figures": rounded(figures),
+    }
+    if out:
+        path = HERE / "results" / f"{out.removesuffix('.json')}.json"
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    print(json.dumps(result), flush=True)
+
+
+def rounded(value: Any) -> Any:
+    """Floats to four significant digits, in any nesting."""
+    if isinstance(value, float):
+        return float(f"{value:.4g}")
+    if isinstance(value, Mapping):
+        return {key: rounded(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [rounded(item) for item in value]
+    return value
+
+
+def _commit() -> str:
+    def git(*words: str) -> str:
+        return subprocess.run(["git", "-C", str(HERE), *words], capture_output=True, text=True, check=False).stdout
+
+    changed = bool(git("status", "--porcelain", "--untracked-files=no", "--", "../src", "."))
+    return (git("rev-parse", "--short", "HEAD").strip() or "unknown") + ("+changes" if changed else "")
+
+
+def machine() -> dict[str, Any]:
+    """What the figures depend on; the load says whether anything else was running."""
+    import torch
+    import transformers
+
+    return {
+        "cpu": _cpu_name(),
+        "cores": psutil.cpu_count(),
+        "memory_gib": round(psutil.virtual_memory().total / 2**30),
+        "system": f"{platform.system()} {platform.release()}",
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "load_1min": os.getloadavg()[0],
+    }
+
+
+def _cpu_name() -> str:
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
+
+
+# --- processes --------------------------------------------------------------------------------------------------------
+
+
+class Worker:
+    """A process of `_worker.py`; killed when its context is left, with the end of its log shown if that is an error.
+
+    Args:
+        role: Function of `_worker.py`.
+        settings: Its argument.
+        log: File for what it prints.
+        threads: CPU threads.
+    """
+
+    def __init__(self, role: str, settings: Mapping[str, Any], log: Path, threads: int) -> None:
+        self.role = role
+        self._log = log
+        environment = os.environ | {"OMP_NUM_THREADS": str(threads), "TOKENIZERS_PARALLELISM": "false"}
+        with log.open("wb") as file:
+            self._process = subprocess.Popen(
+                [sys.executable, str(HERE / "_worker.py"), role, json.dumps({"threads": threads, **settings})],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=file,
+                env=environment,
+                text=True,
+                bufsize=1,
+            )
+        self._selector = selectors.DefaultSelector()
+        assert self._process.stdout is not None
+        self._selector.register(self._process.stdout, selectors.EVENT_READ)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if kind is not None and kind is not KeyboardInterrupt:
+            text = self._log.read_text(encoding="utf-8", errors="replace")[-_LOG_TAIL:]
+            print(f"--- log of {self.role} ---\n{text}", file=sys.stderr)
+        self._process.kill()
+        self._process.wait()
+        self._selector.close()
+
+    @property
+    def cpu_s(self) -> float:
+        """CPU seconds so far."""
+        return cpu_seconds(self._process.pid)
+
+    def order(self, line: object) -> None:
+        """Send a line."""
+        assert self._process.stdin is not None
+        self._process.stdin.write(f"{line}\n")
+
+    def answer(self, timeout_s: float = _ANSWER_S) -> dict[str, Any]:
+        """The next line that it tells.
+
+        Raises:
+            RuntimeError: It ended instead, or said nothing in time.
+        """
+        assert self._process.stdout is not None
+        if not self._selector.select(timeout_s):
+            raise RuntimeError(f"The {self.role} process said nothing in {timeout_s:g} s.")
+        line = self._process.stdout.readline()
+        if not line:
+            raise RuntimeError(f"The {self.role} process ended with code {self._process.wait()}.")
+        answer: dict[str, Any] = json.loads(line)
+        return answer
+
+    def ask(self, line: object) -> dict[str, Any]:
+        """Send a line and wait for the answer."""
+        self.order(line)
+        return self.answer()
+
+    def end(self) -> None:
+        """Let it finish what it does.
+
+        Raises:
+            RuntimeError: It failed.
+        """
+        assert self._process.stdin is not None
+        with contextlib.suppress(BrokenPipeError):
+            self._process.stdin.close()
+        if code := self._process.wait(60.0):
+            raise RuntimeError(f"The {self.role} process ended with code {code}.")
+
+
+# --- a federation -----------------------------------------------------------------------------------------------------
+
+
+class Workspace:
+    """A temporary folder with a model, an authority, and whoever is enrolled.
+
+    Args:
+        root: The folder.
+        shape: Of the model.
+        threads: CPU threads of every process.
+    """
+
+    def __init__(self, root: Path, shape: Shape, threads: int) -> None:
+        from fedsea.wire.identity.authority import Authority
+
+        self.root = root
+        self.shape = shape
+        self.threads = threads
+        self._authority = Authority.create(root / "ca", "benchmark")
+        self._authority.issue_server(["127.0.0.1", "localhost"], folder=root / "server")
+        self._stack = contextlib.ExitStack()
+        self._count = 0
+        write_model(root / "model", shape)
+
+    def enroll(self, name: str) -> None:
+        """Give a client its certificate."""
+        from fedsea.wire.identity import enrollment
+
+        folder = self.root / name / "identity"
+        request = enrollment.enroll(folder, name)
+        certificate = self._authority.approve(request.csr_pem)
+        ca_pem = (self.root / "ca" / "ca.pem").read_bytes()
+        enrollment.install(folder, certificate.pem, ca_pem, self._authority.fingerprint)
+
+    def data(self, name: str) -> Path:
+        """Where a client's silo belongs."""
+        return self.root / name / "rows.jsonl"
+
+    def write_plan(self, sections: Mapping[str, Mapping[str, Any]], clients: Sequence[str]) -> Path:
+        """A plan over this workspace's model; JSON's values are TOML's here."""
+        lines = ["[model]", f"path = {json.dumps(str(self.root / 'model'))}"]
+        for section, values in sections.items():
+            lines += [f"[{section}]", *(f"{key} = {json.dumps(value)}" for key, value in values.items())]
+        for name in clients:
+            lines += ["[[clients]]", f"name = {json.dumps(name)}"]
+        path = self._fresh("plan", ".toml")
+        path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+        return path
+
+    def _fresh(self, what: str, ending: str = "") -> Path:
+        self._count += 1
+        return self.root / f"{what}-{self._count}{ending}"
+
+    def start(self, role: str, **settings: Any) -> Worker:
+        """A process; usually entered as a context at once."""
+        return Worker(role, settings, self._fresh(role, ".log"), self.threads)
+
+    @contextlib.contextmanager
+    def server(self, plan: Path) -> Iterator[tuple[Worker, str]]:
+        """A running server and its address."""
+        ready = self._fresh("ready")
+        settings = {"root": str(self.root), "plan": str(plan), "run": str(self._fresh("run")), "ready": str(ready)}
+        with self.start("server", **settings) as worker:
+            yield worker, _address(ready, worker)
+
+    def client(self, name: str, address: str) -> Worker:
+        """A client that waits for orders; its first answer says that it is ready."""
+        return self.start(
+            "client",
+            server=address,
+            identity=str(self.root / name / "identity"),
+            data=str(self.data(name)),
+            run=str(self._fresh(f"run-{name}")),
+        )
+
+
+def _address(ready: Path, worker: Worker) -> str:
+    deadline = time.monotonic() + 120.0
+    while not ready.exists():
+        if time.monotonic() > deadline or not psutil.pid_exists(worker._process.pid):
+            raise RuntimeError("The server did not start.")
+        time.sleep(0.05)
+    return ready.read_text(encoding="utf-8")
+
+
+@contextlib.contextmanager
+def workspace(shape: Shape, threads: int) -> Iterator[Workspace]:
+    """A workspace in a temporary folder."""
+    with tempfile.TemporaryDirectory(prefix="fedsea-benchmark-") as folder:
+        yield Workspace(Path(folder), shape, threads)
+
+
+def difference(after: Mapping[str, Sequence[float]], before: Mapping[str, Sequence[float]]) -> dict[str, list[float]]:
+    """Probes of a window: totals at its end minus totals at its beginning."""
+    zeros = [0.0, 0.0, 0]
+    return {k: [a - b for a, b in zip(v, before.get(k, zeros), strict=True)] for k, v in after.items()}

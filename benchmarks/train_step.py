@@ -1,0 +1,178 @@
+"""One training step, split over the loopback against central: CPU seconds, wall time, phases, bytes.
+
+    python benchmarks/train_step.py --shape 100m
+
+A server, one client (mutual TLS between them) and a central training process hold the same model, adapters and rows.
+They take turns of a few steps, one side idle while the other runs, so that whatever else the machine does meets both;
+figures are medians over the turns. See README.md for what each figure means.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import statistics
+import sys
+from typing import Any
+
+from _harness import Worker, Workspace, arguments, difference, finish, workspace
+from _inputs import SHAPES, write_silo
+
+NAME = "client"
+
+
+def plan_sections(args: argparse.Namespace, num_steps: int, *, input_frozen: bool) -> dict[str, dict[str, Any]]:
+    """The plan of the split run."""
+    return {
+        "adapter": {"rank": 8, "input": "frozen" if input_frozen else "adapter"},
+        "training": {
+            "steps_per_round": num_steps,
+            "micro_batches": args.micro_batches,
+            "in_flight": 2,
+            "micro_batch_sequences": args.sequences,
+        },
+        "data": {"max_tokens": args.tokens, "loss_on": "all", "holdout": 0.0},
+        "wire": {"hidden": args.codec, "gradient": args.codec},
+    }
+
+
+class Side:
+    """One of the two that take turns: its processes, and what each turn cost.
+
+    Args:
+        steered: The process that takes steps when told.
+        server: The server, on the split side.
+    """
+
+    def __init__(self, steered: Worker, server: Worker | None = None) -> None:
+        self._steered = steered
+        self._server = server
+        self.turns: list[dict[str, Any]] = []
+
+    def turn(self, num_steps: int) -> None:
+        """Take steps and note what they cost."""
+        before, cpu = self._counts(), self._cpu()
+        answer = self._steered.ask(num_steps)
+        answer["cpu_s"] = [after - start for after, start in zip(self._cpu(), cpu, strict=True)]
+        answer["server_probes"] = difference(self._counts(), before)
+        self.turns.append(answer)
+
+    def _cpu(self) -> list[float]:
+        return [worker.cpu_s for worker in (self._steered, self._server) if worker is not None]
+
+    def _counts(self) -> dict[str, Any]:
+        return {} if self._server is None else self._server.ask("")["probes"]
+
+
+def interleave(space: Workspace, args: argparse.Namespace, *, input_frozen: bool) -> tuple[Side, Side]:
+    """Warm both sides up, then let them take turns; the first turn of each in the result is the warm-up."""
+    num_steps = args.warmup + args.pairs * args.steps
+    plan = space.write_plan(plan_sections(args, num_steps, input_frozen=input_frozen), [NAME])
+    shared = {"plan": str(plan), "data": str(space.data(NAME)), "name": NAME}
+    with contextlib.ExitStack() as stack:
+        server, address = stack.enter_context(space.server(plan))
+        client = stack.enter_context(space.client(NAME, address))
+        central = stack.enter_context(space.start("central", **shared))
+        for worker in (client, central):
+            worker.answer()
+        split_side, central_side = Side(client, server), Side(central)
+        for side in (split_side, central_side):
+            side.turn(args.warmup)
+        for number in range(args.pairs):
+            # A B, B A, …: neither side always comes after the other.
+            order = (split_side, central_side) if number % 2 == 0 else (central_side, split_side)
+            for side in order:
+                side.turn(args.steps)
+            print(f"pair {number + 1}/{args.pairs}: {_pair_text(split_side, central_side)}", file=sys.stderr)
+        for worker in (client, server, central):
+            worker.end()
+    return split_side, central_side
+
+
+def _pair_text(split: Side, central: Side) -> str:
+    ours, theirs = split.turns[-1], central.turns[-1]
+    return f"CPU {sum(ours['cpu_s']) / sum(theirs['cpu_s']):.3f}, wall {ours['wall_s'] / theirs['wall_s']:.3f}"
+
+
+def figures(args: argparse.Namespace, split: Side, central: Side, num_passes: int) -> dict[str, Any]:
+    """From the turns to the figures."""
+    ours, theirs = split.turns[1:], central.turns[1:]
+    pairs = list(zip(ours, theirs, strict=True))
+    tokens = sum(turn["num_tokens"] for turn in ours) / (len(ours) * args.steps)
+    up, down = ((split.turns[-1][way] - split.turns[0][way]) / (len(ours) * args.steps) for way in ("up", "down"))
+    ideal = (
+        num_passes * tokens * SHAPES[args.shape].hidden_size * {"fp32": 4, "bf16": 2, "fp16": 2, "int8": 1}[args.codec]
+    )
+    return {
+        "split_over_central_cpu": statistics.median(sum(a["cpu_s"]) / sum(b["cpu_s"]) for a, b in pairs),
+        "split_over_central_cpu_quartiles": statistics.quantiles(
+            (sum(a["cpu_s"]) / sum(b["cpu_s"]) for a, b in pairs), n=4
+        )
+        if len(pairs) > 1
+        else [],
+        "split_over_central_wall": statistics.median(a["wall_s"] / b["wall_s"] for a, b in pairs),
+        "payload_over_ideal": (up + down) / ideal,
+        "bytes_up_per_step": up,
+        "bytes_down_per_step": down,
+        "ideal_bytes_per_step": ideal,
+        "tokens_per_step": tokens,
+        "central_cpu_s_per_step": _per_step(theirs, lambda turn: sum(turn["cpu_s"])),
+        "client_cpu_s_per_step": _per_step(ours, lambda turn: turn["cpu_s"][0]),
+        "server_cpu_s_per_step": _per_step(ours, lambda turn: turn["cpu_s"][1]),
+        "central_tokens_per_s": statistics.median(t["num_tokens"] / t["wall_s"] for t in theirs),
+        "split_tokens_per_s": statistics.median(t["num_tokens"] / t["wall_s"] for t in ours),
+        "first_loss": {"split": split.turns[0]["first_loss"], "central": central.turns[0]["first_loss"]},
+        "wall_s_per_step": {
+            phase: _per_step(ours, lambda turn, phase=phase: turn["phases"][phase]) for phase in ours[0]["phases"]
+        },
+        "cpu_s_per_step": _probe_figures(split),
+    }
+
+
+def _per_step(turns: list[dict[str, Any]], value: Any) -> float:
+    return statistics.median(value(turn) / turn["num_steps"] for turn in turns)
+
+
+def _probe_figures(split: Side) -> dict[str, float]:
+    """CPU seconds of a step by probe, of the thread that ran it."""
+    counted = split.turns[1:]
+    steps = sum(turn["num_steps"] for turn in counted)
+    client = difference(split.turns[-1]["probes"], split.turns[0]["probes"])
+    result = {phase: values[1] / steps for phase, values in client.items()}
+    for phase in counted[0]["server_probes"]:
+        result[phase] = sum(turn["server_probes"][phase][1] for turn in counted) / steps
+    return result
+
+
+def main() -> None:
+    """Both cases of the input segment, or one."""
+    parser = arguments(__doc__)
+    parser.add_argument("--shape", choices=SHAPES, default="15m")
+    parser.add_argument("--sequences", type=int, default=4, help="of a micro-batch")
+    parser.add_argument("--tokens", type=int, default=256, help="of a sequence, the longest if --unequal")
+    parser.add_argument("--micro-batches", type=int, default=1, help="of a step")
+    parser.add_argument("--unequal", action="store_true", help="lengths from a quarter of --tokens to all of it")
+    parser.add_argument("--codec", choices=("fp32", "bf16", "fp16", "int8"), default="fp32")
+    parser.add_argument("--pairs", type=int, default=12, help="turns of each side")
+    parser.add_argument("--steps", type=int, default=2, help="of a turn")
+    parser.add_argument("--warmup", type=int, default=3, help="steps of each side that do not count")
+    args = parser.parse_args()
+    if args.tiny:
+        args.shape, args.sequences, args.tokens, args.pairs, args.steps, args.warmup = "tiny", 2, 32, 2, 2, 1
+    shape = SHAPES[args.shape]
+    with workspace(shape, args.threads) as space:
+        space.enroll(NAME)
+        fewest = max(2, args.tokens // 4) if args.unequal else args.tokens
+        write_silo(space.data(NAME), shape, (fewest, args.tokens))
+        result = figures(args, *interleave(space, args, input_frozen=False), num_passes=4)
+        # Nothing trained below the cut: three tensors a micro-batch travel, the gradient at the trunk's input not.
+        args.pairs = 1
+        frozen = figures(args, *interleave(space, args, input_frozen=True), num_passes=3)
+    result["input_frozen"] = {
+        key: frozen[key] for key in ("payload_over_ideal", "bytes_up_per_step", "bytes_down_per_step")
+    }
+    finish("train_step", {k: v for k, v in vars(args).items() if k != "out"}, result, args.out)
+
+
+if __name__ == "__main__":
+    main()
