@@ -48,13 +48,13 @@ class Federation:
 
 
 async def echo(session: PeerSession) -> None:
-    """Answers every `Forward` with its own tensor; every `Report` with an error nobody expected."""
+    """Answers every `Forward` with its own tensor; every `FetchTrunk` with an error nobody expected."""
     session.limits, session.encoder = LIMITS, Encoder("server", CODECS)
     async for message in session:
         if isinstance(message, m.Forward):
             assert not isinstance(message.tensors, Reply)
             await session.send(m.Output(message.step, 0, 0, False, Reply(message.tensors)))  # type: ignore[arg-type]
-        elif isinstance(message, m.Report):
+        elif isinstance(message, m.FetchTrunk):
             raise RuntimeError("private detail")
 
 

@@ -242,7 +242,7 @@ def test_an_error_of_one_session_leaves_the_others_alone(
             await join(address, clinic(federation)) as bad,
             await join(address, federation.clients["bank"]) as good,
         ):
-            await bad.send(m.Report(1, 0.5))
+            await bad.send(m.FetchTrunk())
             with pytest.raises(FedseaError, match="internal error") as caught:
                 await bad.receive()
             assert "private" not in caught.value.message

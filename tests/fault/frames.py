@@ -67,7 +67,6 @@ def client_messages() -> list[m.Message]:
         m.StepReady(3, 1, 6, 0.25, boundary.update(bundle())),
         m.StepReady(3, 1, 6, 0.25),
         m.RoundUpdate(2, 100, boundary.update(bundle())),
-        m.Report(3, 1.5),
         m.FetchTrunk(),
         m.Finished(9),
         m.Failure("CONFIG", "Say what to do.", 0.0, -1, True),

@@ -145,7 +145,6 @@ def test_an_unknown_codec_is_refused_when_the_encoder_is_made() -> None:
         m.Join("ab" * 32, 0, -2, 0),
         m.Join("ab" * 32, 2**60, 0, 0),
         m.Join("ab" * 32, 0, 0, 0, "spy"),
-        m.Report(-1, 1.0),
         m.StepReady(0, 0, 0, -1.0),
         m.Failure("code", "x", 0.0, 0, True),
         m.Failure("CODE", "x" * 5000, 0.0, 0, True),
@@ -157,8 +156,8 @@ def test_fields_out_of_range_are_not_sent(message: m.Message) -> None:
 
 
 def test_a_non_finite_number_is_not_sent() -> None:
-    with pytest.raises(NonFiniteMessage, match="mean_loss"):
-        Encoder("client", {}).encode(m.Report(4, float("nan")))
+    with pytest.raises(NonFiniteMessage, match="squared_norm"):
+        Encoder("client", {}).encode(m.StepReady(4, 0, 6, float("nan")))
 
 
 @pytest.mark.parametrize("codec", CODEC_NAMES)

@@ -53,7 +53,7 @@ def _check_value(kind: Kind, name: str, value: Any, fields: Mapping[str, Any]) -
     elif isinstance(value, float):
         if not math.isfinite(value):
             raise NonFiniteMessage(f"The {name} of a {kind.name} is NaN or infinite.", kind.name, **place(fields))
-        good = name == "mean_loss" or value >= 0.0
+        good = value >= 0.0
         good = good and (name != "retry_after_s" or value <= _LONGEST_RETRY_S)
     else:
         least = -1 if (kind.name, name) in _MAY_BE_MINUS_ONE else 0

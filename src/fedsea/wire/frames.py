@@ -113,7 +113,6 @@ def _kinds() -> dict[type[Any], Kind]:
         Kind(m.RoundOpen, "round_open", server),
         Kind(m.RoundUpdate, "round_update", client, update, optional=True),
         Kind(m.RoundResult, "round_result", server, update, optional=True),
-        Kind(m.Report, "report", client),
         Kind(m.FetchTrunk, "fetch_trunk", client),
         Kind(m.TrunkState, "trunk_state", server, update, optional=True),
         Kind(m.Waiting, "waiting", server),

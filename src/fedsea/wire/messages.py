@@ -180,14 +180,6 @@ class RoundResult:
 
 
 @dataclass(frozen=True, slots=True)
-class Report:
-    """Client: losses for the server's progress display, sent only if the client's settings allow it."""
-
-    step: int
-    mean_loss: float
-
-
-@dataclass(frozen=True, slots=True)
 class FetchTrunk:
     """Client: asks for the trunk's trained parameters, for an export."""
 
@@ -245,7 +237,6 @@ Message: TypeAlias = (
     | RoundOpen
     | RoundUpdate
     | RoundResult
-    | Report
     | FetchTrunk
     | TrunkState
     | Waiting

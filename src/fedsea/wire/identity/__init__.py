@@ -6,6 +6,7 @@ requests.py      signing requests
 files.py         private modes, atomic replacement, the folder's lock
 folder.py        key and certificate as a pair that a kill cannot part
 journal.py       what the authority issued and revoked
+renewal.py       when a certificate is renewed without the operator
 authority.py     the operator: approve, renew, revoke
 identity.py      the holder of a key: load and check
 enrollment.py    the holder of a key: request, install, renew

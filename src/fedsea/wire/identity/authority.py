@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Self
+from typing import Any, Self
 
 from cryptography import x509
 from cryptography.hazmat.primitives.asymmetric import ec
@@ -35,14 +35,11 @@ from fedsea.wire.identity.journal import (
     read_journal,
     revoked_line,
 )
+from fedsea.wire.identity.renewal import check_renewal
 from fedsea.wire.identity.requests import SigningRequest, read_request
 
 CA_KEY_FILE = "ca.key.pem"
 SERVER_FOLDER = "server"
-RENEWAL_SHARE = 1 / 2
-"""A certificate may be renewed once less than this share of its life remains; clients ask at a third."""
-MOST_RENEWALS = 8
-"""Certificates that one certificate may ask for, so that a client gone wild cannot fill the journal."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -207,25 +204,19 @@ class Authority:
         request, now = read_request(csr_pem), self._clock()
         current = certs.certificate_from_pem(current_pem, "The connection's certificate")
         name, serial = certs.client_name(current), certs.serial_text(current)
+        if not certs.is_issued_by(current, self._certificate):
+            raise AuthError(f"The certificate of {name} was not issued by this federation's authority: enrol again.")
         with files.locked(self.folder):
-            record = self._read()
-            self._check_renewal(record, current, request, now)
-            renewals = [entry for entry in record.entries.values() if entry.renewed_from == serial]
-            for entry in renewals:
-                if entry.key == request.fingerprint:
-                    known = certs.certificate_from_pem(entry.pem.encode(), "The journal's certificate")
-                    return self._client_certificate(known, name, entry.serial)
-            life = current.not_valid_after_utc - current.not_valid_before_utc
-            if current.not_valid_after_utc - now > life * RENEWAL_SHARE or len(renewals) >= MOST_RENEWALS:
-                raise AuthError(
-                    f"The certificate of {name} is not renewed now: a client renews it in the last third of its life; "
-                    "for a new key before that, enrol again and have the operator approve it."
-                )
-            certificate, new_serial = self._issue(Role.CLIENT, [name], request.public_key, days, renewed_from=serial)
-        return self._client_certificate(certificate, name, new_serial)
+            known = check_renewal(self._read(), name, serial, request, now)
+            if known is not None:
+                return self._client_certificate(_certificate_of(known), name, known.serial)
+            certificate, serial = self._issue(Role.CLIENT, [name], request.public_key, days, renewed_from=serial)
+        return self._client_certificate(certificate, name, serial)
 
     def revoke(self, name_or_serial: str, reason: str = "") -> list[Entry]:
-        """Revoke every certificate of a client, or one by its serial; servers notice within seconds.
+        """Revoke every certificate of a client, or one by its serial with those renewed from it.
+
+        Running servers notice within seconds.
 
         Returns:
             The certificates that this revoked.
@@ -235,25 +226,11 @@ class Authority:
         """
         with files.locked(self.folder):
             record = self._read()
-            named = record.named(name_or_serial)
-            entry = record.entries.get(name_or_serial.replace(":", "").lower())
-            if named:
-                line = revoked_line(name_or_serial, "", reason, self._clock())
-            elif entry is not None and entry.role is Role.CLIENT:
-                named = [entry]
-                line = revoked_line(entry.name, entry.serial, reason, self._clock())
-            elif entry is not None:
-                raise ConfigError(
-                    "This certificate is the server's, and clients do not read the journal: replace it with `fedsea ca "
-                    "server`, and if its key was stolen make a new authority."
-                )
-            else:
-                raise ConfigError(
-                    f"No client certificate has the name or serial {name_or_serial[:80]!r}: `fedsea ca list` "
-                    "shows them all."
-                )
+            line = self._revocation(record, name_or_serial, reason)
+            before = {entry.serial for entry in record.entries.values() if entry.revoked is None}
             append_line(self.folder / FILE_NAME, line)
-        return [one for one in named if one.revoked is None]
+            record.apply(line)
+        return [entry for entry in record.entries.values() if entry.serial in before and entry.revoked is not None]
 
     def entries(self) -> list[Entry]:
         """Everything issued, in order; `entry.status(now)` says how it stands."""
@@ -261,6 +238,23 @@ class Authority:
 
     def _read(self) -> Record:
         return read_journal(self.folder / FILE_NAME)
+
+    def _revocation(self, record: Record, name_or_serial: str, reason: str) -> dict[str, Any]:
+        now = self._clock()
+        if record.named(name_or_serial):
+            return revoked_line(name_or_serial, "", reason, now)
+        entry = record.entries.get(name_or_serial.replace(":", "").lower())
+        if entry is None:
+            raise ConfigError(
+                f"No client certificate has the name or serial {name_or_serial[:80]!r}: `fedsea ca list` "
+                "shows them all."
+            )
+        if entry.role is not Role.CLIENT:
+            raise ConfigError(
+                "This certificate is the server's, and clients do not read the journal: replace it with `fedsea ca "
+                "server`, and if its key was stolen make a new authority."
+            )
+        return revoked_line(entry.name, entry.serial, reason, now)
 
     def _issue(
         self,
@@ -289,18 +283,6 @@ class Authority:
         append_line(self.folder / FILE_NAME, issued_line(entry, now.astimezone(UTC)))
         return certificate, entry.serial
 
-    def _check_renewal(self, record: Record, current: x509.Certificate, request: SigningRequest, now: datetime) -> None:
-        name, serial = certs.client_name(current), certs.serial_text(current)
-        entry = record.entries.get(serial)
-        if entry is None or not certs.is_issued_by(current, self._certificate):
-            raise AuthError(f"The certificate of {name} was not issued by this federation's authority: enrol again.")
-        if entry.revoked is not None or name in record.revoked_names:
-            raise AuthError(f"The certificate of {name} was revoked: ask the operator to approve a new one.")
-        if now > current.not_valid_after_utc:
-            raise AuthError(f"The certificate of {name} has expired: enrol again and have the operator approve it.")
-        if request.name != name:
-            raise AuthError(f"{name} asked for a certificate of another name: a renewal keeps the name.")
-
     def _client_certificate(self, certificate: x509.Certificate, name: str, serial: str) -> ClientCertificate:
         pem = certs.certificate_to_pem(certificate) + self.ca_pem
         return ClientCertificate(pem, name, serial, certificate.not_valid_after_utc)
@@ -312,3 +294,7 @@ class Authority:
         if certs.role_of(certificate) is not Role.SERVER:
             raise ConfigError(f"{path} is not a server's certificate: choose another folder for the server's identity.")
         return list(certs.host_names(certificate))
+
+
+def _certificate_of(entry: Entry) -> x509.Certificate:
+    return certs.certificate_from_pem(entry.pem.encode(), "The journal's certificate")

@@ -57,6 +57,13 @@ def diagnose(address: str, identity: Identity, timeout_s: float = 10.0) -> Fedse
         `AuthError` for anything about certificates, `ConfigError` for an address that is none.
     """
     deadline = time.monotonic() + timeout_s
+    error = _go(address, identity, deadline)
+    # Nobody tries again after an AuthError, so a server that was just stopping must not cause one: look twice.
+    return _go(address, identity, deadline) if isinstance(error, AuthError) else error
+
+
+def _go(address: str, identity: Identity, deadline: float) -> FedseaError:
+    """Go the client's way once, to the step that does not work."""
     try:
         host, port = split_address(address)
         with _connect(_resolve(host, port, deadline), address, deadline) as plain:
@@ -129,13 +136,11 @@ def _examine_tls(plain: socket.socket, host: str, address: str, identity: Identi
     try:
         with context.wrap_socket(plain, server_hostname=host) as secure:
             secure.settimeout(_left(deadline))
-            secure.sendall(_HTTP2_HELLO)
-            answer = secure.recv(1)  # with TLS 1.3 the server refuses our certificate only here
-            return _after_handshake(answer, secure.selected_alpn_protocol(), address, identity)
+            return _after_handshake(_first_byte(secure), secure.selected_alpn_protocol(), address, identity)
     except ssl.SSLCertVerificationError as error:
         return _bad_server_certificate(error, host, address, identity)
     except ssl.SSLError as error:
-        return _refused_by_server(error, address, identity)
+        return _no_handshake(error, address, identity)
     except TimeoutError:
         return TransportError(
             f"{address} accepts connections but does not answer as a fedsea server would: check that the port is the "
@@ -145,13 +150,22 @@ def _examine_tls(plain: socket.socket, host: str, address: str, identity: Identi
         return _closed(address, identity)
 
 
+def _first_byte(secure: ssl.SSLSocket) -> bytes:
+    """What the server says first; nothing if it closes. With TLS 1.3 it refuses our certificate only here."""
+    try:
+        secure.sendall(_HTTP2_HELLO)
+        return secure.recv(1)
+    except (ConnectionResetError, BrokenPipeError, ssl.SSLEOFError):
+        return b""
+
+
 def _after_handshake(answer: bytes, protocol: str | None, address: str, identity: Identity) -> FedseaError:
-    if not answer:
-        return _closed(address, identity)
     if protocol != "h2":
         return TransportError(
             f"{address} has a certificate of our authority but is not a fedsea server: check the port."
         )
+    if not answer:  # gRPC sends no alert when it refuses a certificate; it just closes
+        return _refused(address, identity)
     return TransportError(
         f"{address} answers, and accepts this client's certificate: the server was busy or restarting, so try again; "
         "if it goes on, look at the server's log."
@@ -195,14 +209,15 @@ def _bad_server_certificate(
     )
 
 
-def _refused_by_server(error: ssl.SSLError, address: str, identity: Identity) -> FedseaError:
-    reason = error.reason or ""
-    if "ALERT" not in reason:
-        if isinstance(error, ssl.SSLEOFError | ssl.SSLZeroReturnError):
-            return _closed(address, identity)
-        return TransportError(
-            f"{address} does not speak TLS, so it is not a fedsea server: check the host and the port."
-        )
+def _no_handshake(error: ssl.SSLError, address: str, identity: Identity) -> FedseaError:
+    if "ALERT" in (error.reason or ""):
+        return _refused(address, identity)
+    if isinstance(error, ssl.SSLEOFError | ssl.SSLZeroReturnError):
+        return _closed(address, identity)
+    return TransportError(f"{address} does not speak TLS, so it is not a fedsea server: check the host and the port.")
+
+
+def _refused(address: str, identity: Identity) -> FedseaError:
     return _expired(identity) or AuthError(
         f"The server {address} refuses this client's certificate: check that it is the server of the federation where "
         f"{identity.name} was approved and that this machine's clock is right; if its operator made a new authority, "

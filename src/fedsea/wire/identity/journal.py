@@ -70,6 +70,14 @@ class Record:
         """Every client certificate of that name."""
         return [entry for entry in self.entries.values() if entry.role is Role.CLIENT and entry.name == name]
 
+    def renewals(self, entry: Entry) -> list[Entry]:
+        """Certificates that the holder of this one asked for with it."""
+        return [other for other in self.entries.values() if other.renewed_from == entry.serial]
+
+    def successor(self, entry: Entry) -> Entry | None:
+        """A certificate, not revoked, that a renewal put in the place of this one."""
+        return next((other for other in self.renewals(entry) if other.revoked is None), None)
+
     def apply(self, line: Mapping[str, Any]) -> None:
         """Add one line's event."""
         match line["event"]:
@@ -93,11 +101,18 @@ class Record:
                 raise ValueError("unknown event")
 
     def _revoke(self, name: str, serial: str, reason: str) -> None:
-        if not serial:
+        if serial:
+            chosen = self._with_renewals(self.entries[serial])
+        else:
             self.revoked_names.add(name)
-        for entry in self.named(name):
-            if serial in ("", entry.serial) and entry.revoked is None:
+            chosen = self.named(name)
+        for entry in chosen:
+            if entry.revoked is None:
                 self.entries[entry.serial] = replace(entry, revoked=reason)
+
+    def _with_renewals(self, entry: Entry) -> list[Entry]:
+        """A certificate and all that descend from it: whoever stole its key may have renewed it."""
+        return [entry, *(one for other in self.renewals(entry) for one in self._with_renewals(other))]
 
 
 def _time(text: object) -> datetime:

@@ -17,7 +17,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Generic, TypeVar
 
-from fedsea.errors import AuthError, FedseaError
+from fedsea.errors import AuthError, FedseaError, TransportError
 from fedsea.wire.identity import certificates as certs
 from fedsea.wire.identity.certificates import Clock
 from fedsea.wire.identity.files import disk_errors, read_file
@@ -87,6 +87,7 @@ class PeerGate:
 
         Raises:
             AuthError: The peer must not take part; its connection is to be closed.
+            TransportError: The certificate ran out while connected, but was renewed: the peer is to connect again.
         """
         with self._lock:
             self._look()
@@ -107,6 +108,10 @@ class PeerGate:
                 "(`fedsea enroll --again`) if you are to take part again."
             )
         if self._clock() > peer.not_after:
+            if record.successor(entry) is not None:
+                raise TransportError(
+                    f"The certificate of this connection of {peer.name} has run out and was renewed: reconnect."
+                )
             raise AuthError(
                 f"The certificate of {peer.name} expired on {peer.not_after:%Y-%m-%d %H:%M} UTC: run `fedsea enroll "
                 "--again` and send the request to the operator."

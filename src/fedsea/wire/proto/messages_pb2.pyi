@@ -172,14 +172,6 @@ class RoundResult(_message.Message):
     round: int
     def __init__(self, round: _Optional[int] = ...) -> None: ...
 
-class Report(_message.Message):
-    __slots__ = ("step", "mean_loss")
-    STEP_FIELD_NUMBER: _ClassVar[int]
-    MEAN_LOSS_FIELD_NUMBER: _ClassVar[int]
-    step: int
-    mean_loss: float
-    def __init__(self, step: _Optional[int] = ..., mean_loss: _Optional[float] = ...) -> None: ...
-
 class FetchTrunk(_message.Message):
     __slots__ = ()
     def __init__(self) -> None: ...
@@ -219,7 +211,7 @@ class Failure(_message.Message):
     def __init__(self, code: _Optional[str] = ..., message: _Optional[str] = ..., retry_after_s: _Optional[float] = ..., step: _Optional[int] = ..., fatal: bool = ...) -> None: ...
 
 class Header(_message.Message):
-    __slots__ = ("tensors", "hello", "welcome", "join", "step_open", "forward", "output", "backward", "input_gradient", "step_ready", "step_done", "round_update", "round_result", "report", "fetch_trunk", "trunk_state", "waiting", "finished", "failure", "round_open")
+    __slots__ = ("tensors", "hello", "welcome", "join", "step_open", "forward", "output", "backward", "input_gradient", "step_ready", "step_done", "round_update", "round_result", "fetch_trunk", "trunk_state", "waiting", "finished", "failure", "round_open")
     TENSORS_FIELD_NUMBER: _ClassVar[int]
     HELLO_FIELD_NUMBER: _ClassVar[int]
     WELCOME_FIELD_NUMBER: _ClassVar[int]
@@ -233,7 +225,6 @@ class Header(_message.Message):
     STEP_DONE_FIELD_NUMBER: _ClassVar[int]
     ROUND_UPDATE_FIELD_NUMBER: _ClassVar[int]
     ROUND_RESULT_FIELD_NUMBER: _ClassVar[int]
-    REPORT_FIELD_NUMBER: _ClassVar[int]
     FETCH_TRUNK_FIELD_NUMBER: _ClassVar[int]
     TRUNK_STATE_FIELD_NUMBER: _ClassVar[int]
     WAITING_FIELD_NUMBER: _ClassVar[int]
@@ -253,11 +244,10 @@ class Header(_message.Message):
     step_done: StepDone
     round_update: RoundUpdate
     round_result: RoundResult
-    report: Report
     fetch_trunk: FetchTrunk
     trunk_state: TrunkState
     waiting: Waiting
     finished: Finished
     failure: Failure
     round_open: RoundOpen
-    def __init__(self, tensors: _Optional[_Iterable[_Union[TensorHeader, _Mapping]]] = ..., hello: _Optional[_Union[Hello, _Mapping]] = ..., welcome: _Optional[_Union[Welcome, _Mapping]] = ..., join: _Optional[_Union[Join, _Mapping]] = ..., step_open: _Optional[_Union[StepOpen, _Mapping]] = ..., forward: _Optional[_Union[Forward, _Mapping]] = ..., output: _Optional[_Union[Output, _Mapping]] = ..., backward: _Optional[_Union[Backward, _Mapping]] = ..., input_gradient: _Optional[_Union[InputGradient, _Mapping]] = ..., step_ready: _Optional[_Union[StepReady, _Mapping]] = ..., step_done: _Optional[_Union[StepDone, _Mapping]] = ..., round_update: _Optional[_Union[RoundUpdate, _Mapping]] = ..., round_result: _Optional[_Union[RoundResult, _Mapping]] = ..., report: _Optional[_Union[Report, _Mapping]] = ..., fetch_trunk: _Optional[_Union[FetchTrunk, _Mapping]] = ..., trunk_state: _Optional[_Union[TrunkState, _Mapping]] = ..., waiting: _Optional[_Union[Waiting, _Mapping]] = ..., finished: _Optional[_Union[Finished, _Mapping]] = ..., failure: _Optional[_Union[Failure, _Mapping]] = ..., round_open: _Optional[_Union[RoundOpen, _Mapping]] = ...) -> None: ...
+    def __init__(self, tensors: _Optional[_Iterable[_Union[TensorHeader, _Mapping]]] = ..., hello: _Optional[_Union[Hello, _Mapping]] = ..., welcome: _Optional[_Union[Welcome, _Mapping]] = ..., join: _Optional[_Union[Join, _Mapping]] = ..., step_open: _Optional[_Union[StepOpen, _Mapping]] = ..., forward: _Optional[_Union[Forward, _Mapping]] = ..., output: _Optional[_Union[Output, _Mapping]] = ..., backward: _Optional[_Union[Backward, _Mapping]] = ..., input_gradient: _Optional[_Union[InputGradient, _Mapping]] = ..., step_ready: _Optional[_Union[StepReady, _Mapping]] = ..., step_done: _Optional[_Union[StepDone, _Mapping]] = ..., round_update: _Optional[_Union[RoundUpdate, _Mapping]] = ..., round_result: _Optional[_Union[RoundResult, _Mapping]] = ..., fetch_trunk: _Optional[_Union[FetchTrunk, _Mapping]] = ..., trunk_state: _Optional[_Union[TrunkState, _Mapping]] = ..., waiting: _Optional[_Union[Waiting, _Mapping]] = ..., finished: _Optional[_Union[Finished, _Mapping]] = ..., failure: _Optional[_Union[Failure, _Mapping]] = ..., round_open: _Optional[_Union[RoundOpen, _Mapping]] = ...) -> None: ...
