@@ -1,0 +1,102 @@
+"""`fedsea ca` and `fedsea enroll`: the whole way by hand, as operator and client would go it."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import typer
+from typer.testing import CliRunner
+
+from fedsea.cli import ca, enroll
+from fedsea.errors import AuthError, ConfigError, FedseaError
+from fedsea.wire.identity import Identity, PeerGate
+
+app = typer.Typer()
+app.add_typer(ca.app, name="ca")
+app.command("enroll")(enroll.enroll)
+
+
+@pytest.fixture
+def fedsea(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
+    def run(command: str, answer: str = "") -> str:
+        result = CliRunner().invoke(app, command.split(), input=answer)
+        if isinstance(result.exception, FedseaError):
+            raise result.exception
+        assert result.exit_code == 0, result.output
+        return result.output
+
+    return run
+
+
+def listed(fedsea) -> dict:
+    return json.loads(fedsea("ca list --json"))
+
+
+def test_a_client_gets_in_and_is_thrown_out_by_hand(fedsea, tmp_path):
+    fedsea("ca init --host fedsea.example.org")
+    asked = fedsea("enroll --name clinic")
+    approved = fedsea("ca approve identity/request.pem", answer="y\n")
+    fingerprint = asked.split("in person:\n")[1].split()[0]
+    assert fingerprint in approved
+    fedsea(f"enroll --install identity/clinic.certificate.pem --ca-fingerprint {listed(fedsea)['ca_fingerprint']}")
+    identity = Identity.load(tmp_path / "identity")
+    assert PeerGate(tmp_path / "ca").check(identity.certificate_pem).name == "clinic"
+    fedsea("ca revoke clinic")
+    with pytest.raises(AuthError, match="revoked"):
+        PeerGate(tmp_path / "ca").check(identity.certificate_pem)
+
+
+def test_an_operator_who_says_no_approves_nothing(fedsea):
+    fedsea("ca init")
+    fedsea("enroll --name clinic")
+    result = CliRunner().invoke(app, ["ca", "approve", "identity/request.pem"], input="n\n")
+    assert result.exit_code == 1
+    assert [row["role"] for row in listed(fedsea)["certificates"]] == ["server"]
+
+
+def test_a_given_fingerprint_approves_without_asking_only_if_it_is_the_same(fedsea):
+    fedsea("ca init")
+    fingerprint = fedsea("enroll --name clinic").split("in person:\n")[1].split()[0]
+    with pytest.raises(AuthError, match="approve nothing"):
+        fedsea(f"ca approve identity/request.pem --fingerprint {fingerprint[:-2]}00")
+    fedsea(f"ca approve identity/request.pem --fingerprint {fingerprint}")
+
+
+def test_a_second_key_for_a_name_is_pointed_out(fedsea):
+    fedsea("ca init")
+    fedsea("enroll --name clinic")
+    fedsea("ca approve identity/request.pem --yes")
+    fedsea("enroll --name clinic --folder other")
+    assert "already has 1 valid certificate" in fedsea("ca approve other/request.pem --yes")
+
+
+def test_the_list_for_people_names_every_certificate(fedsea):
+    fedsea("ca init --host localhost")
+    fedsea("enroll --name clinic")
+    fedsea("ca approve identity/request.pem --yes")
+    output = fedsea("ca list")
+    assert "localhost" in output
+    assert "clinic" in output
+
+
+def test_the_server_is_renewed_for_the_same_hosts(fedsea):
+    fedsea("ca init --host fedsea.example.org")
+    assert "fedsea.example.org" in fedsea("ca server")
+
+
+def test_installing_needs_the_fingerprint(fedsea):
+    with pytest.raises(ConfigError, match="--ca-fingerprint"):
+        fedsea("enroll --install some.pem")
+
+
+def test_enrolling_needs_a_name_or_an_answer(fedsea):
+    with pytest.raises(ConfigError, match="--name"):
+        fedsea("enroll")
+
+
+@pytest.mark.parametrize("command", ["ca init", "ca approve", "ca revoke", "ca list", "ca server", "enroll"])
+def test_help_shows_an_example(fedsea, command):
+    assert f"fedsea {command}" in fedsea(f"{command} --help")
