@@ -49,7 +49,12 @@ class ModelSection(_Section):
 
 
 class PartitionSection(_Section):
-    """Default cut; a client may have another one in its `[[clients]]` entry."""
+    """Default cut; a client may have another one in its `[[clients]]` entry.
+
+    Attributes:
+        input_blocks: Blocks behind the embedding that stay at the client.
+        output_blocks: Blocks before the final norm and head that stay at the client.
+    """
 
     input_blocks: int = Field(1, ge=0)
     output_blocks: int = Field(1, ge=0)
@@ -63,6 +68,9 @@ class AdapterSection(_Section):
     """LoRA, and what is trained in each segment.
 
     Attributes:
+        rank: Rank of the LoRA factors.
+        alpha: The update is scaled by alpha / rank.
+        dropout: Dropout on LoRA's input, in training.
         targets: Module names as in peft's `target_modules`, or "all-linear" (every linear layer of the blocks).
         input: Training of the client's input segment: "adapter", "full" or "frozen".
         trunk: Training of the server's trunk: "adapter" or "frozen".
@@ -82,9 +90,14 @@ class OptimizerSection(_Section):
     """AdamW, its schedule, and gradient clipping.
 
     Attributes:
+        learning_rate: Peak rate, for all segments.
+        betas: AdamW's decay of the two moments.
+        eps: AdamW's epsilon.
+        weight_decay: AdamW's decay; acts on all trained parameters.
         max_norm: Largest gradient norm; 0 switches clipping off.
         clip_scope: "segment" clips every segment by its own norm; "global" by the norm over all segments of the step.
         schedule: Shape after warm-up, over all steps of the run.
+        warmup_steps: Steps over which the rate rises from 0 to its peak.
     """
 
     learning_rate: float = Field(1e-3, gt=0)
@@ -154,7 +167,13 @@ class DataSection(_Section):
 
 
 class WireSection(_Section):
-    """Codecs of the two channels, and the largest tensor that a peer may announce."""
+    """Codecs of the two channels, and the largest tensor that a peer may announce.
+
+    Attributes:
+        hidden: Codec of hidden states, in both directions; "int8" has a scale per token.
+        gradient: Codec of gradients, in both directions.
+        max_tensor_mb: Largest tensor, in MiB as float32; a larger announcement ends the connection.
+    """
 
     hidden: CodecName = "fp32"
     gradient: CodecName = "fp32"
@@ -162,20 +181,37 @@ class WireSection(_Section):
 
 
 class TrustSection(_Section):
-    """What the federation relies on; said at every start."""
+    """What the federation relies on; said at every start.
+
+    Attributes:
+        mode: "trusted-server": connections are encrypted, but the server can reconstruct the clients' text.
+    """
 
     mode: Literal["trusted-server"] = "trusted-server"
 
 
 class DurabilitySection(_Section):
-    """Checkpoints: `keep` newest ones stay on disk; trunk adapters may be fetched by clients if shared."""
+    """What is kept on disk, and what of the server's state clients may have.
+
+    Attributes:
+        keep: Newest checkpoints that stay, on both sides.
+        share_trunk: Whether clients may fetch the trunk's trained parameters, for `fedsea export`.
+    """
 
     keep: int = Field(2, ge=2)
     share_trunk: bool = True
 
 
 class ClientEntry(_Section):
-    """A client of the federation; its name is the common name of its certificate."""
+    """A client of the federation. A key that is left out has the plan's value.
+
+    Attributes:
+        name: Common name of its certificate: lower-case letters, digits, dots, dashes, underscores; at most 63.
+        input_blocks: Its own cut.
+        output_blocks: Its own cut.
+        micro_batch_sequences: Its own size of a micro-batch.
+        micro_batches: Its own number of micro-batches in a step.
+    """
 
     name: ClientName
     input_blocks: int | None = Field(None, ge=0)
@@ -185,7 +221,12 @@ class ClientEntry(_Section):
 
 
 class FederationPlan(_Section):
-    """The whole plan. `load_plan` reads it; its order of clients is the order of turns and of sums."""
+    """The whole plan. `load_plan` reads it; its order of clients is the order of turns and of sums.
+
+    Attributes:
+        name: Name of the federation, for displays.
+        seed: Of the adapters' initial values, the held-out splits, the order of data, and dropout.
+    """
 
     name: str = "federation"
     seed: int = Field(0, ge=0, lt=2**31)
@@ -291,7 +332,9 @@ class ClientLimits(_Section):
     Attributes:
         train: Segments that the federation may train here.
         min_input_blocks: Fewest blocks that must stay here before the cut.
-        max_input_blocks: Most blocks that this machine can hold there; likewise for `output_blocks`.
+        max_input_blocks: Most blocks that this machine can hold there.
+        min_output_blocks: Fewest blocks that must stay here behind the trunk.
+        max_output_blocks: Most blocks that this machine can hold there.
         codecs: Codecs that this client accepts.
         trust: Trust modes that this client accepts.
     """
