@@ -43,7 +43,7 @@ def greedy(
         sealed = trunk.seal(boundary.hidden(segments.evaluate_embed(batch)))
         hidden_TH = trunk.evaluate(where, sealed).result()
         with torch.no_grad():
-            token = int(segments.output_blocks.last_logits(hidden_TH, batch.lengths).argmax())
+            token = int(segments.output_blocks.last_logits(hidden_TH.to(segments.device), batch.lengths).argmax())
         if token == stop:
             break
         ids.append(token)

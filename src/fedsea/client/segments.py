@@ -34,6 +34,7 @@ class ClientSegments:
             SegmentOptimizer(adapters.trainable(segment), plan.optimizer, plan.num_steps)
             for segment in (input_blocks, output_blocks)
         )
+        self.device = output_blocks.device
         self.trains_input = plan.trains_below_cut(name)
         self.sends_gradients = plan.sends_gradients(name)
 
@@ -51,7 +52,7 @@ class ClientSegments:
         """Hidden states [T, H] at the cut for training; with a graph if the input segment is trained."""
         seed = adapters.derive_seed(self.plan.seed, self.name, "input", update, number)
         with adapters.seeded(seed), torch.set_grad_enabled(self.trains_input):
-            return self.input_blocks(batch.input_ids_T, batch.lengths)
+            return self.input_blocks(batch.input_ids_T.to(self.device), batch.lengths)
 
     def head(
         self, batch: TokenBatch, hidden_TH: torch.Tensor, update: int, number: int
@@ -70,10 +71,10 @@ class ClientSegments:
         Raises:
             NonFiniteError: The loss is NaN or infinite; no optimizer step was taken.
         """
-        hidden_TH = hidden_TH.detach().requires_grad_(self.sends_gradients)
+        hidden_TH = hidden_TH.detach().to(self.device).requires_grad_(self.sends_gradients)
         seed = adapters.derive_seed(self.plan.seed, self.name, "output", update, number)
         with adapters.seeded(seed):
-            loss = self.output_blocks.loss(hidden_TH, batch.lengths, batch.targets_T)
+            loss = self.output_blocks.loss(hidden_TH, batch.lengths, batch.targets_T.to(self.device))
         if not torch.isfinite(loss):
             raise NonFiniteError(
                 f"The loss of client {self.name} is not finite: the step was not applied. Lower the learning rate, or "
@@ -87,13 +88,14 @@ class ClientSegments:
     def evaluate_embed(self, batch: TokenBatch) -> torch.Tensor:
         """Hidden states [T, H] at the cut without a graph."""
         with torch.no_grad():
-            hidden_TH: torch.Tensor = self.input_blocks(batch.input_ids_T, batch.lengths)
+            hidden_TH: torch.Tensor = self.input_blocks(batch.input_ids_T.to(self.device), batch.lengths)
             return hidden_TH
 
     def evaluate_head(self, batch: TokenBatch, hidden_TH: torch.Tensor) -> float:
         """Summed loss without a graph."""
         with torch.no_grad():
-            return float(self.output_blocks.loss(hidden_TH, batch.lengths, batch.targets_T))
+            hidden_TH, targets_T = hidden_TH.to(self.device), batch.targets_T.to(self.device)
+            return float(self.output_blocks.loss(hidden_TH, batch.lengths, targets_T))
 
     def zero_grad(self) -> None:
         """Forget the gradients of the step under way."""

@@ -227,7 +227,7 @@ class Trainer:
         if gradient is None:
             raise ProtocolError("The server sent no gradient for the input segment, which the plan trains.")
         with self._timed("input"):
-            torch.autograd.backward(hidden_TH, gradient.to(hidden_TH.dtype))
+            torch.autograd.backward(hidden_TH, gradient.to(hidden_TH))
 
     def _prepare(self, opened: m.StepOpen, work: _Work, loss: float) -> None:
         tokens = sum(batch.num_target_tokens for batch in work.batches)

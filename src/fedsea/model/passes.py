@@ -76,7 +76,7 @@ class TrunkPasses:
         self.trunk.model.train()
         graphs, results = [], {}
         for number, batch in enumerate(self._batches(entries)):
-            inputs = [entry.hidden_TH.detach().requires_grad_(entry.needs_gradient) for entry in batch]
+            inputs = [e.hidden_TH.detach().to(self.trunk.device).requires_grad_(e.needs_gradient) for e in batch]
             parts = [TrunkPart(x, e.lengths, e.blocks) for x, e in zip(inputs, batch, strict=True)]
             seed = adapters.derive_seed(self.seed, "trunk", step, slot, number)
             with adapters.seeded(seed), torch.set_grad_enabled(self.trains or any(e.needs_gradient for e in batch)):
@@ -98,7 +98,7 @@ class TrunkPasses:
         results: dict[str, torch.Tensor | None] = {}
         for graph in self._graphs.pop(slot):
             pairs = [
-                (out, gradients[e.client].to(out.dtype))
+                (out, gradients[e.client].to(out))
                 for e, out in zip(graph.entries, graph.outputs, strict=True)
                 if e.client in gradients and out.requires_grad
             ]
@@ -137,7 +137,7 @@ class TrunkPasses:
         """Forward without a graph, adapters in evaluation mode; shape as the entry's hidden states."""
         self.trunk.model.eval()
         with torch.no_grad():
-            return self.trunk.forward(entry.hidden_TH, entry.lengths, entry.blocks)
+            return self.trunk.forward(entry.hidden_TH.to(self.trunk.device), entry.lengths, entry.blocks)
 
     def reset(self) -> None:
         """Forget all graphs."""

@@ -75,7 +75,7 @@ class Engine:
         scale, settings = 1.0 / max(1, num_target_tokens), self.plan.optimizer
         summed: dict[str, torch.Tensor] = {}
         if self.plan.aggregation.sync == "step":
-            own = self.optimizer.gradients()
+            own = {name: gradient.cpu() for name, gradient in self.optimizer.gradients().items()}
             summed = sum_gradients([own, *client_gradients])
             self.optimizer.set_gradients({name: summed[name] for name in own})
             total = float(sum(g.double().pow(2).sum() for g in summed.values())) * scale * scale
@@ -100,7 +100,7 @@ class Engine:
             The aggregate by name; the trunk has taken over what it holds of it.
         """
         ordered = [contributions[name] for name in self.plan.client_names if name in contributions]
-        own = adapters.read(self.trunk)
+        own = {name: tensor.cpu() for name, tensor in adapters.read(self.trunk).items()}
         at_clients = {name for contribution in ordered for name in contribution.tensors}
         shared = {name: own[name] for name in own.keys() & at_clients}
         users = [Contribution({n: t for n, t in shared.items() if n not in c.tensors}, c.weight) for c in ordered]
