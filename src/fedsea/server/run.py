@@ -6,6 +6,7 @@ import asyncio
 import logging
 import secrets
 import signal
+import threading
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -177,8 +178,9 @@ async def _serve(
 ) -> None:
     service = Service(plan, engine, store, state, roster, executor)
     stopped = asyncio.Event()
-    for number in (signal.SIGINT, signal.SIGTERM):
-        asyncio.get_running_loop().add_signal_handler(number, stopped.set)
+    if threading.current_thread() is threading.main_thread():  # elsewhere, signals are somebody else's
+        for number in (signal.SIGINT, signal.SIGTERM):
+            asyncio.get_running_loop().add_signal_handler(number, stopped.set)
     server = await listen(
         options.listen,
         identity,
