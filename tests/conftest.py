@@ -1,0 +1,43 @@
+"""What tests of several folders share: one thread a process, a small base model, identities."""
+
+from __future__ import annotations
+
+import os
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported anywhere; the same bits on every machine size
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.support.assets import make_checkpoint
+from tests.support.federation import NAMES, Federation, make_identities
+
+
+@pytest.fixture(scope="session")
+def base_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A LLaMA of 5 blocks with a tokenizer of one token a byte."""
+    return make_checkpoint(tmp_path_factory.mktemp("model"))
+
+
+@pytest.fixture(scope="session")
+def identities(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An authority, a server and the clients of `NAMES`, enrolled."""
+    return make_identities(tmp_path_factory.mktemp("identities"), NAMES)
+
+
+@pytest.fixture
+def federation(tmp_path: Path, base_model: Path, identities: Path) -> Iterator[Callable[..., Federation]]:
+    """Makes federations of a test; whatever they started is ended with it."""
+    made: list[Federation] = []
+
+    def make(*names: str, **plan: Any) -> Federation:
+        folder = tmp_path / f"federation-{len(made)}"
+        made.append(Federation(folder, base_model, identities, names or ("a", "b"), plan))
+        return made[-1]
+
+    yield make
+    for one in made:
+        one.close()

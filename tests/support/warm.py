@@ -1,0 +1,12 @@
+"""Imported once by the template process of `tests.support.processes`: everything that a server or client imports."""
+
+import os
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+import peft.tuners.lora
+import transformers.models.llama.modeling_llama  # noqa: F401
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast  # noqa: F401
+
+import fedsea.client.run
+import fedsea.server.run  # noqa: F401
