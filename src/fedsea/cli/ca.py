@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from fedsea.cli import output
+
 if TYPE_CHECKING:
     from fedsea.wire.identity.journal import Entry
     from fedsea.wire.identity.requests import SigningRequest
@@ -23,6 +25,7 @@ Hosts = Annotated[
     list[str] | None,
     typer.Option("--host", help="Host name or address under which clients reach the server; may be repeated."),
 ]
+Json = Annotated[bool, typer.Option("--json", help="One JSON document, for scripts.")]
 _FOLDER = Path("ca")
 
 
@@ -32,6 +35,7 @@ def init(
     name: Annotated[str, typer.Option(help="Name of the authority, such as the federation's.")] = "fedsea federation",
     host: Hosts = None,
     days: Days = 30,
+    as_json: Json = False,
 ) -> None:
     """Make the authority and the server's first identity.
 
@@ -46,6 +50,9 @@ def init(
     hosts = host or ["localhost", "127.0.0.1", "::1", socket.gethostname()]
     authority = Authority.create(folder, name)
     server = authority.issue_server(hosts, days=days)
+    if as_json:
+        output.result({"ca_fingerprint": authority.fingerprint, "server": str(server), "hosts": hosts})
+        return
     typer.echo(f"Made the authority {folder} and the server's identity {server} for {', '.join(hosts)}.")
     typer.echo(f"Keep {folder} secret: whoever has its key can let anyone in.")
     typer.echo("Tell every client this fingerprint by telephone or in person, not along with the certificate:")
@@ -65,6 +72,7 @@ def approve(
     ] = None,
     yes: Annotated[bool, typer.Option("--yes", help="Do not ask; only where the request cannot be another's.")] = False,
     again: Annotated[bool, typer.Option("--again", help="Admit a name that was revoked.")] = False,
+    as_json: Json = False,
 ) -> None:
     """Approve a client's request, after comparing its fingerprint with the client's.
 
@@ -83,23 +91,28 @@ def approve(
         if not same_fingerprint(asked.fingerprint, fingerprint):
             raise AuthError("The request's fingerprint is another one, so it is not the client's: approve nothing.")
     elif not yes:
-        typer.confirm("Does the client show the same fingerprint?", abort=True)
+        typer.confirm("Does the client show the same fingerprint?", abort=True, err=True)
     certificate = authority.approve(csr_pem, name=name, days=days, again=again)
     out = out or request.with_name(f"{certificate.name}.certificate.pem")
     write_public(out, certificate.pem)
+    if as_json:
+        until = certificate.not_after.isoformat()
+        output.result({"name": certificate.name, "serial": certificate.serial, "not_after": until, "file": str(out)})
+        return
     typer.echo(f"{certificate.name} is approved until {certificate.not_after:%Y-%m-%d}. Send it {out}; it then runs:")
     typer.echo(f"  fedsea enroll --install {out.name} --ca-fingerprint …")
     typer.echo(f"where … is the authority's fingerprint, told by another way: {authority.fingerprint}")
 
 
 def _show_request(asked: SigningRequest, name: str, valid: list[Entry]) -> None:
-    typer.echo(f"Name         {name}" + (f" (asks for {asked.name})" if name != asked.name else ""))
-    typer.echo(f"Fingerprint  {asked.fingerprint}")
+    typer.echo(f"Name         {name}" + (f" (asks for {asked.name})" if name != asked.name else ""), err=True)
+    typer.echo(f"Fingerprint  {asked.fingerprint}", err=True)
     if others := [entry for entry in valid if entry.key != asked.fingerprint]:
         until = max(entry.not_after for entry in others)
         typer.echo(
             f"Attention: {name} already has {len(others)} valid certificate(s) under another key, until "
-            f"{until:%Y-%m-%d}. If that key is lost or stolen, revoke the name first and approve this with --again."
+            f"{until:%Y-%m-%d}. If that key is lost or stolen, revoke the name first and approve this with --again.",
+            err=True,
         )
 
 
@@ -122,14 +135,12 @@ def revoke(
 @app.command("list")
 def list_(
     folder: Folder = _FOLDER,
-    as_json: Annotated[bool, typer.Option("--json", help="One JSON document, for scripts.")] = False,
+    as_json: Json = False,
 ) -> None:
     """List the certificates that were issued, and how they stand.
 
     Example: `fedsea ca list --json`
     """
-    import json
-
     from fedsea.wire.identity import Authority
     from fedsea.wire.identity.certificates import utc_now
 
@@ -148,7 +159,7 @@ def list_(
             }
             for entry in entries
         ]
-        typer.echo(json.dumps({"ca_fingerprint": authority.fingerprint, "certificates": rows}))
+        output.result({"ca_fingerprint": authority.fingerprint, "certificates": rows})
         return
     from rich.console import Console
     from rich.table import Table

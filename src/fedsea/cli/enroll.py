@@ -7,6 +7,8 @@ from typing import Annotated
 
 import typer
 
+from fedsea.cli import output
+
 app = typer.Typer(help="Get this client's certificate (for every organisation that takes part).")
 
 _FOLDER = Path("identity")
@@ -20,6 +22,7 @@ def enroll(
     install: Annotated[Path | None, typer.Option(metavar="CERT", help="Install the operator's answer.")] = None,
     ca: Annotated[Path | None, typer.Option(help="The authority's certificate, if it is not in CERT.")] = None,
     ca_fingerprint: Annotated[str | None, typer.Option(help="What the operator told you by another way.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON document, for scripts.")] = False,
 ) -> None:
     """Make a key and a signing request, or install the answer to it. The key never leaves this machine.
 
@@ -34,17 +37,21 @@ def enroll(
             raise ConfigError(
                 "Give --ca-fingerprint: ask the operator for the authority's fingerprint by telephone or in person."
             )
-        _install(folder, install, ca, ca_fingerprint)
+        _install(folder, install, ca, ca_fingerprint, as_json)
     elif name is not None:
-        _request(folder, name, again)
+        _request(folder, name, again, as_json)
     else:
         raise ConfigError("Give --name to make a request, or --install with the operator's answer.")
 
 
-def _request(folder: Path, name: str, again: bool) -> None:
+def _request(folder: Path, name: str, again: bool, as_json: bool) -> None:
     from fedsea.wire import identity
 
     enrollment = identity.enroll(folder, name, again=again)
+    if as_json:
+        path = str(enrollment.request_path)
+        output.result({"name": name, "fingerprint": enrollment.fingerprint, "request": path})
+        return
     typer.echo(f"Send {enrollment.request_path} to the operator, and tell this fingerprint by telephone or in person:")
     typer.echo(f"  {enrollment.fingerprint}")
     typer.echo("With the answer, run:")
@@ -52,7 +59,7 @@ def _request(folder: Path, name: str, again: bool) -> None:
     typer.echo(f"  fedsea enroll{option} --install {name}.certificate.pem --ca-fingerprint …")
 
 
-def _install(folder: Path, certificate: Path, ca: Path | None, ca_fingerprint: str) -> None:
+def _install(folder: Path, certificate: Path, ca: Path | None, ca_fingerprint: str, as_json: bool) -> None:
     from fedsea.wire import identity
     from fedsea.wire.identity.files import read_file
 
@@ -60,6 +67,10 @@ def _install(folder: Path, certificate: Path, ca: Path | None, ca_fingerprint: s
     installed = identity.install(
         folder, read_file(certificate, advice), read_file(ca, advice) if ca else None, ca_fingerprint
     )
+    if as_json:
+        until = installed.not_after.isoformat()
+        output.result({"name": installed.name, "serial": installed.serial, "not_after": until})
+        return
     typer.echo(
         f"This client is {installed.name} until {installed.not_after:%Y-%m-%d}; it renews itself while it is used."
     )

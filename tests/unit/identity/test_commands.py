@@ -87,6 +87,18 @@ def test_the_server_is_renewed_for_the_same_hosts(fedsea):
     assert "fedsea.example.org" in fedsea("ca server")
 
 
+def test_scripts_read_json_alone_from_stdout(fedsea):
+    def said(command: str) -> dict:
+        result = CliRunner().invoke(app, command.split())
+        return json.loads(result.stdout)
+
+    fingerprint = said("ca init --host localhost --json")["ca_fingerprint"]
+    asked = said("enroll --name clinic --json")
+    approved = said(f"ca approve {asked['request']} --fingerprint {asked['fingerprint']} --json")
+    installed = said(f"enroll --install {approved['file']} --ca-fingerprint {fingerprint} --json")
+    assert installed == {"name": "clinic", "serial": approved["serial"], "not_after": approved["not_after"]}
+
+
 def test_installing_needs_the_fingerprint(fedsea):
     with pytest.raises(ConfigError, match="--ca-fingerprint"):
         fedsea("enroll --install some.pem")

@@ -203,9 +203,9 @@ class Authority:
         """
         request, now = read_request(csr_pem), self._clock()
         current = certs.certificate_from_pem(current_pem, "The connection's certificate")
-        name, serial = certs.client_name(current), certs.serial_text(current)
         if not certs.is_issued_by(current, self._certificate):
-            raise AuthError(f"The certificate of {name} was not issued by this federation's authority: enrol again.")
+            raise AuthError("The connection's certificate was not issued by this federation's authority: enrol again.")
+        name, serial = certs.client_name(current), certs.serial_text(current)
         with files.locked(self.folder):
             known = check_renewal(self._read(), name, serial, request, now)
             if known is not None:

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from datetime import UTC, datetime
 
 from cryptography import x509
-from cryptography.exceptions import InvalidSignature
+from cryptography.exceptions import InvalidSignature, UnsupportedAlgorithm
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
@@ -95,7 +95,7 @@ def certificate_from_pem(pem: bytes, where: str) -> x509.Certificate:
     if len(pem) <= _LARGEST_PEM_BYTES:
         try:
             return x509.load_pem_x509_certificate(pem)
-        except ValueError:
+        except (ValueError, x509.InvalidVersion):
             pass
     raise AuthError(
         f"{where} is not a certificate in PEM form: copy the whole file again, with its BEGIN and END lines."
@@ -144,7 +144,7 @@ def serial_text(certificate: x509.Certificate) -> str:
 
 
 def role_of(certificate: x509.Certificate) -> Role | None:
-    """The one use that the certificate states; None for a CA, and for anything fedsea did not make."""
+    """The one use that a certificate states, whose issuer was checked; None for a CA."""
     try:
         purposes = set(certificate.extensions.get_extension_for_class(x509.ExtendedKeyUsage).value)
         constraints = certificate.extensions.get_extension_for_class(x509.BasicConstraints).value
@@ -182,6 +182,6 @@ def is_issued_by(certificate: x509.Certificate, authority: x509.Certificate) -> 
     """Whether the CA signed this certificate."""
     try:
         certificate.verify_directly_issued_by(authority)
-    except (ValueError, TypeError, InvalidSignature):
+    except (ValueError, TypeError, InvalidSignature, UnsupportedAlgorithm):
         return False
     return True

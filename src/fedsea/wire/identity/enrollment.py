@@ -102,8 +102,8 @@ def install(
         )
     if not certs.is_issued_by(ca, ca):
         raise AuthError("The authority's certificate is not one: ask the operator for the file ca.pem.")
-    certs.client_name(certificate)
     check_certificate(certificate, ca, clock())
+    certs.client_name(certificate)
     with files.locked(folder):
         _require_key(folder, certificate)
         files.write_public(folder / CA_FILE, certs.certificate_to_pem(ca))

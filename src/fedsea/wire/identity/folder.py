@@ -10,6 +10,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from cryptography import x509
+from cryptography.exceptions import UnsupportedAlgorithm
 from cryptography.hazmat.primitives.asymmetric import ec
 
 from fedsea.errors import AuthError
@@ -69,4 +70,7 @@ def read_key(path: Path) -> ec.EllipticCurvePrivateKey:
 
 def fits(key: ec.EllipticCurvePrivateKey, certificate: x509.Certificate) -> bool:
     """Whether the certificate is for this key."""
-    return key.public_key() == certificate.public_key()
+    try:
+        return key.public_key() == certificate.public_key()
+    except (ValueError, UnsupportedAlgorithm):
+        return False
