@@ -109,8 +109,9 @@ class Coordinator:
             return
         step = self.step
         if step is not None and name in step.members:
+            step.told.discard(name)
             if join.prepared_step != step.step:
-                self.ports.send(name, m.StepOpen(step.step, step.attempt))
+                self._tell_open(step, name)
         elif step is not None and self._may_still_enter(step, name):
             self._enter(step, name)
         self.advance()
@@ -136,6 +137,10 @@ class Coordinator:
 
     def _enter(self, step: StepState, name: str) -> None:
         step.add_member(name, self.plan.micro_batches_of(name)[0], self.plan.client_names)
+        self._tell_open(step, name)
+
+    def _tell_open(self, step: StepState, name: str) -> None:
+        step.told.add(name)
         self.ports.send(name, m.StepOpen(step.step, step.attempt))
 
     def leave(self, name: str) -> None:
@@ -229,7 +234,8 @@ class Coordinator:
         elif step is not None and step.step == message.step and name in step.members:
             member = step.members[name]
             if not step.has_sent_all(name):
-                self.ports.send(name, m.StepOpen(step.step, step.attempt))  # the server lost its half: do it again
+                if name not in step.told:  # else it has yet to read that it is to begin: once is enough
+                    self._tell_open(step, name)  # the server lost its half: do it again
             elif message.num_target_tokens != sum(f.num_target_tokens for f in member.forwards.values()):
                 raise ProtocolError(f"Client {name} reported another number of target tokens than it sent.")
             else:
@@ -306,7 +312,7 @@ class Coordinator:
         self.step = StepState(number, self._attempt, counts, silent)
         for name in members:
             if name in self.connected:
-                self.ports.send(name, m.StepOpen(number, self._attempt))
+                self._tell_open(self.step, name)
 
     def _restart(self) -> None:
         """Give up the attempt: forget its graphs and gradients, and open the next one."""

@@ -65,6 +65,7 @@ class StepState:
         self.attempt = attempt
         self.members = {name: MemberStep(count) for name, count in members.items()}
         self.silent = frozenset(silent)
+        self.told: set[str] = set()  # members whose present connection was told to begin
         self.dropped: dict[str, MemberStep] = {}
         self.forwarded: set[int] = set()
         self.next_backward = 0
