@@ -1,3 +1,73 @@
-"""fedsea: fine-tune and use one large language model together without sharing data."""
+"""fedsea: fine-tune and use one large language model together without sharing data.
+
+The names below are what most programs need; each is imported when it is first used, so that `import fedsea` costs
+nothing. Everything that the `fedsea` command does is one of these calls.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from fedsea.client.run import evaluate, train, train_alone
+    from fedsea.client.run import export_adapter as export
+    from fedsea.client.setup import ClientOptions
+    from fedsea.errors import FedseaError
+    from fedsea.model.checkpoint import open_checkpoint
+    from fedsea.model.loading import load_input_blocks, load_output_blocks, load_trunk
+    from fedsea.plan import FederationPlan, load_plan
+    from fedsea.server.run import ServerOptions, serve
+    from fedsea.types import Partition
 
 __version__ = "0.1.0"
+
+_HOMES = {
+    "ClientOptions": "fedsea.client.setup",
+    "FederationPlan": "fedsea.plan",
+    "FedseaError": "fedsea.errors",
+    "Partition": "fedsea.types",
+    "ServerOptions": "fedsea.server.run",
+    "evaluate": "fedsea.client.run",
+    "export": "fedsea.client.run:export_adapter",
+    "load_input_blocks": "fedsea.model.loading",
+    "load_output_blocks": "fedsea.model.loading",
+    "load_plan": "fedsea.plan",
+    "load_trunk": "fedsea.model.loading",
+    "open_checkpoint": "fedsea.model.checkpoint",
+    "serve": "fedsea.server.run",
+    "train": "fedsea.client.run",
+    "train_alone": "fedsea.client.run",
+}
+
+__all__ = [
+    "ClientOptions",
+    "FederationPlan",
+    "FedseaError",
+    "Partition",
+    "ServerOptions",
+    "__version__",
+    "evaluate",
+    "export",
+    "load_input_blocks",
+    "load_output_blocks",
+    "load_plan",
+    "load_trunk",
+    "open_checkpoint",
+    "serve",
+    "train",
+    "train_alone",
+]
+
+
+def __getattr__(name: str) -> object:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'fedsea' has no attribute {name!r}")
+    module, _, other_name = _HOMES[name].partition(":")
+    value: object = getattr(import_module(module), other_name or name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_HOMES})

@@ -1,0 +1,65 @@
+"""`fedsea eval`: loss and perplexity on a silo."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from fedsea.cli import options as o
+from fedsea.cli import output
+
+
+def evaluate(
+    server: o.Server = None,
+    data: o.Data = None,
+    more_data: o.MoreData = None,
+    identity: o.Identity = Path("identity"),
+    model: o.Model = None,
+    run: Annotated[
+        Path, typer.Option(help="Run folder of `fedsea train`; without one, the base model's segments are used.")
+    ] = Path("runs/client"),
+    settings: o.Settings = None,
+    format_name: o.Format = "auto",
+    field: o.Field = None,
+    skip_bad_rows: o.SkipBadRows = False,
+    everything: Annotated[bool, typer.Option("--all", help="All rows, not only the held-out split.")] = False,
+    threads: o.Threads = None,
+    device: o.Device = "cpu",
+    retry_for: o.RetryFor = 60.0,
+    as_json: o.Json = False,
+) -> None:
+    """Loss and perplexity of the federation's model on this machine's files.
+
+    Needs what `fedsea train` needs; the trunk's part runs at the server, in the state that it has now.
+
+    Example: `fedsea eval --server fedsea.example.org:7443 --data notes/*.jsonl --run runs/clinic`
+    """
+    output.begin(as_json=as_json)
+    options = o.client_options(
+        o.need_server(server),
+        identity,
+        data=data,
+        more_data=more_data,
+        run=run,
+        model=model,
+        settings=settings,
+        format_name=format_name,
+        field=field,
+        threads=threads,
+        device=device,
+        retry_for=retry_for,
+        skip_bad_rows=skip_bad_rows,
+    )
+    from fedsea.client import run as client
+
+    summary = client.evaluate(options, everything)
+    if as_json:
+        output.result(asdict(summary))
+    else:
+        output.say(
+            f"loss {summary.mean_loss:.4f} nats per token, perplexity {summary.perplexity:.2f}, "
+            f"over {summary.num_target_tokens:,} tokens"
+        )

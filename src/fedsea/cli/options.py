@@ -1,0 +1,126 @@
+"""Options that several commands share, and how their values are read."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+if TYPE_CHECKING:
+    from fedsea.client.setup import ClientOptions
+
+Identity = Annotated[Path, typer.Option(help="Folder of this client's identity, made by `fedsea enroll`.")]
+Server = Annotated[str | None, typer.Option(metavar="HOST:PORT", help="The federation's server.")]
+Model = Annotated[
+    str | None, typer.Option(metavar="PATH", help="This machine's copy of the base model, if not where the plan says.")
+]
+Data = Annotated[
+    list[Path] | None,
+    typer.Option(metavar="FILES...", help="Files of the silo: jsonl, csv, parquet or txt. They stay on this machine."),
+]
+MoreData = Annotated[list[Path] | None, typer.Argument(hidden=True, metavar="")]
+Settings = Annotated[
+    Path | None, typer.Option(metavar="TOML", help="This client's own limits, see `fedsea init`; never sent.")
+]
+Format = Annotated[
+    str, typer.Option("--format", metavar="NAME", help="auto, text, prompt_completion, instruction or chat.")
+]
+Field = Annotated[
+    list[str] | None,
+    typer.Option(metavar="ROLE=COLUMN", help="Column of a role, such as `response=answer`; may be repeated."),
+]
+SkipBadRows = Annotated[bool, typer.Option("--skip-bad-rows", help="Count malformed rows instead of refusing them.")]
+Threads = Annotated[int | None, typer.Option(min=1, help="CPU threads; torch's choice if not given.")]
+Device = Annotated[str, typer.Option(help="cpu, cuda or cuda:N.")]
+RetryFor = Annotated[float, typer.Option(metavar="SECONDS", min=0, help="How long a lost server is sought.")]
+Json = Annotated[bool, typer.Option("--json", help="One JSON line on stdout, for scripts.")]
+Quiet = Annotated[bool, typer.Option("--quiet", help="No progress, and only warnings in the log.")]
+
+
+def read_fields(pairs: list[str] | None) -> dict[str, str]:
+    """`["response=answer"]` as a mapping.
+
+    Raises:
+        ConfigError: A pair has another form, or a role comes twice.
+    """
+    from fedsea.errors import ConfigError
+
+    fields: dict[str, str] = {}
+    for pair in pairs or ():
+        role, equals, column = pair.partition("=")
+        if not equals or not role or not column:
+            raise ConfigError(f"--field {pair} is not ROLE=COLUMN; write for example --field response=answer.")
+        if role in fields:
+            raise ConfigError(f"--field gives the role {role} twice; give every role one column.")
+        fields[role] = column
+    return fields
+
+
+def need_server(server: str | None) -> str:
+    """The server's address.
+
+    Raises:
+        ConfigError: It was not given.
+    """
+    from fedsea.errors import ConfigError
+
+    if not server:
+        raise ConfigError("Give the server's address with --server HOST:PORT; ask the operator for it.")
+    return server
+
+
+def need_device(device: str) -> str:
+    """A device that this machine has.
+
+    Raises:
+        ConfigError: There is no such device.
+    """
+    from fedsea.errors import ConfigError
+
+    kind, _, index = device.partition(":")
+    if kind not in ("cpu", "cuda") or (index and not index.isdigit()):
+        raise ConfigError(f"--device {device} is unknown: use cpu, cuda or cuda:N.")
+    if kind == "cuda":
+        import torch
+
+        if not torch.cuda.is_available() or int(index or 0) >= torch.cuda.device_count():
+            raise ConfigError(f"This machine has no device {device}: see `fedsea doctor`, or use --device cpu.")
+    return device
+
+
+def client_options(
+    server: str,
+    identity: Path,
+    *,
+    data: list[Path] | None = None,
+    more_data: list[Path] | None = None,
+    run: Path,
+    model: str | None = None,
+    settings: Path | None = None,
+    format_name: str = "auto",
+    field: list[str] | None = None,
+    threads: int | None = None,
+    device: str = "cpu",
+    evaluate: bool = True,
+    retry_for: float = 60.0,
+    skip_bad_rows: bool = False,
+) -> ClientOptions:
+    """The options of a command, as the Python call takes them."""
+    from fedsea.client.setup import ClientOptions
+
+    return ClientOptions(
+        server=server,
+        identity=identity,
+        data=(*(data or ()), *(more_data or ())),
+        run=run,
+        model=model,
+        settings=settings,
+        format=format_name,
+        fields=read_fields(field),
+        threads=threads,
+        device=need_device(device),
+        evaluate=evaluate,
+        retry_for_s=retry_for,
+        skip_bad_rows=skip_bad_rows,
+    )

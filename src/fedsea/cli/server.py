@@ -1,0 +1,88 @@
+"""`fedsea server`: runs the trunk."""
+
+from __future__ import annotations
+
+import contextlib
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from fedsea.cli import options as o
+from fedsea.cli import output
+
+
+def server(
+    plan: Annotated[Path, typer.Option(metavar="TOML", help="The federation's plan, see `fedsea init`.")] = Path(
+        "plan.toml"
+    ),
+    listen: Annotated[
+        str, typer.Option(metavar="HOST:PORT", help="Where clients connect; port 0 takes a free one.")
+    ] = ("0.0.0.0:7443"),
+    identity: Annotated[
+        Path | None, typer.Option(help="Folder of the server's identity; CA/server if not given.")
+    ] = None,
+    ca: Annotated[Path, typer.Option(help="The authority's folder, made by `fedsea ca init`.")] = Path("ca"),
+    run: Annotated[Path, typer.Option(help="Run folder; the same command goes on from what is in it.")] = Path(
+        "runs/server"
+    ),
+    threads: o.Threads = None,
+    device: o.Device = "cpu",
+    metrics: Annotated[
+        str | None,
+        typer.Option(metavar="HOST:PORT", help="Prometheus metrics, such as 127.0.0.1:9464; off if not given."),
+    ] = None,
+    exit_when_finished: Annotated[
+        bool, typer.Option("--exit-when-finished", help="End when the run is over and every client has left.")
+    ] = False,
+    ready_file: Annotated[
+        Path | None, typer.Option(metavar="PATH", help="Gets HOST:PORT as soon as clients may connect.")
+    ] = None,
+    as_json: o.Json = False,
+    quiet: o.Quiet = False,
+) -> None:
+    """Serve the trunk to the clients of a plan.
+
+    Needs the plan, the authority and the server's identity (`fedsea ca init` makes both), and the base model.
+    Ctrl-C or SIGTERM ends it in good order; stopped or killed, the same command goes on.
+
+    Example: `fedsea server --plan plan.toml --listen 0.0.0.0:7443 --run runs/server`
+    """
+    silent = output.begin(
+        as_json=as_json, quiet=quiet, kept=f"The run is kept in {run}: the same command goes on from there."
+    )
+    from fedsea.observe.metrics import serve_metrics
+    from fedsea.observe.progress import ServerDisplay
+    from fedsea.observe.recorders import ServerRecorder
+    from fedsea.plan import load_plan
+
+    # before torch is loaded: a plan that cannot be used is refused at once
+    display = ServerDisplay(load_plan(plan), quiet=silent)
+    from fedsea.server.run import ServerOptions, serve
+
+    options = ServerOptions(
+        plan=plan,
+        listen=listen,
+        identity=identity or ca / "server",
+        ca=ca,
+        run=run,
+        threads=threads,
+        device=o.need_device(device),
+        metrics=metrics,
+        exit_when_finished=exit_when_finished,
+        ready_file=ready_file,
+    )
+    with contextlib.ExitStack() as stack:
+        endpoint = stack.enter_context(serve_metrics(metrics)) if metrics else None
+        recorder = stack.enter_context(ServerRecorder(run, display, endpoint))
+        stack.enter_context(display)
+        serve(options, recorder)
+    last = recorder.last
+    summary: dict[str, Any] = {"run": str(run)}
+    if last is not None:
+        summary |= {"next_step": last.step, "num_steps": last.num_steps}
+        summary |= {"bytes_received": last.bytes_up, "bytes_sent": last.bytes_down}
+    if as_json:
+        output.result(summary)
+    elif not quiet and last is not None:
+        output.say(f"Stopped after {last.step} of {last.num_steps} steps. Everything is in {run}.")

@@ -1,0 +1,52 @@
+"""`fedsea status`: how a server stands."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from fedsea.cli import options as o
+from fedsea.cli import output
+
+
+def status(server: o.Server = None, identity: o.Identity = Path("identity"), as_json: o.Json = False) -> None:
+    """Ask a server how its run stands: steps, rounds, clients, whom it waits for.
+
+    Needs an identity that the server admits.
+
+    Example: `fedsea status --server fedsea.example.org:7443`
+    """
+    output.begin(as_json=as_json)
+    address = o.need_server(server)
+    from fedsea.client.run import status as ask
+
+    answer = ask(address, identity)
+    if as_json:
+        output.result(answer)
+    else:
+        _show(answer)
+
+
+def _show(answer: dict[str, Any]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    from fedsea.observe.figures import bytes_text
+
+    facts = Table.grid(padding=(0, 2))
+    facts.add_row("federation", f"{answer['federation']} (run {answer['run_id']}, fedsea {answer['version']})")
+    facts.add_row("trust mode", str(answer["trust_mode"]))
+    state = "finished" if answer["finished"] else "under way"
+    facts.add_row("step", f"{answer['next_step']} of {answer['num_steps']}, {state}")
+    facts.add_row("round", f"{answer['rounds_done']} of {answer['rounds']} done")
+    up, down = bytes_text(answer["bytes_received"]), bytes_text(answer["bytes_sent"])
+    facts.add_row("bytes", f"{up} from clients, {down} to clients")
+    clients = Table("client", "state")
+    for name in answer["clients"]:
+        state = "connected" if name in answer["connected"] else "not connected"
+        if name in answer["waiting_for"]:
+            state += ", the step waits for it"
+        clients.add_row(str(name), state)
+    console = Console()
+    console.print(facts)
+    console.print(clients)
