@@ -1,0 +1,139 @@
+"""SIGKILL at chosen points of a step or round, restart, and the same bits as a run that nobody disturbed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from tests.support.federation import Federation, assert_same_bits
+from tests.support.processes import Fault
+
+STORE = "fedsea.client.state:ClientStore"
+TRAINER = "fedsea.client.trainer:Trainer"
+SERVER_STORE = "fedsea.server.state:ServerStore"
+COORDINATOR = "fedsea.server.coordinator:Coordinator"
+
+MODES: dict[str, dict[str, Any]] = {
+    "sequential": {"training": {"mode": "sequential", "steps_per_round": 2, "micro_batches": 2}},
+    "round": {"adapter": {"dropout": 0.2}, "training": {"micro_batches": 2}, "clients": {"b": {"input_blocks": 2}}},
+    "step": {"aggregation": {"sync": "step"}, "clients": {"b": {"output_blocks": 2, "micro_batches": 2}}},
+    "personal": {"aggregation": {"sync": "personal"}, "adapter": {"dropout": 0.2}},
+}
+
+Make = Callable[..., Federation]
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory, base_model, identities) -> Callable[[str], Federation]:
+    """A run of a mode in which nothing happens, made once."""
+    made: dict[str, Federation] = {}
+
+    def get(mode: str) -> Federation:
+        if mode not in made:
+            folder = tmp_path_factory.mktemp("undisturbed") / mode
+            made[mode] = federation = Federation(folder, base_model, identities, ("a", "b"), MODES[mode])
+            server = federation.spawn_server()
+            for child in [*(federation.spawn_client(name) for name in ("a", "b")), server]:
+                child.finish()
+        return made[mode]
+
+    return get
+
+
+CLIENT_FAULTS = {
+    "before-forward": Fault(f"{TRAINER}._micro_batches", 2),
+    "before-prepare": Fault(f"{STORE}.prepare", 2),
+    "prepared-not-told": Fault(f"{STORE}.prepare", 2, after=True),
+    "told-not-applied": Fault(f"{TRAINER}._apply", 2),
+    "applied-not-durable": Fault("fedsea.client.segments:ClientSegments.apply", 2, after=True),
+    "half-written": Fault("fedsea.storage:_sync", 5),
+    "durable": Fault(f"{STORE}.save", 3, after=True),
+    "before-first-step": Fault(f"{STORE}.save", 1, after=True),
+}
+
+SERVER_FAULTS = {
+    "forward-sent": Fault(f"{COORDINATOR}._forward_done", 2, after=True),
+    "before-finish": Fault(f"{COORDINATOR}._finish", 2),
+    "applied-not-durable": Fault("fedsea.server.engine:Engine.finish", 2, after=True),
+    "half-written": Fault("fedsea.storage:_sync", 9),
+    "durable-not-told": Fault(f"{SERVER_STORE}.save", 3, after=True),
+    "told": Fault(f"{COORDINATOR}._finished_step", 2, after=True),
+}
+
+ROUND_FAULTS = {
+    "client-asked": ("a", Fault(f"{TRAINER}._take_round", 1)),
+    "client-took-it": ("b", Fault(f"{TRAINER}._take_round", 1, after=True)),
+    "server-averages": ("server", Fault(f"{SERVER_STORE}.save_round", 1)),
+    "server-between-files": ("server", Fault("fedsea.storage:CheckpointStore.save", 5, after=True)),
+    "server-averaged": ("server", Fault(f"{SERVER_STORE}.save_round", 1, after=True)),
+}
+
+
+def disturbed(federation: Make, mode: str, who: str, *faults: Fault) -> Federation:
+    """A run in which one process is killed by each of the faults in turn, and started again."""
+    fed = federation("a", "b", **MODES[mode])
+    children = {"server": fed.spawn_server(*faults[:1] if who == "server" else ())}
+    for name in ("a", "b"):
+        children[name] = fed.spawn_client(name, *faults[:1] if who == name else ())
+    for number in range(len(faults)):
+        children[who].wait_killed()
+        following = faults[number + 1 : number + 2]
+        children[who] = fed.spawn_server(*following) if who == "server" else fed.spawn_client(who, *following)
+    for name in ("a", "b", "server"):
+        children[name].finish()
+    return fed
+
+
+@pytest.mark.parametrize("point", CLIENT_FAULTS)
+def test_a_client_killed_in_a_batched_step_changes_no_bit(federation, undisturbed, point):
+    assert_same_bits(disturbed(federation, "round", "a", CLIENT_FAULTS[point]), undisturbed("round"))
+
+
+@pytest.mark.parametrize("point", SERVER_FAULTS)
+def test_a_server_killed_in_a_batched_step_changes_no_bit(federation, undisturbed, point):
+    assert_same_bits(disturbed(federation, "round", "server", SERVER_FAULTS[point]), undisturbed("round"))
+
+
+@pytest.mark.parametrize("point", ROUND_FAULTS)
+def test_a_kill_at_the_end_of_a_round_changes_no_bit(federation, undisturbed, point):
+    who, fault = ROUND_FAULTS[point]
+    assert_same_bits(disturbed(federation, "round", who, fault), undisturbed("round"))
+
+
+@pytest.mark.parametrize("mode", ["sequential", "step", "personal"])
+@pytest.mark.parametrize("point", ["prepared-not-told", "told-not-applied"])
+def test_a_client_killed_in_other_modes_changes_no_bit(federation, undisturbed, mode, point):
+    assert_same_bits(disturbed(federation, mode, "b", CLIENT_FAULTS[point]), undisturbed(mode))
+
+
+@pytest.mark.parametrize("mode", ["sequential", "step", "personal"])
+@pytest.mark.parametrize("point", ["before-finish", "durable-not-told"])
+def test_a_server_killed_in_other_modes_changes_no_bit(federation, undisturbed, mode, point):
+    assert_same_bits(disturbed(federation, mode, "server", SERVER_FAULTS[point]), undisturbed(mode))
+
+
+def test_killing_the_same_client_again_after_its_restart_changes_no_bit(federation, undisturbed):
+    faults = (CLIENT_FAULTS["prepared-not-told"], Fault(f"{TRAINER}._apply", 1), CLIENT_FAULTS["half-written"])
+    assert_same_bits(disturbed(federation, "round", "b", *faults), undisturbed("round"))
+
+
+@pytest.mark.parametrize(
+    ("at_server", "at_client"),
+    [
+        (f"{COORDINATOR}._finish", f"{TRAINER}._apply"),
+        (f"{SERVER_STORE}.save", f"{STORE}.prepare"),
+    ],
+)
+def test_server_and_client_killed_at_once_change_no_bit(federation, undisturbed, at_server, at_client):
+    fed = federation("a", "b", **MODES["round"])
+    server = fed.spawn_server(Fault(at_server, 3, action="halt"))
+    first = fed.spawn_client("a", Fault(at_client, 2))
+    second = fed.spawn_client("b")
+    first.wait_killed()
+    server.kill()
+    children = [fed.spawn_server(), fed.spawn_client("a"), second]
+    for child in children:
+        child.finish()
+    assert_same_bits(fed, undisturbed("round"))
