@@ -18,17 +18,18 @@ import json
 import random
 import re
 import tomllib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from datetime import date
 from pathlib import Path
 from typing import Any
 
 import faker
 from faker import Faker
+from faker.providers.lorem import en_US as lorem
 from rich.progress import track
 
 TEXTS = Path(__file__).parent / "texts"
-WORDS = sorted(set((TEXTS / "words.txt").read_text(encoding="utf-8").split()))
+WORDS = sorted({*(TEXTS / "words.txt").read_text(encoding="utf-8").split(), *lorem.Provider.word_list})
 SILOS = ("clinic", "bank", "law-office")
 SLOT = re.compile(r"\{(\^?)(\w+)(?::(\d+)-(\d+))?\}")
 YEAR = (date(2025, 1, 1), date(2025, 12, 31))
@@ -81,7 +82,7 @@ class Row:
             person = {"person": f"{first} {last}", "first": first, "last": last, "title": title, "he": he}
             return {key + number: value for key, value in person.items()}
         day = fake.date_between(*YEAR)
-        facts = {
+        facts: dict[str, Callable[[], str]] = {
             "other": lambda: fake.first_name(),
             "city": lambda: fake.city(),
             "street": lambda: f"{rng.randint(1, 99)} {fake.street_name()}",
@@ -91,7 +92,8 @@ class Row:
             "weekday": lambda: f"{day:%A}",
             "time": lambda: f"{rng.randint(8, 19)}:{rng.randrange(0, 60, 5):02d}",
             "job": lambda: fake.job().lower(),
-            "word": lambda: fake.word() if rng.random() < 0.4 else rng.choice(WORDS),
+            "word": lambda: rng.choice(WORDS),
+            "sentence": lambda: fake.sentence(nb_words=rng.randint(5, 12), ext_word_list=WORDS),
             "ref": lambda: f"{rng.choice('ABCDEFGH')}{rng.randint(100, 999)}",
         }
         return {name: facts[kind]()}

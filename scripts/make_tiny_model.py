@@ -170,7 +170,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=2025)
     parser.add_argument("--vocab", type=int, default=2048)
     parser.add_argument("--epochs", type=int, default=2)
-    parser.add_argument("--batch", type=int, default=24, help="sequences of a step")
+    parser.add_argument("--batch", type=int, default=16, help="sequences of a step")
     parser.add_argument("--lr", type=float, default=4e-3)
     args = parser.parse_args()
 
@@ -188,10 +188,12 @@ def main() -> None:
     train(model, sequences[NUM_HELD_OUT:], tokenizer.pad_token_id, args)
     loss = held_out_loss(model, sequences[:NUM_HELD_OUT], tokenizer.pad_token_id)
     console.print(f"held-out loss {loss:.4f}, perplexity {math.exp(loss):.2f}")
-    show_samples(model, tokenizer, rows[:4])
+    show_samples(model, tokenizer, rows[:8])
     args.out.mkdir(parents=True, exist_ok=True)
     model.to(torch.bfloat16).save_pretrained(args.out)
     tokenizer.save_pretrained(args.out)
+    for file in args.out.iterdir():
+        file.chmod(0o644)  # safetensors makes its files readable by the owner alone; these ship in a package
     size = sum(file.stat().st_size for file in args.out.iterdir())
     console.print(f"{args.out}: {size / 1e6:.2f} MB")
 
