@@ -22,6 +22,7 @@ from _probes import cpu_seconds
 
 HERE = Path(__file__).parent
 _ANSWER_S = 900.0
+_END_S = 60.0
 _LOG_TAIL = 3000
 
 
@@ -169,17 +170,32 @@ class Worker:
         self.order(line)
         return self.answer()
 
-    def end(self) -> None:
-        """Let it finish what it does.
+    def release(self) -> None:
+        """No more orders: it may finish by itself."""
+        assert self._process.stdin is not None
+        with contextlib.suppress(BrokenPipeError):
+            self._process.stdin.close()
+
+    def wait(self) -> None:
+        """Until it has ended.
 
         Raises:
             RuntimeError: It failed.
         """
-        assert self._process.stdin is not None
-        with contextlib.suppress(BrokenPipeError):
-            self._process.stdin.close()
-        if code := self._process.wait(60.0):
+        if code := self._process.wait(_END_S):
             raise RuntimeError(f"The {self.role} process ended with code {code}.")
+
+
+def end(*workers: Worker) -> None:
+    """Let workers that may wait for each other finish in good order.
+
+    Raises:
+        RuntimeError: One failed.
+    """
+    for worker in workers:
+        worker.release()
+    for worker in workers:
+        worker.wait()
 
 
 # --- a federation -----------------------------------------------------------------------------------------------------

@@ -15,7 +15,7 @@ import statistics
 import sys
 from typing import Any
 
-from _harness import Worker, Workspace, arguments, difference, finish, workspace
+from _harness import Worker, Workspace, arguments, difference, end, finish, workspace
 from _inputs import SHAPES, write_silo
 
 NAME = "client"
@@ -84,8 +84,7 @@ def interleave(space: Workspace, args: argparse.Namespace, *, input_frozen: bool
             for side in order:
                 side.turn(args.steps)
             print(f"pair {number + 1}/{args.pairs}: {_pair_text(split_side, central_side)}", file=sys.stderr)
-        for worker in (client, server, central):
-            worker.end()
+        end(client, server, central)
     return split_side, central_side
 
 
