@@ -80,7 +80,7 @@ def _show(checks: list[Check]) -> None:
 
     table = Table(box=None, padding=(0, 1), show_header=False)
     for check in checks:
-        found = Text(check.found)
+        found = Text(check.found, overflow="fold")
         if check.advice and check.state != "ok":
             found.append(f"\n→ {check.advice}", style="bold")
         elif check.advice:

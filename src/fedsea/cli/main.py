@@ -127,8 +127,11 @@ def _terminate(_number: int, _frame: FrameType | None) -> NoReturn:
 
 
 def _stopped(how: str, code: int) -> int:
-    kept = f" {output.current.kept}" if output.current.kept else ""
-    output.failure(how.upper(), f"{how}.{kept}")
+    sentence = f"{how}. {output.current.kept}".rstrip()
+    if output.current.as_json:
+        output.failure(how.upper(), sentence)
+    else:
+        sys.stderr.write(f"{sentence}\n")
     return code
 
 

@@ -19,7 +19,7 @@ Data = Annotated[
     list[Path] | None,
     typer.Option(metavar="FILES...", help="Files of the silo: jsonl, csv, parquet or txt. They stay on this machine."),
 ]
-MoreData = Annotated[list[Path] | None, typer.Argument(hidden=True, metavar="")]
+MoreData = Annotated[list[Path] | None, typer.Argument(hidden=True, metavar="FILES")]
 Settings = Annotated[
     Path | None, typer.Option(metavar="TOML", help="This client's own limits, see `fedsea init`; never sent.")
 ]

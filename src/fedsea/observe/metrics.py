@@ -29,7 +29,7 @@ class ServerMetrics:
         self._step = Gauge("fedsea_step", "Steps applied", registry=registry)
         self._round = Gauge("fedsea_round", "Round under way", registry=registry)
         self._clients = Gauge("fedsea_clients_connected", "Clients connected", registry=registry)
-        self._tokens = Counter("fedsea_tokens", "Tokens through the trunk in training", registry=registry)
+        self._tokens = Counter("fedsea_tokens", "Target tokens trained on", registry=registry)
         self._bytes = Counter(
             "fedsea_bytes",
             "Frame bytes by direction (up: from clients) and kind of message",

@@ -30,7 +30,7 @@ class ServerSnapshot:
         step: Steps applied.
         round: Round under way, from 0.
         waiting_for: Clients without whom the step under way does not go on.
-        tokens: Tokens that were trained on since this process began.
+        tokens: Target tokens that were trained on since this process began.
         bytes_up: From clients to the server.
     """
 
@@ -257,7 +257,7 @@ class ServerDisplay(_Screen):
 
     def _figures(self, snapshot: ServerSnapshot) -> list[str]:
         traffic = f"up {bytes_text(snapshot.bytes_up)}, down {bytes_text(snapshot.bytes_down)}"
-        return [*_speed(self._pace), traffic, *_left(self._pace, snapshot.num_steps - snapshot.step)]
+        return [*_speed(self._pace, "target tokens"), traffic, *_left(self._pace, snapshot.num_steps - snapshot.step)]
 
 
 def _state(name: str, snapshot: ServerSnapshot) -> Text:
@@ -274,9 +274,9 @@ def _bar(title: str, done: int, total: int) -> RenderableType:
     return grid
 
 
-def _speed(pace: Pace) -> list[str]:
+def _speed(pace: Pace, what: str = "tokens") -> list[str]:
     rate = pace.tokens_per_s
-    return [] if rate is None else [f"{number_text(rate)} tokens/s"]
+    return [] if rate is None else [f"{number_text(rate)} {what}/s"]
 
 
 def _left(pace: Pace, steps: int) -> list[str]:

@@ -101,7 +101,7 @@ def test_a_foreign_exceptions_message_is_kept_out_of_the_log(log: Callable[[], s
     configure("info", json=as_json)
     raise_and_log()
     written = log()
-    assert "ValueError at test_observe_metrics.py" in written
+    assert "ValueError at test_metrics.py" in written
     assert "patient" not in written
 
 
