@@ -8,7 +8,7 @@ from pathlib import Path
 
 NUM_BLOCKS = 5
 HIDDEN = 32
-WORDS = "the a one tall old grey ship dog river clerk opens keeps finds leaves reads door ledger garden letter".split()
+WORDS = ("the", "tall", "old", "grey", "ship", "dog", "river", "clerk", "opens", "keeps", "finds", "door", "ledger")
 
 
 def make_tokenizer(folder: Path) -> int:
