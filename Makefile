@@ -1,6 +1,5 @@
 # `make check` is what CI runs, in the environment that is active. Everything else is a part of it.
 PYTHON ?= python
-BENCHMARKS := $(filter-out $(wildcard benchmarks/_*.py),$(wildcard benchmarks/*.py))
 
 .PHONY: help install test lint format docs bench-tiny check
 
@@ -14,11 +13,7 @@ test:  ## run all tests
 	$(PYTHON) -m pytest
 
 lint:  ## style, types, import rules, house rules
-	$(PYTHON) -m ruff check .
-	$(PYTHON) -m ruff format --check .
-	$(PYTHON) -m mypy
-	lint-imports
-	$(PYTHON) scripts/check_source.py
+	.ci/run --here lint types imports source
 
 format:  ## rewrite the files as the style wants them
 	$(PYTHON) -m ruff check --fix .
@@ -26,9 +21,10 @@ format:  ## rewrite the files as the style wants them
 
 docs:  ## write the generated parts of docs/reference again
 	$(PYTHON) scripts/make_reference.py
+	$(PYTHON) scripts/make_cli_reference.py
 
 bench-tiny:  ## run every benchmark at its smallest size
-	@for script in $(BENCHMARKS); do echo "--- $$script"; $(PYTHON) $$script --tiny || exit 1; done
+	.ci/run --here benchmarks
 
 check:  ## everything that CI checks
 	.ci/run --here
