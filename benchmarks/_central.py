@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import statistics
+import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +13,7 @@ import torch
 from fedsea.client import setup
 from fedsea.data.opening import open_silo
 from fedsea.data.tokenizer import load_tokenizer
+from fedsea.model.head import summed_cross_entropy
 from fedsea.plan import load_plan
 from fedsea.types import IGNORE, TokenBatch
 
@@ -78,6 +82,37 @@ class Central:
             self._optimizer.zero_grad()
             losses.append(total)
         return losses, num_tokens
+
+    def heads(self, repeats: int) -> dict[str, float]:
+        """CPU seconds of head and loss, forward and backward, on one batch: transformers' way and fedsea's in turns."""
+        model = self._model.get_base_model()
+        arguments, targets, _ = self._batches[0]
+        labels_BL = arguments["labels"]
+        shape, vocab_size = (*labels_BL.shape, model.config.hidden_size), model.config.vocab_size
+        hidden_BLH = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+
+        def transformers(hidden_BLH: torch.Tensor) -> torch.Tensor:
+            logits = model.lm_head(hidden_BLH)
+            loss: torch.Tensor = model.loss_function(logits, labels_BL, vocab_size, num_items_in_batch=targets)
+            return loss
+
+        def fedsea(hidden_BLH: torch.Tensor) -> torch.Tensor:
+            targets_T = torch.nn.functional.pad(labels_BL[:, 1:], (0, 1), value=IGNORE).flatten()
+            rows = targets_T != IGNORE
+            hidden_TH = hidden_BLH.flatten(0, 1)[rows]
+            return summed_cross_entropy(model.lm_head, [], hidden_TH, targets_T[rows], vocab_size)
+
+        seconds: dict[str, list[float]] = {"transformers": [], "fedsea": []}
+        for _ in range(repeats):
+            for name, loss_of in (("transformers", transformers), ("fedsea", fedsea)):
+                seconds[name].append(_cpu_seconds(loss_of, hidden_BLH))
+        return {name: statistics.median(values) for name, values in seconds.items()}
+
+
+def _cpu_seconds(loss_of: Callable[[torch.Tensor], torch.Tensor], hidden_BLH: torch.Tensor) -> float:
+    start = time.process_time()
+    loss_of(hidden_BLH.clone().requires_grad_()).backward()
+    return time.process_time() - start
 
 
 def _arguments(batch: TokenBatch) -> tuple[dict[str, Any], int, int]:

@@ -1,7 +1,7 @@
 """The processes of a benchmark: `python _worker.py ROLE '{settings}'`, steered over stdin and stdout.
 
-Whoever trains waits for a line with a number of steps, takes them, and answers with one line of JSON; 0 ends it. A
-server and a proxy answer every line with what they have counted so far, until stdin ends.
+Whoever trains waits for a line with a number of steps, takes them, and answers with one line of JSON; the end of stdin
+ends it. A server and a proxy answer every line with what they have counted so far, until stdin ends.
 """
 
 from __future__ import annotations
@@ -76,11 +76,7 @@ def proxy(settings: dict[str, Any]) -> None:
 
 
 class Gate:
-    """Observer of a client that lets it take so many steps at a time.
-
-    Args:
-        free: Steps of the first order are the whole run: report at its end only.
-    """
+    """Observer of a client that lets it take so many steps at a time."""
 
     def __init__(self) -> None:
         from _probes import client_probes
@@ -91,10 +87,10 @@ class Gate:
         self._reports: list[Any] = []
         self._start = 0.0
 
-    def begin(self, plan: Any, name: str, link: Any = None) -> None:
+    def begin(self, _plan: Any, name: str, link: Any = None) -> None:
         """Ready: the first order is awaited here, before the client connects to take part."""
         self.link = link
-        tell(ready=name, first_step=plan.training.rounds > 0)
+        tell(ready=name)
         self._await_order()
 
     def step(self, report: Any) -> None:
@@ -145,22 +141,6 @@ def client(settings: dict[str, Any]) -> None:
     train(options, Gate())
 
 
-def alone(settings: dict[str, Any]) -> None:
-    """The same client and trunk in one process, without a network: what the split costs besides the wire."""
-    from fedsea.client.run import train_alone
-    from fedsea.client.setup import ClientOptions
-
-    options = ClientOptions(
-        server="",
-        identity=Path(),
-        data=(Path(settings["data"]),),
-        run=Path(settings["run"]),
-        threads=settings["threads"],
-        evaluate=False,
-    )
-    train_alone(Path(settings["plan"]), settings["name"], options, Gate())
-
-
 def central(settings: dict[str, Any]) -> None:
     """The same model, adapters, data and optimizer in one process with transformers and peft alone."""
     from _central import Central
@@ -168,6 +148,9 @@ def central(settings: dict[str, Any]) -> None:
     training = Central(Path(settings["plan"]), Path(settings["data"]), settings["name"], settings["threads"])
     tell(ready="central")
     while num_steps := ordered():
+        if num_steps < 0:
+            tell(heads=training.heads(-num_steps))
+            continue
         start = time.perf_counter()
         losses, num_tokens = training.steps(num_steps)
         tell(

@@ -19,6 +19,7 @@ from _harness import Worker, Workspace, arguments, difference, end, finish, work
 from _inputs import SHAPES, write_silo
 
 NAME = "client"
+BYTES_PER_VALUE = {"fp32": 4, "bf16": 2, "fp16": 2, "int8": 1}
 
 
 def plan_sections(args: argparse.Namespace, num_steps: int, *, input_frozen: bool) -> dict[str, dict[str, Any]]:
@@ -64,7 +65,9 @@ class Side:
         return {} if self._server is None else self._server.ask("")["probes"]
 
 
-def interleave(space: Workspace, args: argparse.Namespace, *, input_frozen: bool) -> tuple[Side, Side]:
+def interleave(
+    space: Workspace, args: argparse.Namespace, *, input_frozen: bool
+) -> tuple[Side, Side, dict[str, float]]:
     """Warm both sides up, then let them take turns; the first turn of each in the result is the warm-up."""
     num_steps = args.warmup + args.pairs * args.steps
     plan = space.write_plan(plan_sections(args, num_steps, input_frozen=input_frozen), [NAME])
@@ -84,8 +87,9 @@ def interleave(space: Workspace, args: argparse.Namespace, *, input_frozen: bool
             for side in order:
                 side.turn(args.steps)
             print(f"pair {number + 1}/{args.pairs}: {_pair_text(split_side, central_side)}", file=sys.stderr)
+        heads = central.ask(-args.steps * args.pairs)["heads"]
         end(client, server, central)
-    return split_side, central_side
+    return split_side, central_side, heads
 
 
 def _pair_text(split: Side, central: Side) -> str:
@@ -93,38 +97,46 @@ def _pair_text(split: Side, central: Side) -> str:
     return f"CPU {sum(ours['cpu_s']) / sum(theirs['cpu_s']):.3f}, wall {ours['wall_s'] / theirs['wall_s']:.3f}"
 
 
-def figures(args: argparse.Namespace, split: Side, central: Side, num_passes: int) -> dict[str, Any]:
+def figures(
+    args: argparse.Namespace, split: Side, central: Side, heads: dict[str, float], num_passes: int
+) -> dict[str, Any]:
     """From the turns to the figures."""
     ours, theirs = split.turns[1:], central.turns[1:]
     pairs = list(zip(ours, theirs, strict=True))
-    tokens = sum(turn["num_tokens"] for turn in ours) / (len(ours) * args.steps)
-    up, down = ((split.turns[-1][way] - split.turns[0][way]) / (len(ours) * args.steps) for way in ("up", "down"))
-    ideal = (
-        num_passes * tokens * SHAPES[args.shape].hidden_size * {"fp32": 4, "bf16": 2, "fp16": 2, "int8": 1}[args.codec]
-    )
+    cpu = [sum(a["cpu_s"]) / sum(b["cpu_s"]) for a, b in pairs]
     return {
-        "split_over_central_cpu": statistics.median(sum(a["cpu_s"]) / sum(b["cpu_s"]) for a, b in pairs),
-        "split_over_central_cpu_quartiles": statistics.quantiles(
-            (sum(a["cpu_s"]) / sum(b["cpu_s"]) for a, b in pairs), n=4
-        )
-        if len(pairs) > 1
-        else [],
+        "split_over_central_cpu": statistics.median(cpu),
+        "split_over_central_cpu_range": [min(cpu), max(cpu)],
         "split_over_central_wall": statistics.median(a["wall_s"] / b["wall_s"] for a, b in pairs),
-        "payload_over_ideal": (up + down) / ideal,
-        "bytes_up_per_step": up,
-        "bytes_down_per_step": down,
-        "ideal_bytes_per_step": ideal,
-        "tokens_per_step": tokens,
+        **_payload(args, split, num_passes),
         "central_cpu_s_per_step": _per_step(theirs, lambda turn: sum(turn["cpu_s"])),
         "client_cpu_s_per_step": _per_step(ours, lambda turn: turn["cpu_s"][0]),
         "server_cpu_s_per_step": _per_step(ours, lambda turn: turn["cpu_s"][1]),
-        "central_tokens_per_s": statistics.median(t["num_tokens"] / t["wall_s"] for t in theirs),
-        "split_tokens_per_s": statistics.median(t["num_tokens"] / t["wall_s"] for t in ours),
+        "central_tokens_per_s": statistics.median(turn["num_tokens"] / turn["wall_s"] for turn in theirs),
+        "split_tokens_per_s": statistics.median(turn["num_tokens"] / turn["wall_s"] for turn in ours),
+        "fedsea_over_transformers_head_cpu": heads["fedsea"] / heads["transformers"],
+        "transformers_head_cpu_s": heads["transformers"],
         "first_loss": {"split": split.turns[0]["first_loss"], "central": central.turns[0]["first_loss"]},
         "wall_s_per_step": {
             phase: _per_step(ours, lambda turn, phase=phase: turn["phases"][phase]) for phase in ours[0]["phases"]
         },
         "cpu_s_per_step": _probe_figures(split),
+    }
+
+
+def _payload(args: argparse.Namespace, split: Side, num_passes: int) -> dict[str, float]:
+    """Bytes of a step against the least that can travel."""
+    turns = split.turns[1:]
+    steps = sum(turn["num_steps"] for turn in turns)
+    up, down = ((turns[-1][way] - split.turns[0][way]) / steps for way in ("up", "down"))
+    tokens = sum(turn["num_tokens"] for turn in turns) / steps
+    ideal = num_passes * tokens * SHAPES[args.shape].hidden_size * BYTES_PER_VALUE[args.codec]
+    return {
+        "payload_over_ideal": (up + down) / ideal,
+        "bytes_up_per_step": up,
+        "bytes_down_per_step": down,
+        "ideal_bytes_per_step": ideal,
+        "tokens_per_step": tokens,
     }
 
 
@@ -158,7 +170,7 @@ def main() -> None:
     args = parser.parse_args()
     if args.tiny:
         args.shape, args.sequences, args.tokens, args.pairs, args.steps, args.warmup = "tiny", 2, 32, 2, 2, 1
-    shape = SHAPES[args.shape]
+    shape, settings = SHAPES[args.shape], {key: value for key, value in vars(args).items() if key != "out"}
     with workspace(shape, args.threads) as space:
         space.enroll(NAME)
         fewest = max(2, args.tokens // 4) if args.unequal else args.tokens
@@ -167,10 +179,9 @@ def main() -> None:
         # Nothing trained below the cut: three tensors a micro-batch travel, the gradient at the trunk's input not.
         args.pairs = 1
         frozen = figures(args, *interleave(space, args, input_frozen=True), num_passes=3)
-    result["input_frozen"] = {
-        key: frozen[key] for key in ("payload_over_ideal", "bytes_up_per_step", "bytes_down_per_step")
-    }
-    finish("train_step", {k: v for k, v in vars(args).items() if k != "out"}, result, args.out)
+    keys = ("payload_over_ideal", "bytes_up_per_step", "bytes_down_per_step")
+    result["input_frozen"] = {key: frozen[key] for key in keys}
+    finish("train_step", settings, result, args.out)
 
 
 if __name__ == "__main__":
