@@ -1,0 +1,140 @@
+"""What the commands make of their options."""
+
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from fedsea.cli import main
+from fedsea.client import run as client_run
+from fedsea.client.run import TrainSummary
+from fedsea.client.setup import ClientOptions
+from fedsea.evaluation import quickstart
+from fedsea.observe import metrics
+from fedsea.server import run as server_run
+from fedsea.server.run import ServerOptions
+from tests.support.assets import toml
+
+
+@pytest.fixture
+def stubbed(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    """What the Python calls were called with, by name."""
+    seen: dict[str, Any] = {}
+
+    def train(options: ClientOptions, observer: Any) -> TrainSummary:
+        seen["train"], seen["observer"] = options, observer
+        return TrainSummary("a", 7, 70, None, None, 0, 0, {}, {})
+
+    def serve(options: ServerOptions, watch: Any) -> None:
+        seen["serve"] = options
+        status = {"next_step": 3, "num_steps": 9, "rounds_done": 0, "connected": ["a"], "waiting_for": []}
+        watch(status | {"target_tokens": 5, "bytes_sent": 1, "bytes_received": 2})
+
+    monkeypatch.setattr(client_run, "train", train)
+    monkeypatch.setattr(server_run, "serve", serve)
+    return seen
+
+
+def test_train_hands_every_option_on(stubbed: dict[str, Any], tmp_path: Path) -> None:
+    arguments = ["train", "--server", "h:1", "--identity", "me", "--data", "a.csv", "b.csv", "--model", "m"]
+    arguments += ["--run", str(tmp_path), "--settings", "s.toml", "--format", "instruction"]
+    arguments += ["--field", "response=answer", "--field", "input=note", "--skip-bad-rows"]
+    arguments += ["--threads", "2", "--no-eval", "--retry-for", "5", "--quiet"]
+    assert main.run(arguments) == 0
+    assert stubbed["train"] == ClientOptions(
+        server="h:1",
+        identity=Path("me"),
+        data=(Path("a.csv"), Path("b.csv")),
+        run=tmp_path,
+        model="m",
+        settings=Path("s.toml"),
+        format="instruction",
+        fields={"response": "answer", "input": "note"},
+        threads=2,
+        device="cpu",
+        evaluate=False,
+        retry_for_s=5.0,
+        skip_bad_rows=True,
+    )
+
+
+def test_train_leaves_defaults_as_the_python_call_has_them(stubbed: dict[str, Any]) -> None:
+    assert main.run(["train", "--server", "h:1", "--data", "a.csv", "--quiet"]) == 0
+    assert stubbed["train"] == ClientOptions(server="h:1", identity=Path("identity"), data=(Path("a.csv"),))
+
+
+@pytest.fixture
+def plan_file(tmp_path: Path) -> Path:
+    path = tmp_path / "plan.toml"
+    path.write_text(toml({"model": {"path": "m"}, "clients": [{"name": "a"}]}))
+    return path
+
+
+def test_server_hands_every_option_on(
+    stubbed: dict[str, Any], tmp_path: Path, plan_file: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ["server", "--plan", str(plan_file), "--listen", "127.0.0.1:0", "--identity", "me", "--ca", "authority"]
+    arguments += ["--run", str(tmp_path / "run"), "--threads", "3", "--exit-when-finished", "--ready-file", "ready"]
+    assert main.run([*arguments, "--json"]) == 0
+    assert stubbed["serve"] == ServerOptions(
+        plan=plan_file,
+        listen="127.0.0.1:0",
+        identity=Path("me"),
+        ca=Path("authority"),
+        run=tmp_path / "run",
+        threads=3,
+        device="cpu",
+        metrics=None,
+        exit_when_finished=True,
+        ready_file=Path("ready"),
+    )
+    assert '"next_step": 3' in capsys.readouterr().out
+    assert (tmp_path / "run" / "metrics.jsonl").exists()
+
+
+def test_the_servers_identity_is_in_the_authoritys_folder_by_default(
+    stubbed: dict[str, Any], tmp_path: Path, plan_file: Path
+) -> None:
+    assert main.run(["server", "--plan", str(plan_file), "--ca", "authority", "--run", str(tmp_path / "run")]) == 0
+    assert stubbed["serve"].identity == Path("authority/server")
+
+
+def test_metrics_are_served_where_asked(
+    stubbed: dict[str, Any], tmp_path: Path, plan_file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[str] = []
+
+    @contextmanager
+    def endpoint(listen: str) -> Any:
+        asked.append(listen)
+        yield None
+
+    monkeypatch.setattr(metrics, "serve_metrics", endpoint)
+    arguments = ["server", "--plan", str(plan_file), "--run", str(tmp_path / "run"), "--metrics", "127.0.0.1:9464"]
+    assert main.run(arguments) == 0
+    assert asked == ["127.0.0.1:9464"]
+
+
+def test_quickstart_shows_losses_bytes_times_sample_and_report(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    by_silo = {"clinic": 1.0, "bank": 2.0}
+    models = {"base": by_silo, "clinic": by_silo, "bank": by_silo, "central": by_silo, "federated": by_silo}
+
+    def run(options: quickstart.QuickstartOptions, progress: quickstart.Progress) -> quickstart.QuickstartResult:
+        assert options == quickstart.QuickstartOptions(tmp_path / "q", 4)
+        progress("federation", 1, 2)
+        progress("federation", 2, 2)
+        val_loss = {"base": 3.5, "alone": {"clinic": 3.25, "bank": 3.125}, "central": 2.5, "federated": 2.5625}
+        return quickstart.QuickstartResult(
+            val_loss, models, {"Forward": 2_000_000}, {"trunk": 4.0}, {"all": 9.0}, {"prompt": "Q?", "answer": "[A]"},
+            tmp_path / "report.html",
+        )  # fmt: skip
+
+    monkeypatch.setattr(quickstart, "run", run)
+    assert main.run(["quickstart", "--folder", str(tmp_path / "q"), "--steps", "4"]) == 0
+    shown = capsys.readouterr()
+    for part in ("federated", "2.5625", "clinic alone", "3.2500", "2.00 MB", "trunk", "[A]", "report.html"):
+        assert part in shown.out
+    assert shown.err == "federation: done (2)\n"
