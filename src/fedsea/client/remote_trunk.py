@@ -8,6 +8,7 @@ again, as the very same bytes.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import queue
 import threading
@@ -28,6 +29,7 @@ from fedsea.types import Channel, Release
 from fedsea.wire import messages as m
 from fedsea.wire.channel import ClientStream, connect
 from fedsea.wire.encoding import Encoded, Encoder
+from fedsea.wire.errors import PeerClosed
 from fedsea.wire.frames import PROTOCOL_VERSION
 from fedsea.wire.identity.identity import Identity
 from fedsea.wire.limits import HANDSHAKE, WireLimits
@@ -147,6 +149,8 @@ class RemoteTrunk:
         self._thread = threading.Thread(target=self._work, name="fedsea-wire", daemon=True)
         self._main: asyncio.Task[None] | None = None
         self._closing = threading.Event()
+        self._farewell: Encoded | None = None
+        self._error: FedseaError | None = None
 
     def start(self) -> RemoteTrunk:
         """Connect in the background."""
@@ -204,8 +208,8 @@ class RemoteTrunk:
         self._stop()
 
     def close(self, next_step: int) -> None:
-        """Say goodbye and end the stream."""
-        self._send(m.Finished(next_step))
+        """Say goodbye and end the stream; after a lost connection it is said again, for the server waits for it."""
+        self._farewell = self._encoder.encode(m.Finished(next_step))
         self._stop()
 
     @staticmethod
@@ -243,6 +247,9 @@ class RemoteTrunk:
         future: Future[Any] = Future()
         encoded = self._encoder.encode(message)
         with self._lock:
+            if self._error is not None:
+                future.set_exception(self._error)
+                return future
             if not lasting and key[1:3] != self._epoch:
                 future.set_exception(StepInterrupted())
                 return future
@@ -256,13 +263,14 @@ class RemoteTrunk:
         self._queue(self._encoder.encode(message))
 
     def _queue(self, encoded: Encoded) -> None:
-        self._loop.call_soon_threadsafe(self._outgoing.put_nowait, encoded)
+        with contextlib.suppress(RuntimeError):  # the loop has ended; `next_event` says why
+            self._loop.call_soon_threadsafe(self._outgoing.put_nowait, encoded)
 
     def _stop(self) -> None:
         if not self._thread.is_alive():
             return
         self._closing.set()
-        self._loop.call_soon_threadsafe(self._outgoing.put_nowait, _GOODBYE)
+        self._queue(_GOODBYE)
         self._thread.join(timeout=10.0)
 
     # --- on the event loop ------------------------------------------------------------------------------------------
@@ -279,15 +287,16 @@ class RemoteTrunk:
 
     async def _run(self) -> None:
         pauses = self._retry.pauses()
-        while not self._closing.is_set():
+        while True:
             try:
                 async with await connect(self.address, self._identity(), limits=HANDSHAKE) as stream:
                     await self._join(stream)
                     pauses = self._retry.pauses()
                     await self._converse(stream)
+                    return
             except FedseaError as error:
                 self._interrupt((-1, -1))
-                if self._closing.is_set():
+                if self._closing.is_set() and (self._farewell is None or isinstance(error, PeerClosed)):
                     return
                 if not await _pause(error, pauses):
                     self._give_up(error)
@@ -298,6 +307,7 @@ class RemoteTrunk:
             error = TransportError(f"{error.message} Gave up after {self._retry.retry_for_s:g} s of trying.")
         self._closing.set()
         with self._lock:
+            self._error = error
             pending, self._pending = self._pending, {}
         for future in pending.values():
             future.set_exception(error)
@@ -324,6 +334,8 @@ class RemoteTrunk:
             lasting = list(self._lasting.values())
         for encoded in lasting:
             self._outgoing.put_nowait(encoded)
+        if self._closing.is_set():
+            self._outgoing.put_nowait(_GOODBYE)
         self._events.put(Connected())
 
     async def _converse(self, stream: ClientStream) -> None:
@@ -334,6 +346,8 @@ class RemoteTrunk:
             done, _ = await asyncio.wait({reader, writer}, return_when=asyncio.FIRST_COMPLETED)
             for task in done:
                 task.result()
+            if self._farewell is not None:
+                await reader  # the server ends the stream when it has heard the goodbye
         finally:
             reader.cancel()
             writer.cancel()
@@ -344,6 +358,8 @@ class RemoteTrunk:
         while True:
             encoded = await self._outgoing.get()
             if encoded is _GOODBYE:
+                if self._farewell is not None:
+                    await stream.send(self._farewell)
                 return
             await stream.send(encoded)
 
