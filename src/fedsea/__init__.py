@@ -1,24 +1,13 @@
 """fedsea: fine-tune and use one large language model together without sharing data.
 
 The names below are what most programs need; each is imported when it is first used, so that `import fedsea` costs
-nothing. Everything that the `fedsea` command does is one of these calls.
+nothing. Everything that the `fedsea` command does is one of these calls. Type checkers read `__init__.pyi`: imports
+for them in this file would make every module that asks for `__version__` depend on the whole house.
 """
 
 from __future__ import annotations
 
 from importlib import import_module
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:
-    from fedsea.client.run import evaluate, train, train_alone
-    from fedsea.client.run import export_adapter as export
-    from fedsea.client.setup import ClientOptions
-    from fedsea.errors import FedseaError
-    from fedsea.model.checkpoint import open_checkpoint
-    from fedsea.model.loading import load_input_blocks, load_output_blocks, load_trunk
-    from fedsea.plan import FederationPlan, load_plan
-    from fedsea.server.run import ServerOptions, serve
-    from fedsea.types import Partition
 
 __version__ = "0.1.0"
 

@@ -18,6 +18,10 @@ if TYPE_CHECKING:
 
     from fedsea.evaluation.quickstart import QuickstartResult
 
+_SMALL_SHARE = 0.001
+"""Kinds of messages below this share of all bytes are shown as one."""
+_TITLE_WIDTH = 38
+
 
 def quickstart(
     folder: Annotated[Path, typer.Option(help="Gets authority, plan, runs, logs and report; must be new.")] = Path(
@@ -114,10 +118,13 @@ def _show_costs(console: Console, found: QuickstartResult) -> None:
 
     from fedsea.observe.figures import bytes_text
 
-    traffic = Table("message", "bytes", title="What crossed the wire, all clients")
-    for kind, count in sorted(found.bytes_by_kind.items(), key=lambda item: -item[1]):
+    total = sum(found.bytes_by_kind.values())
+    shown = {kind: count for kind, count in found.bytes_by_kind.items() if count >= _SMALL_SHARE * total}
+    traffic = Table("message", "bytes", title="What crossed the wire, all clients", min_width=_TITLE_WIDTH)
+    for kind, count in sorted(shown.items(), key=lambda item: -item[1]):
         traffic.add_row(kind, bytes_text(count))
-    times = Table("part", "seconds", title="Where the time went")
+    traffic.add_row("everything else", bytes_text(total - sum(shown.values())))
+    times = Table("part", "seconds", title="Where the time went", min_width=_TITLE_WIDTH)
     for part, seconds in found.seconds.items():
         times.add_row(part, f"{seconds:.1f}")
     for phase, seconds in found.phases_s.items():

@@ -81,6 +81,19 @@ def test_every_public_name_is_there_and_is_listed() -> None:
     assert set(fedsea._HOMES) | {"__version__"} == set(fedsea.__all__)
 
 
+def test_type_checkers_see_the_same_names_from_the_same_places() -> None:
+    stub = ast.parse(Path(fedsea.__file__).with_suffix(".pyi").read_text())
+    seen = {
+        alias.asname or alias.name: node.module if alias.asname is None else f"{node.module}:{alias.name}"
+        for node in stub.body
+        if isinstance(node, ast.ImportFrom)
+        for alias in node.names
+    }
+    assert seen == fedsea._HOMES
+    listed = next(node.value for node in stub.body if isinstance(node, ast.Assign))
+    assert ast.literal_eval(listed) == fedsea.__all__
+
+
 def test_an_unknown_name_of_the_package_is_an_attribute_error() -> None:
     with pytest.raises(AttributeError, match="no_such_name"):
         fedsea.no_such_name  # noqa: B018
