@@ -43,7 +43,7 @@ rounds = 1
 steps_per_round = {steps}
 
 [data]
-max_tokens = 128
+max_tokens = 256
 
 [[clients]]
 name = "clinic"
