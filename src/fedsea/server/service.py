@@ -23,7 +23,7 @@ from fedsea.wire.errors import PeerClosed
 from fedsea.wire.frames import PROTOCOL_VERSION
 from fedsea.wire.identity.peers import PeerIdentity
 from fedsea.wire.limits import WireLimits
-from fedsea.wire.server import PeerSession
+from fedsea.wire.session import PeerSession
 
 log = logging.getLogger(__name__)
 
