@@ -237,6 +237,8 @@ def _refuse_tied_twice(config: PretrainedConfig, settings: AdapterSection) -> No
 def _inject(model: PreTrainedModel, targets: Mapping[str, Linear], settings: AdapterSection) -> None:
     from peft import LoraConfig, inject_adapter_in_model
 
+    from fedsea.model.lora import fuse
+
     config = LoraConfig(
         r=settings.rank,
         lora_alpha=settings.alpha,
@@ -247,6 +249,7 @@ def _inject(model: PreTrainedModel, targets: Mapping[str, Linear], settings: Ada
     )
     # On the meta device: the values are set by `_initialise`, without a draw from the global generator.
     inject_adapter_in_model(config, model, adapter_name=_ADAPTER, low_cpu_mem_usage=True)
+    fuse(model)
 
 
 def _initialise(model: nn.Module, seed: int) -> None:
