@@ -66,13 +66,13 @@ class ServerMetrics:
         """A step took so long."""
         self._step_seconds.observe(seconds)
 
-    def engine_seconds(self, phase: str, seconds: float) -> None:
-        """The engine thread was busy so long with a phase, such as "forward"."""
-        self._engine.labels(phase).inc(seconds)
+    def engine_seconds(self, phase: str, total: float) -> None:
+        """The engine thread has been busy so long with a phase, such as "forward", since the process began."""
+        self._engine.labels(phase).inc(self._growth(("engine", phase), total))
 
-    def error(self, code: str) -> None:
-        """An error with this `FedseaError.code` was answered."""
-        self._errors.labels(code).inc()
+    def errors(self, code: str, total: int) -> None:
+        """So many sessions have ended with this `FedseaError.code` since the process began."""
+        self._errors.labels(code).inc(self._growth(("errors", code), total))
 
     def _growth(self, key: tuple[str, ...], total: float) -> float:
         before = self._totals.get(key, 0.0)

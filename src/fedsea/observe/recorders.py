@@ -143,7 +143,8 @@ class ServerRecorder:
         self._display.update(snapshot)
         seconds = self._step_seconds(before, snapshot)
         if self._metrics is not None:
-            self._measure(self._metrics, snapshot, before, seconds)
+            self._measure(self._metrics, status, before, seconds)
+            self._metrics.update(snapshot)
         self._record(before, snapshot, seconds)
 
     def _step_seconds(self, before: ServerSnapshot | None, snapshot: ServerSnapshot) -> float | None:
@@ -154,14 +155,20 @@ class ServerRecorder:
         since, self._stepped_at = now - self._stepped_at, now
         return None if before is None else since / (snapshot.step - before.step)
 
+    @staticmethod
     def _measure(
-        self, metrics: ServerMetrics, snapshot: ServerSnapshot, before: ServerSnapshot | None, seconds: float | None
+        metrics: ServerMetrics, status: Mapping[str, Any], before: ServerSnapshot | None, seconds: float | None
     ) -> None:
-        metrics.update(snapshot)
-        metrics.bytes("up", "all", snapshot.bytes_up)
-        metrics.bytes("down", "all", snapshot.bytes_down)
+        for kind, total in status["bytes_received_by_kind"].items():
+            metrics.bytes("up", kind, total)
+        for kind, total in status["bytes_sent_by_kind"].items():
+            metrics.bytes("down", kind, total)
+        for phase, total in status["engine_s"].items():
+            metrics.engine_seconds(phase, total)
+        for code, total in status["errors"].items():
+            metrics.errors(code, total)
         if seconds is not None and before is not None:
-            for _ in range(snapshot.step - before.step):
+            for _ in range(status["next_step"] - before.step):
                 metrics.step_seconds(seconds)
 
     def _record(self, before: ServerSnapshot | None, snapshot: ServerSnapshot, seconds: float | None) -> None:

@@ -203,6 +203,8 @@ async def _serve(
         for task in tasks:
             task.cancel()
         await _close(server)
+        if watch is not None:
+            watch(service.status())
     if service.coordinator.failure is not None:
         raise service.coordinator.failure
 

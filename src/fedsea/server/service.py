@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
+from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
@@ -95,7 +96,9 @@ class Service:
         self._executor = executor
         self._links: dict[str, _Link] = {}
         self._left: set[str] = set()
-        self.bytes_before = [0, 0]
+        self._sent: Counter[str] = Counter()
+        self._received: Counter[str] = Counter()
+        self._errors: Counter[str] = Counter()
 
     # --- the coordinator's ports ------------------------------------------------------------------------------------
 
@@ -131,6 +134,13 @@ class Service:
 
     async def handle(self, session: PeerSession) -> None:
         """Serve one stream from handshake to end."""
+        try:
+            await self._handle(session)
+        except FedseaError as error:
+            self._errors[error.code] += 1
+            raise
+
+    async def _handle(self, session: PeerSession) -> None:
         name = session.peer.name
         entry = self.plan.client(name)
         try:
@@ -157,8 +167,8 @@ class Service:
             await (self._observe(link) if join.role == "observe" else self._train(link, name, join))
         finally:
             pump.cancel()
-            self.bytes_before[0] += sum(session.stats.sent.values())
-            self.bytes_before[1] += sum(session.stats.received.values())
+            self._sent += session.stats.sent
+            self._received += session.stats.received
 
     async def _hello(self, session: PeerSession) -> None:
         hello = await session.receive()
@@ -236,7 +246,9 @@ class Service:
         """Where the run stands, for `fedsea status`."""
         coordinator, state = self.coordinator, self.coordinator.state
         step = coordinator.step
-        sessions = [link.session for link in self._links.values()]
+        live = [link.session.stats for link in self._links.values()]
+        sent = sum((stats.sent for stats in live), self._sent)
+        received = sum((stats.received for stats in live), self._received)
         return {
             "run_id": state.run_id,
             "federation": self.plan.name,
@@ -253,6 +265,10 @@ class Service:
             "connected": [name for name in self.plan.client_names if name in coordinator.connected],
             "waiting_for": [] if step is None else list(step.waiting_for()),
             "target_tokens": coordinator.num_target_tokens,
-            "bytes_sent": self.bytes_before[0] + sum(sum(s.stats.sent.values()) for s in sessions),
-            "bytes_received": self.bytes_before[1] + sum(sum(s.stats.received.values()) for s in sessions),
+            "bytes_sent": sent.total(),
+            "bytes_received": received.total(),
+            "bytes_sent_by_kind": dict(sent),
+            "bytes_received_by_kind": dict(received),
+            "engine_s": {name: round(seconds, 3) for name, seconds in self._executor.busy_s.items()},
+            "errors": dict(self._errors),
         }

@@ -34,7 +34,8 @@ def test_gauges_follow_and_counters_grow_by_the_difference() -> None:
     metrics.bytes("up", "Forward", 10)
     metrics.bytes("up", "Forward", 30)
     metrics.bytes("up", "Forward", 5)  # a new process's totals
-    metrics.error("AUTH")
+    metrics.errors("AUTH", 1)
+    metrics.errors("AUTH", 1)
     metrics.engine_seconds("forward", 0.5)
     metrics.step_seconds(0.2)
     assert registry.get_sample_value("fedsea_step") == 7

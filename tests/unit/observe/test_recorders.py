@@ -77,6 +77,10 @@ def status(step: int, connected: list[str]) -> dict[str, Any]:
         "target_tokens": step * 10,
         "bytes_sent": 2,
         "bytes_received": 1,
+        "bytes_sent_by_kind": {"Output": 2},
+        "bytes_received_by_kind": {"Forward": 1},
+        "engine_s": {"forward": step / 10},
+        "errors": {"AUTH": step},
     }
 
 
@@ -100,4 +104,6 @@ def test_a_server_records_who_comes_and_goes_and_each_advance(tmp_path: Path) ->
     ]
     assert lines(tmp_path)[3]["step_seconds"] == 1.5
     assert registry.get_sample_value("fedsea_step_seconds_count") == 2
-    assert registry.get_sample_value("fedsea_bytes_total", {"direction": "up", "kind": "all"}) == 1
+    assert registry.get_sample_value("fedsea_bytes_total", {"direction": "up", "kind": "Forward"}) == 1
+    assert registry.get_sample_value("fedsea_engine_seconds_total", {"phase": "forward"}) == 0.7
+    assert registry.get_sample_value("fedsea_errors_total", {"code": "AUTH"}) == 7

@@ -6,6 +6,8 @@ import asyncio
 import itertools
 import queue
 import threading
+import time
+from collections import defaultdict
 from collections.abc import Callable
 from enum import IntEnum
 from typing import Any
@@ -24,9 +26,13 @@ class EngineThread:
     """Runs jobs one at a time away from the event loop.
 
     Use as a context manager; leaving it waits for the job that is running and drops the rest.
+
+    Attributes:
+        busy_s: Priority's name in lower case to seconds that its jobs have run.
     """
 
     def __init__(self) -> None:
+        self.busy_s: defaultdict[str, float] = defaultdict(float)
         self._jobs: queue.PriorityQueue[tuple[int, int, Callable[[], None] | None]] = queue.PriorityQueue()
         self._order = itertools.count()
         self._thread = threading.Thread(target=self._work, name="fedsea-engine", daemon=True)
@@ -57,10 +63,12 @@ class EngineThread:
                 future.set_exception(error)
 
         def run() -> None:
+            began = time.perf_counter()
             try:
                 result, error = job(), None
             except BaseException as caught:  # noqa: BLE001 (delivered to whoever waits for the job)
                 result, error = None, caught
+            self.busy_s[priority.name.lower()] += time.perf_counter() - began
             if not loop.is_closed():
                 loop.call_soon_threadsafe(deliver, result, error)
 
