@@ -5,11 +5,13 @@ Every method runs on the engine thread, one at a time, and knows nothing of conn
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
 
+from fedsea.errors import NonFiniteError
 from fedsea.federation.aggregation import Contribution, aggregate, sum_gradients
 from fedsea.model import adapters
 from fedsea.model.optim import SegmentOptimizer, clip_coefficient
@@ -79,6 +81,11 @@ class Engine:
             summed = sum_gradients([own, *client_gradients])
             self.optimizer.set_gradients({name: summed[name] for name in own})
             total = float(sum(g.double().pow(2).sum() for g in summed.values())) * scale * scale
+            if not math.isfinite(total):
+                raise NonFiniteError(
+                    "The gradients of the step, summed over its clients, are not finite; the step was not applied. "
+                    "Lower optimizer.learning_rate, or use a wider model.dtype or wire codec."
+                )
         else:
             total = self.optimizer.squared_norm(scale)
             if settings.clip_scope == "global":

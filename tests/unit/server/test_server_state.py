@@ -1,0 +1,122 @@
+"""The server's run folder: what comes back, and what is refused."""
+
+from __future__ import annotations
+
+import errno
+from pathlib import Path
+
+import pytest
+import torch
+
+from fedsea import storage
+from fedsea.errors import ConfigError, StorageError
+from fedsea.plan import parse_plan
+from fedsea.server.engine import Outcome
+from fedsea.server.state import RunState, ServerStore
+from tests.unit.server.coordination import FakeEngine
+
+PLAN = parse_plan({"model": {"path": "m"}, "clients": [{"name": "a"}, {"name": "b"}]})
+NAME = "model.layers.0.x.lora_A.weight"
+
+
+@pytest.fixture
+def engine() -> FakeEngine:
+    return FakeEngine()
+
+
+def changed(**update: object):
+    return PLAN.model_copy(update=update)
+
+
+def test_everything_comes_back(tmp_path, engine):
+    with_gradients = Outcome(4, 9, 0.25, {NAME: torch.full((2, 2), 3.0)})
+    state = RunState("run", 5, 1, {"a": with_gradients, "b": Outcome(3, 7, 1.0)}, {NAME: torch.ones(2, 2)})
+    store = ServerStore(tmp_path, PLAN)
+    store.save_round(engine, state)
+    store.close()
+    again = ServerStore(tmp_path, PLAN)
+    restored = again.restore(engine)
+    again.close()
+    assert (restored.run_id, restored.next_step, restored.rounds_done) == ("run", 5, 1)
+    assert (restored.outcomes["a"].step, restored.outcomes["b"].step) == (4, 3)
+    assert (restored.outcomes["a"].num_target_tokens, restored.outcomes["a"].clip_coefficient) == (9, 0.25)
+    assert torch.equal(restored.outcomes["a"].gradients[NAME], with_gradients.gradients[NAME])
+    assert torch.equal(restored.result[NAME], torch.ones(2, 2))
+    assert engine.calls == [("load", ("parameter.trunk",))]
+
+
+def test_a_new_folder_holds_nothing(tmp_path, engine):
+    store = ServerStore(tmp_path, PLAN)
+    assert store.restore(engine) is None
+    store.close()
+
+
+def test_another_plan_is_refused_field_by_field(tmp_path, engine):
+    store = ServerStore(tmp_path, PLAN)
+    store.save(engine, RunState("run"))
+    store.close()
+    other = changed(seed=3, training=PLAN.training.model_copy(update={"rounds": 9}))
+    again = ServerStore(tmp_path, other)
+    with pytest.raises(ConfigError) as caught:
+        again.restore(engine)
+    again.close()
+    assert "seed: 3 here, 0 there" in caught.value.message
+    assert "training.rounds: 9 here, 1 there" in caught.value.message
+    assert "training.mode" not in caught.value.message
+
+
+def test_two_servers_cannot_use_one_folder(tmp_path):
+    store = ServerStore(tmp_path, PLAN)
+    with pytest.raises(ConfigError, match="in use by another process"):
+        ServerStore(tmp_path, PLAN)
+    store.close()
+
+
+def test_a_full_disk_leaves_the_state_before(tmp_path, engine, monkeypatch):
+    store = ServerStore(tmp_path, PLAN)
+    store.save(engine, RunState("run", 1))
+
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "no space")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(storage, "_sync", full)
+        with pytest.raises(StorageError, match="disk is full"):
+            store.save(engine, RunState("run", 2))
+    assert {path.name for path in (tmp_path / "checkpoints").iterdir()} == {".lock", "step-00000001.safetensors"}
+    assert store.restore(engine).next_step == 1
+    store.close()
+
+
+def test_the_last_rounds_parameters_can_be_looked_at_while_a_server_runs(tmp_path, engine):
+    store = ServerStore(tmp_path, PLAN)
+    store.save_round(engine, RunState("run", 5, 1, {}, {NAME: torch.ones(2, 2)}))
+    found = ServerStore.peek(tmp_path, PLAN)
+    store.close()
+    assert found.keys() == {"trunk", NAME}
+
+
+def test_looking_before_the_first_round_says_so(tmp_path, engine):
+    with pytest.raises(ConfigError, match="holds no checkpoint"):
+        ServerStore.peek(tmp_path, PLAN)
+    store = ServerStore(tmp_path, PLAN)
+    store.save(engine, RunState("run", 1))
+    store.close()
+    with pytest.raises(ConfigError, match="No round is complete"):
+        ServerStore.peek(tmp_path, PLAN)
+
+
+def test_personal_parameters_are_not_at_the_server(tmp_path):
+    personal = changed(aggregation=PLAN.aggregation.model_copy(update={"sync": "personal"}))
+    with pytest.raises(ConfigError, match="at a client"):
+        ServerStore.peek(tmp_path, personal)
+
+
+def test_a_truncated_checkpoint_is_named(tmp_path: Path, engine):
+    store = ServerStore(tmp_path, PLAN)
+    store.save(engine, RunState("run", 1))
+    path = tmp_path / "checkpoints" / "step-00000001.safetensors"
+    path.write_bytes(path.read_bytes()[:-10])
+    with pytest.raises(StorageError, match=r"step-00000001\.safetensors is truncated or damaged"):
+        store.restore(engine)
+    store.close()
