@@ -1,0 +1,61 @@
+"""The only exit of a client."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from fedsea.errors import NonFiniteError, UnprotectedRelease
+from fedsea.privacy.boundary import Boundary
+from fedsea.types import Channel, Release
+
+BOUNDARY = Boundary("trusted-server")
+
+
+def test_the_trust_mode_says_that_the_server_can_read_the_text():
+    assert "CAN reconstruct" in BOUNDARY.statement
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("make", [BOUNDARY.hidden, BOUNDARY.gradient, lambda t: BOUNDARY.update({"x": t})])
+def test_values_that_are_not_finite_do_not_leave(make, bad):
+    tensor = torch.ones(3, 4)
+    tensor[1, 2] = bad
+    with pytest.raises(NonFiniteError, match="nothing was sent"):
+        make(tensor)
+
+
+def test_large_values_whose_sum_overflows_are_finite_all_the_same():
+    tensor = torch.full((4,), 3e38)
+    assert torch.equal(BOUNDARY.hidden(tensor).take()[""], tensor)
+
+
+def test_a_release_is_taken_once():
+    release = BOUNDARY.update({"x": torch.ones(1)})
+    assert release.channel is Channel.UPDATE
+    release.take()
+    with pytest.raises(UnprotectedRelease, match="twice"):
+        release.take()
+
+
+def test_a_release_made_elsewhere_is_refused():
+    with pytest.raises(UnprotectedRelease, match="only the privacy boundary"):
+        Release({"": torch.ones(1)}, Channel.HIDDEN)
+
+
+def test_a_release_carries_no_graph():
+    tensor = torch.ones(2, requires_grad=True) * 2
+    assert not BOUNDARY.hidden(tensor).take()[""].requires_grad
+
+
+def test_the_server_imports_neither_text_nor_privacy():
+    """As imported at run time, beside what import-linter says of the source."""
+    code = (
+        "import sys, fedsea.server.run; "
+        "print([m for m in sys.modules if m.startswith(('fedsea.data', 'fedsea.privacy', 'fedsea.client'))])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60)
+    assert done.stdout.strip() == "[]"

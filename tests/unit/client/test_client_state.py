@@ -1,0 +1,141 @@
+"""A client's run folder: what comes back, and what is refused."""
+
+from __future__ import annotations
+
+import errno
+
+import pytest
+import torch
+
+from fedsea import storage
+from fedsea.client.state import ClientState, ClientStore, Prepared
+from fedsea.client.trunk import Standing
+from fedsea.errors import ConfigError, StorageError
+from fedsea.plan import parse_plan
+
+PLAN = parse_plan({"model": {"path": "m"}, "clients": [{"name": "a"}]})
+TENSORS = {"parameter.x": torch.arange(4.0)}
+
+
+def prepared(step: int) -> Prepared:
+    return Prepared(step, 12, 3.5, 1.25, {"row": 4}, {"x": torch.full((2,), 7.0)})
+
+
+@pytest.fixture
+def store(tmp_path):
+    made = ClientStore(tmp_path / "run", PLAN, "run-1")
+    yield made
+    made.close()
+
+
+def reopened(store: ClientStore, plan=PLAN, run_id: str = "run-1") -> ClientStore:
+    store.close()
+    return ClientStore(store.folder, plan, run_id)
+
+
+def test_a_new_folder_holds_nothing(store):
+    assert store.restore() is None
+    assert store.standing == Standing(0, -1, 0)
+
+
+def test_state_and_tensors_come_back(store):
+    state = ClientState(3, 2, 1, 99, {"row": 4, "sequence": 1})
+    store.save(state, TENSORS)
+    again = reopened(store)
+    assert torch.equal(again.restore()["parameter.x"], TENSORS["parameter.x"])
+    assert again.state == state
+    assert again.standing == Standing(3, -1, 1)
+    again.close()
+
+
+def test_a_prepared_step_comes_back(store):
+    store.save(ClientState(next_step=3), TENSORS)
+    store.prepare(prepared(3))
+    assert store.standing == Standing(3, 3, 0)
+    again = reopened(store)
+    again.restore()
+    found = again.prepared
+    assert again.standing == Standing(3, 3, 0)
+    assert (found.num_target_tokens, found.squared_norm, found.mean_loss, found.data) == (12, 3.5, 1.25, {"row": 4})
+    assert torch.equal(found.gradients["x"], torch.full((2,), 7.0))
+    again.close()
+
+
+def test_a_prepared_step_that_was_applied_is_forgotten(store):
+    store.prepare(prepared(3))
+    store.save(ClientState(next_step=4), TENSORS)
+    assert store.prepared is None
+    again = reopened(store)
+    again.restore()
+    assert again.standing == Standing(4, -1, 0)
+    again.close()
+
+
+def test_a_discarded_step_does_not_come_back(store):
+    store.save(ClientState(next_step=3), TENSORS)
+    store.prepare(prepared(3))
+    store.discard_prepared()
+    again = reopened(store)
+    again.restore()
+    assert again.prepared is None
+    again.close()
+
+
+def test_another_plan_is_refused_field_by_field(store):
+    store.save(ClientState(), TENSORS)
+    again = reopened(store, PLAN.model_copy(update={"seed": 3}))
+    with pytest.raises(ConfigError, match="seed: 3 here, 0 there"):
+        again.restore()
+    again.close()
+
+
+def test_another_run_of_the_server_is_refused(store):
+    store.save(ClientState(), TENSORS)
+    again = reopened(store, run_id="run-2")
+    with pytest.raises(ConfigError, match="another run of the server"):
+        again.restore()
+    again.close()
+
+
+def test_two_processes_cannot_use_one_folder(store):
+    with pytest.raises(ConfigError, match="in use by another process"):
+        ClientStore(store.folder, PLAN, "run-1")
+
+
+def full_disk(*_: object) -> None:
+    raise OSError(errno.ENOSPC, "no space")
+
+
+def test_a_full_disk_leaves_checkpoint_and_prepared_step_as_they_were(store, monkeypatch):
+    store.save(ClientState(next_step=1), TENSORS)
+    store.prepare(prepared(1))
+    with monkeypatch.context() as patch:
+        patch.setattr(storage, "_sync", full_disk)
+        with pytest.raises(StorageError, match="disk is full"):
+            store.save(ClientState(next_step=2), TENSORS)
+        with pytest.raises(StorageError, match="disk is full"):
+            store.prepare(prepared(2))
+    assert store.standing == Standing(1, 1, 0)
+    names = {path.name for path in store.folder.rglob("*") if path.is_file()}
+    assert names == {".lock", "step-00000001.safetensors", "prepared.safetensors"}
+    again = reopened(store)
+    again.restore()
+    assert again.standing == Standing(1, 1, 0)
+    again.close()
+
+
+def test_a_damaged_prepared_step_is_an_error_not_a_loss(store):
+    store.save(ClientState(next_step=1), TENSORS)
+    store.prepare(prepared(1))
+    path = store.folder / "prepared.safetensors"
+    path.write_bytes(path.read_bytes()[:-3])
+    again = reopened(store)
+    with pytest.raises(StorageError, match="truncated or damaged"):
+        again.restore()
+    again.close()
+
+
+def test_the_newest_checkpoint_can_be_looked_at_while_a_client_runs(store):
+    assert ClientStore.peek(store.folder) is None
+    store.save(ClientState(), TENSORS)
+    assert ClientStore.peek(store.folder).keys() == TENSORS.keys()
