@@ -223,7 +223,11 @@ class Thrower:
         await self._channel.close()
 
     async def throw(self, chunks: Sequence[bytes], timeout_s: float = 10.0) -> grpc.StatusCode:
-        """Open a stream, write the chunks, end it; how the server ended it."""
+        """Open a stream, write the chunks, end it; how the server ended it.
+
+        CANCELLED stands for a stream that the server had ended before the last chunk was written: gRPC then replaces
+        the server's status by one of its own.
+        """
         call = self._channel.stream_stream(SESSION)()
         try:
             async with asyncio.timeout(timeout_s):
@@ -235,7 +239,8 @@ class Thrower:
                 except (grpc.aio.AioRpcError, asyncio.InvalidStateError):
                     pass
                 await reading
-                return await call.code()
+                late = await call.details() == "Internal error from Core"
+                return grpc.StatusCode.CANCELLED if late else await call.code()
         finally:
             call.cancel()
 

@@ -130,7 +130,7 @@ def train(options: ClientOptions, observer: Observer | None = None) -> TrainSumm
     invitation = asyncio.run(seek_invitation(options.server, keeper.current, options.retry))
     plan, name = invitation.plan, keeper.current().name
     setup.check_limits(plan, name, options)
-    log.info("%s", Boundary(plan.trust.mode).statement)
+    log.warning("%s", Boundary(plan.trust.mode).statement)
     checkpoint = setup.open_base_model(plan, options, name)
     silo = setup.open_data(plan, checkpoint, options)
     store = ClientStore(options.run, plan, invitation.run_id)
@@ -220,7 +220,7 @@ def evaluate(options: ClientOptions, everything: bool = False) -> EvalSummary:
     invitation = asyncio.run(seek_invitation(options.server, keeper.current, options.retry))
     plan, name = invitation.plan, keeper.current().name
     setup.check_limits(plan, name, options)
-    log.info("%s", Boundary(plan.trust.mode).statement)
+    log.warning("%s", Boundary(plan.trust.mode).statement)
     checkpoint = setup.open_base_model(plan, options, name)
     silo = setup.open_data(plan, checkpoint, options)
     segments = setup.load_segments(plan, checkpoint, name, options.device)

@@ -157,7 +157,7 @@ def serve(options: ServerOptions, watch: Watcher | None = None) -> None:
             state = RunState(run_id=secrets.token_hex(8))
             store.save(engine, state)
         write_bytes_atomic(options.run / "plan.json", plan.model_dump_json(indent=2).encode())
-        log.info("%s", TRUST_STATEMENT)
+        log.warning("%s", TRUST_STATEMENT)
         with EngineThread() as executor:
             asyncio.run(_serve(options, plan, engine, store, state, roster, executor, identity, gate, watch))
     finally:
