@@ -251,16 +251,16 @@ class Workspace:
         self._count += 1
         return self.root / f"{what}-{self._count}{ending}"
 
-    def start(self, role: str, **settings: Any) -> Worker:
+    def start(self, role: str, threads: int | None = None, **settings: Any) -> Worker:
         """A process; usually entered as a context at once."""
-        return Worker(role, settings, self._fresh(role, ".log"), self.threads)
+        return Worker(role, settings, self._fresh(role, ".log"), threads or self.threads)
 
     @contextlib.contextmanager
-    def server(self, plan: Path) -> Iterator[tuple[Worker, str]]:
+    def server(self, plan: Path, threads: int | None = None) -> Iterator[tuple[Worker, str]]:
         """A running server and its address."""
         ready = self._fresh("ready")
         settings = {"root": str(self.root), "plan": str(plan), "run": str(self._fresh("run")), "ready": str(ready)}
-        with self.start("server", **settings) as worker:
+        with self.start("server", threads, **settings) as worker:
             yield worker, _address(ready, worker)
 
     def client(self, name: str, address: str) -> Worker:

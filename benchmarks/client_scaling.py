@@ -101,7 +101,8 @@ def plan_sections(args: argparse.Namespace, mode: str) -> dict[str, dict[str, An
 def federation(space: Workspace, args: argparse.Namespace, names: list[str], mode: str) -> Iterator[Federation]:
     """A federation whose clients are ready for their first step."""
     with contextlib.ExitStack() as stack:
-        server, address = stack.enter_context(space.server(space.write_plan(plan_sections(args, mode), names)))
+        plan = space.write_plan(plan_sections(args, mode), names)
+        server, address = stack.enter_context(space.server(plan, args.server_threads))
         proxy = None
         if args.rtt_ms or args.mbit:
             link = {"target": address, "rtt_ms": args.rtt_ms, "mbit": args.mbit}
@@ -167,6 +168,7 @@ def main() -> None:
     parser.add_argument("--micro-batches", type=int, default=1, help="of a step; all of them in flight")
     parser.add_argument("--tokens", type=int, nargs=2, default=(64, 128), help="fewest and most of a sequence")
     parser.add_argument("--completion", type=float, default=0.25, help="share of a sequence's tokens that is learned")
+    parser.add_argument("--server-threads", type=int, help="CPU threads of the server; the others have --threads")
     parser.add_argument("--codec", choices=("fp32", "bf16", "fp16", "int8"), default="fp32")
     parser.add_argument("--steps", type=int, default=6, help="of each client in a turn")
     parser.add_argument("--repeats", type=int, default=3, help="turns of each mode that count")
