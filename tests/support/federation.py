@@ -13,6 +13,7 @@ import torch
 from fedsea.client import run as client_run
 from fedsea.client.setup import ClientOptions
 from fedsea.client.trainer import EvaluationReport, StepReport
+from fedsea.observe.observers import compose
 from fedsea.plan import FederationPlan, load_plan
 from fedsea.server import run as server_run
 from fedsea.server.run import ServerOptions
@@ -67,6 +68,9 @@ class Watch:
     def waiting(self, names: tuple[str, ...]) -> None:
         self._note(self.waits, names)
 
+    def bytes(self, up: int, down: int) -> None:
+        """Not kept."""
+
     def _note(self, where: list[Any], what: Any) -> None:
         with self._news:
             where.append(what)
@@ -107,9 +111,10 @@ class Part(threading.Thread):
 class ServerThread(Part):
     """`serve` on a thread; it can be stopped."""
 
-    def __init__(self, options: ServerOptions) -> None:
+    def __init__(self, options: ServerOptions, recorder: Callable[[dict[str, Any]], None] = lambda _: None) -> None:
         super().__init__(self._serve, "server")
         self.options = options
+        self._recorder = recorder
         self.ready = threading.Event()
         self.status: dict[str, Any] = {}
         self.service: Service | None = None
@@ -123,6 +128,7 @@ class ServerThread(Part):
 
     def _watched(self, status: dict[str, Any]) -> None:
         self.status = status
+        self._recorder(status)
         self.ready.set()
 
     def stop(self) -> None:
@@ -222,16 +228,16 @@ class Federation:
 
     # --- on threads -------------------------------------------------------------------------------------------------
 
-    def start_server(self, **changes: Any) -> ServerThread:
+    def start_server(self, recorder: Callable[[dict[str, Any]], None] = lambda _: None, **changes: Any) -> ServerThread:
         """A server on a thread; a later one takes the same port."""
-        self.server = ServerThread(self.server_options(**changes))
+        self.server = ServerThread(self.server_options(**changes), recorder)
         self.address = self.server.start_and_wait()
         return self.server
 
-    def start_client(self, name: str, **changes: Any) -> Part:
+    def start_client(self, name: str, *observers: Any, **changes: Any) -> Part:
         """A client on a thread; back when its model is loaded, for loading patches torch and bears no second thread."""
         options = self.client_options(name, **changes)
-        part = Part(lambda: client_run.train(options, part.watch), name)
+        part = Part(lambda: client_run.train(options, compose(part.watch, *observers)), name)
         part.start()
         assert part.watch.begun.wait(DEADLINE_S)
         return part

@@ -34,13 +34,31 @@ class Fault:
         where: `module:Class.method`.
         call: At which call of it, from 1.
         after: When the call has returned, instead of before it.
-        action: "kill" is SIGKILL to itself; "halt" tells the test and stops this thread for ever.
+        action: "kill" is SIGKILL to itself; "halt" tells the test and stops this thread for ever; "census" tells
+            the test the names of all parameters in the process's memory, and goes on.
     """
 
     where: str
     call: int = 1
     after: bool = False
     action: str = "kill"
+
+
+def _parameters() -> list[str]:
+    """Names of all parameters that live in this process, of the outermost model; of one in no model, its shape."""
+    import gc
+
+    import torch
+    from transformers import PreTrainedModel
+
+    gc.collect()
+    everything = gc.get_objects()
+    names: dict[int, str] = {}
+    for model in [one for one in everything if issubclass(type(one), PreTrainedModel)]:
+        for name, parameter in model.named_parameters():
+            names[id(parameter)] = max(name, names.get(id(parameter), ""), key=len)
+    living = [tensor for tensor in everything if issubclass(type(tensor), torch.nn.Parameter)]
+    return sorted({names.get(id(parameter), f"unnamed {tuple(parameter.shape)}") for parameter in living})
 
 
 def _arm(fault: Fault, news: Connection) -> None:
@@ -53,6 +71,9 @@ def _arm(fault: Fault, news: Connection) -> None:
     calls = 0
 
     def strike() -> None:
+        if fault.action == "census":
+            news.send(("census", _parameters()))
+            return
         news.send(("fault", fault.where))
         if fault.action == "kill":
             os.kill(os.getpid(), signal.SIGKILL)
