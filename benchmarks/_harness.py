@@ -263,14 +263,21 @@ class Workspace:
         with self.start("server", threads, **settings) as worker:
             yield worker, _address(ready, worker)
 
-    def client(self, name: str, address: str) -> Worker:
-        """A client that waits for orders; its first answer says that it is ready."""
+    def client(self, name: str, address: str, *, own_machine: bool = False) -> Worker:
+        """A client that waits for orders; its first answer says that it is ready.
+
+        Args:
+            name: Enrolled, and with data.
+            address: Of the server, or of a link to it.
+            own_machine: It stands for a machine of its own, see `_replay.py`.
+        """
         return self.start(
             "client",
             server=address,
             identity=str(self.root / name / "identity"),
             data=str(self.data(name)),
             run=str(self._fresh(f"run-{name}")),
+            own_machine=own_machine,
         )
 
 

@@ -76,12 +76,17 @@ def proxy(settings: dict[str, Any]) -> None:
 
 
 class Gate:
-    """Observer of a client that lets it take so many steps at a time."""
+    """Observer of a client that lets it take so many steps at a time.
 
-    def __init__(self) -> None:
+    Args:
+        replay: Stands for a machine of its own, see `_replay.py`, after a line with the seconds of its passes.
+    """
+
+    def __init__(self, replay: Any = None) -> None:
         from _probes import client_probes
 
         self.probes = client_probes()
+        self._replay = replay
         self.link: Any = None
         self._left = 0
         self._reports: list[Any] = []
@@ -105,7 +110,11 @@ class Gate:
         """Not part of a benchmark."""
 
     def _await_order(self) -> None:
-        self._left = ordered()
+        line = sys.stdin.readline()
+        if line.startswith("{"):
+            self._replay.start(json.loads(line))
+            line = sys.stdin.readline()
+        self._left = int(line or 0)
         self._reports.clear()
         self._start = time.perf_counter()
 
@@ -122,6 +131,7 @@ class Gate:
             up=up,
             down=down,
             probes=self.probes.totals(),
+            seconds_per_token={} if self._replay is None else self._replay.seconds_per_token(),
         )
 
 
@@ -138,7 +148,12 @@ def client(settings: dict[str, Any]) -> None:
         threads=settings["threads"],
         evaluate=False,
     )
-    train(options, Gate())
+    replay = None
+    if settings["own_machine"]:
+        from _replay import Replay
+
+        replay = Replay()
+    train(options, Gate(replay))
 
 
 def central(settings: dict[str, Any]) -> None:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import json
 import statistics
 import sys
 import time
@@ -51,6 +52,7 @@ class Federation:
     clients: list[Worker]
     proxy: Worker | None
     turns: list[Turn] = field(default_factory=list)
+    seconds_per_token: list[dict[str, float]] = field(default_factory=list)
     _bytes: int = 0
 
     def turn(self, num_steps: int) -> None:
@@ -75,6 +77,12 @@ class Federation:
         )
         self._bytes = total
         self.turns.append(turn)
+        self.seconds_per_token = [answer["seconds_per_token"] for answer in answers]
+
+    def replay(self, seconds_per_token: list[dict[str, float]]) -> None:
+        """Let every client stand for a machine of its own from now on."""
+        for client, seconds in zip(self.clients, seconds_per_token, strict=True):
+            client.order(json.dumps(seconds))
 
     def _link_bytes(self) -> int:
         return 0 if self.proxy is None else int(self.proxy.ask("")["bytes"])
@@ -108,7 +116,7 @@ def federation(space: Workspace, args: argparse.Namespace, names: list[str], mod
             link = {"target": address, "rtt_ms": args.rtt_ms, "mbit": args.mbit}
             proxy = stack.enter_context(space.start("proxy", **link))
             address = proxy.answer()["address"]
-        clients = [stack.enter_context(space.client(name, address)) for name in names]
+        clients = [stack.enter_context(space.client(name, address, own_machine=args.own_machines)) for name in names]
         for client in clients:
             client.answer()
         yield Federation(server, clients, proxy)
@@ -122,6 +130,10 @@ def measure(space: Workspace, args: argparse.Namespace, names: list[str]) -> dic
         for number in range(args.repeats + 1):
             for mode in MODES if number % 2 == 0 else MODES[::-1]:
                 both[mode].turn(args.steps)
+            if number == 0 and args.own_machines:
+                # Taking turns, a client had the machine to itself: so long its passes take on one of its own.
+                for mode in MODES:
+                    both[mode].replay(both["sequential"].seconds_per_token)
             rates = ", ".join(f"{mode} {both[mode].turns[-1].tokens_per_s:.0f}" for mode in MODES)
             print(f"{len(names)} clients, turn {number}/{args.repeats}: {rates} tokens/s", file=sys.stderr)
         for mode in MODES:
@@ -169,6 +181,11 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, nargs=2, default=(64, 128), help="fewest and most of a sequence")
     parser.add_argument("--completion", type=float, default=0.25, help="share of a sequence's tokens that is learned")
     parser.add_argument("--server-threads", type=int, help="CPU threads of the server; the others have --threads")
+    parser.add_argument(
+        "--own-machines",
+        action="store_true",
+        help="clients wait as long as their passes take alone, instead of sharing this machine's cores",
+    )
     parser.add_argument("--codec", choices=("fp32", "bf16", "fp16", "int8"), default="fp32")
     parser.add_argument("--steps", type=int, default=6, help="of each client in a turn")
     parser.add_argument("--repeats", type=int, default=3, help="turns of each mode that count")
