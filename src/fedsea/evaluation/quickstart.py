@@ -135,7 +135,7 @@ def prepare(folder: Path, steps: int | None) -> None:
         rounds = min(4, steps)
         text = _set(_set(text, "rounds", rounds), "steps_per_round", max(1, steps // rounds))
     (folder / "plan.toml").write_text(text)
-    (folder / "central.toml").write_text(_central(text))
+    (folder / "central.toml").write_text(_central(text, load_plan(folder / "plan.toml")))
     authority = Authority.create(folder / "ca", "quickstart")
     authority.issue_server(["127.0.0.1", "localhost"], folder=folder / "server-identity")
     for name in CLIENTS:
@@ -150,13 +150,11 @@ def _set(text: str, key: str, value: int) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _central(text: str) -> str:
+def _central(text: str, plan: FederationPlan) -> str:
     """The same plan with one client that has everybody's training text and the union's batch."""
-    head = text[: text.index("[[clients]]")]
-    sequences = next(int(line.split("=")[1]) for line in head.splitlines() if line.startswith("micro_batch_sequences"))
-    head = _set(head, "micro_batch_sequences", sequences * len(CLIENTS))
-    head = "\n".join("holdout = 0.0" if line.startswith("holdout") else line for line in head.splitlines())
-    return f'{head}\n[[clients]]\nname = "central"\n'
+    head = text[: text.index("[[clients]]")].replace("holdout = ", "holdout = 0.0  # ")
+    sequences = sum(plan.micro_batches_of(name)[1] for name in plan.client_names)
+    return f'{head}\n[[clients]]\nname = "central"\nmicro_batch_sequences = {sequences}\n'
 
 
 def _start_federation(folder: Path, plan: FederationPlan, processes: Processes) -> None:

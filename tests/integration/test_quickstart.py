@@ -1,0 +1,50 @@
+"""The main job, small: every process, file and figure of `fedsea quickstart`, in a few steps."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+
+from fedsea.errors import ConfigError
+from fedsea.evaluation.quickstart import CLIENTS, QuickstartOptions, prepare, run
+from fedsea.plan import load_plan
+
+
+@pytest.mark.timeout(300)
+def test_a_short_quickstart_compares_all_models_and_writes_its_page(tmp_path):
+    told = []
+    found = run(QuickstartOptions(tmp_path / "quick", steps=8), lambda *report: told.append(report))
+
+    assert set(found.val_loss) == {"base", "alone", "federated", "central"}
+    assert set(found.val_loss["alone"]) == set(CLIENTS)
+    losses = [found.val_loss["base"], found.val_loss["federated"], *found.val_loss["alone"].values()]
+    assert all(math.isfinite(loss) for loss in losses)
+    assert found.val_loss["federated"] < found.val_loss["base"]
+    for name, loss in found.val_loss["alone"].items():
+        assert found.by_silo[name][name] < found.by_silo["base"][name]
+        assert loss > found.val_loss["federated"]
+    assert ("federation", 8, 8) in told
+    assert found.bytes_by_kind["Forward"] > found.bytes_by_kind["Backward"] > 0
+    page = found.report.read_text(encoding="utf-8")
+    assert page.count("<svg") == 2
+    assert "CAN reconstruct" in page
+    assert "http://" not in page.replace("http://www.w3.org", "")
+
+
+def test_the_shipped_plan_fits_the_shipped_silos(tmp_path):
+    prepare(tmp_path / "quick", None)
+    plan = load_plan(tmp_path / "quick" / "plan.toml")
+    central = load_plan(tmp_path / "quick" / "central.toml")
+    assert plan.client_names == CLIENTS
+    assert central.micro_batches_of("central")[1] == sum(plan.micro_batches_of(name)[1] for name in CLIENTS)
+    assert central.data.holdout == 0.0 < plan.data.holdout
+    assert central.optimizer == plan.optimizer
+    assert central.num_steps == plan.num_steps
+
+
+def test_a_folder_with_something_in_it_is_left_alone(tmp_path):
+    (tmp_path / "mine.txt").write_text("keep")
+    with pytest.raises(ConfigError, match="not empty"):
+        run(QuickstartOptions(tmp_path))
+    assert [path.name for path in tmp_path.iterdir()] == ["mine.txt"]
