@@ -30,9 +30,7 @@ def test_a_short_quickstart_compares_all_models_and_writes_its_page(tmp_path):
     page = found.report.read_text(encoding="utf-8")
     assert page.count("<svg") == 2
     assert "CAN reconstruct" in page
-    assert not re.search(r"""(src|href)=["']https?:|url\(["']?https?:|@import|<script""", page), (
-        "the page loads something"
-    )
+    assert not re.search(r"""(src|href)=["']https?:|url\(["']?https?:|@import|<script""", page), "it loads something"
 
 
 def test_the_shipped_plan_fits_the_shipped_silos(tmp_path):
