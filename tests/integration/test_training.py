@@ -1,6 +1,21 @@
-"""A federation from start to end, on threads."""
+"""Federations from start to end, on threads: what they leave, and what happens when something does not fit."""
 
 from __future__ import annotations
+
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+
+from fedsea.client import run as client_run
+from fedsea.client.segments import ClientSegments
+from fedsea.client.trainer import Trainer
+from fedsea.errors import AuthError, ConfigError, DataError, FedseaError, NonFiniteError, StorageError
+from fedsea.server.run import export_run
+from fedsea.wire.identity import Authority
+from tests.support.assets import make_checkpoint, write_silo
+from tests.support.federation import make_identities
 
 
 def test_a_federation_trains_to_its_end(federation):
@@ -10,3 +25,271 @@ def test_a_federation_trains_to_its_end(federation):
         assert part.result.next_step == 6
         assert [report.step for report in part.watch.steps] == list(range(6))
         assert part.result.loss_after < part.result.loss_before
+        assert part.result.bytes_sent > part.result.bytes_by_kind["Forward"] > 0
+
+
+def test_clients_hold_the_same_parameters_after_a_round(federation):
+    fed = federation("a", "b", aggregation={"method": "median"})
+    fed.train()
+    durable = fed.durable()
+    ours, theirs = (
+        {name: tensor for name, tensor in durable[who][0].items() if name.startswith("parameter.")} for who in "ab"
+    )
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(tensor, theirs[name]) for name, tensor in ours.items())
+
+
+def test_personal_parameters_stay_different(federation):
+    fed = federation("a", "b", aggregation={"sync": "personal"})
+    fed.train()
+    durable = fed.durable()
+    differing = [n for n, t in durable["a"][0].items() if n.startswith("p") and not torch.equal(t, durable["b"][0][n])]
+    assert differing
+    assert "rounds" not in durable
+
+
+def test_training_alone_gives_the_bits_of_a_federation_of_one(federation):
+    fed = federation("a")
+    fed.train()
+    options = fed.client_options("a", run=fed.folder / "alone")
+    client_run.train_alone(fed.plan_file, "a", options)
+    alone = client_run.ClientStore.peek(options.run)
+    together = fed.durable()["a"][0]
+    assert alone.keys() == together.keys()
+    assert all(torch.equal(tensor, together[name]) for name, tensor in alone.items())
+
+
+def test_training_alone_goes_on_where_it_was_interrupted(federation, monkeypatch):
+    fed = federation("a")
+    whole, parts = (fed.client_options("a", run=fed.folder / run) for run in ("whole", "parts"))
+    client_run.train_alone(fed.plan_file, "a", whole)
+    original, applied = Trainer._apply, []
+
+    def interrupted(self, done):
+        applied.append(done.step)
+        if applied == [0, 1]:
+            raise StorageError("the disk is full")
+        original(self, done)
+
+    monkeypatch.setattr(Trainer, "_apply", interrupted)
+    with pytest.raises(StorageError):
+        client_run.train_alone(fed.plan_file, "a", parts)
+    summary = client_run.train_alone(fed.plan_file, "a", parts)
+    assert (summary.next_step, applied) == (6, [0, 1, 1, 2, 3, 4, 5])
+    expected, found = (client_run.ClientStore.peek(options.run) for options in (whole, parts))
+    assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
+
+
+# --- after the run ------------------------------------------------------------------------------------------------
+
+
+def test_evaluation_and_export_give_the_federations_loss(federation, base_model):
+    """The exported adapter, in plain peft on the whole model, has the held-out loss that the split model has."""
+    from peft import PeftModel
+    from torch.nn import functional as F
+    from transformers import AutoModelForCausalLM
+
+    from fedsea.client import setup
+    from fedsea.model.checkpoint import open_checkpoint
+    from fedsea.types import IGNORE
+
+    fed = federation("a", "b")
+    server = fed.start_server(exit_when_finished=False)
+    for part in [fed.start_client(name, evaluate=True) for name in fed.names]:
+        summary = part.finish()
+    options = fed.client_options("b")
+    evaluated = client_run.evaluate(options)
+    assert evaluated.mean_loss == pytest.approx(summary.loss_after, rel=1e-6)
+    assert evaluated.perplexity == pytest.approx(math.exp(evaluated.mean_loss))
+    everything = client_run.evaluate(options, everything=True)
+    assert everything.num_target_tokens > evaluated.num_target_tokens
+    untrained = client_run.evaluate(replace(options, run=fed.folder / "none"))
+    assert untrained.mean_loss > evaluated.mean_loss
+    client_run.export_adapter(options, fed.folder / "at-client")
+    export_run(fed.folder / "server", fed.folder / "at-server")
+    server.stop()
+
+    checkpoint = open_checkpoint(str(base_model))
+    batches = list(setup.held_out(fed.plan, setup.open_data(fed.plan, checkpoint, options), "b"))
+    for out in ("at-client", "at-server"):
+        model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base_model), str(fed.folder / out))
+        total = 0.0
+        with torch.no_grad():
+            for batch in batches:
+                for ids, targets in zip(
+                    batch.input_ids_T.split(batch.lengths), batch.targets_T.split(batch.lengths), strict=True
+                ):
+                    logits = model(ids[None]).logits[0]
+                    total += float(F.cross_entropy(logits, targets, reduction="sum", ignore_index=IGNORE))
+        assert total / evaluated.num_target_tokens == pytest.approx(evaluated.mean_loss, rel=1e-5)
+
+
+def test_the_server_says_how_it_stands(federation):
+    fed = federation("a")
+    server = fed.start_server(exit_when_finished=False)
+    assert client_run.status(fed.address, fed.identities / "a")["next_step"] == 0
+    fed.start_client("a").finish()
+    status = client_run.status(fed.address, fed.identities / "a")
+    assert (status["next_step"], status["finished"], status["clients"]) == (6, True, ["a"])
+    assert status["bytes_received"] > 0
+    server.stop()
+
+
+def test_a_finished_run_is_told_to_whoever_starts_again(federation):
+    fed = federation("a")
+    server = fed.start_server(exit_when_finished=False)
+    fed.start_client("a").finish()
+    again = fed.start_client("a")
+    assert again.finish().next_step == 6
+    assert not again.watch.steps
+    server.stop()
+
+
+# --- clients that come late or misbehave --------------------------------------------------------------------------
+
+WAITING = {"rounds": 2, "steps_per_round": 4, "wait": 0.1}
+
+
+def test_a_client_that_joins_late_takes_part_from_the_next_round_on(federation):
+    fed = federation("a", "b", training={**WAITING, "steps_per_round": 12})
+    fed.start_server()
+    first = fed.start_client("a")
+    first.watch.wait_for(lambda: len(first.watch.steps) >= 2)
+    late = fed.start_client("b")
+    for part in (first, late, fed.server):
+        part.finish()
+    assert 0 < len(late.watch.steps) < 24
+    assert len(first.watch.steps) == 24
+    durable = fed.durable()
+    name = next(n for n in durable["a"][0] if n.startswith("parameter."))
+    assert torch.equal(durable["a"][0][name], durable["b"][0][name])
+
+
+def test_a_client_whose_loss_is_not_finite_stops_and_others_go_on(federation, monkeypatch):
+    original = ClientSegments.head
+
+    def poisoned(self, batch, hidden, update, number):
+        bad = self.name == "b" and update == 1
+        return original(self, batch, hidden * float("nan") if bad else hidden, update, number)
+
+    monkeypatch.setattr(ClientSegments, "head", poisoned)
+    fed = federation("a", "b", training=WAITING)
+    fed.start_server(exit_when_finished=False)
+    good, bad = fed.start_client("a"), fed.start_client("b")
+    with pytest.raises(NonFiniteError, match="client b is not finite"):
+        bad.finish()
+    assert good.finish().next_step == 8
+
+
+def test_a_server_failing_to_write_stops_everybody_and_goes_on_later(federation, monkeypatch):
+    from fedsea.server.state import ServerStore
+
+    fed = federation("a")
+    original, calls = ServerStore.save, []
+
+    def full(self, engine, state):
+        calls.append(state.next_step)
+        if state.next_step == 2 and calls.count(2) == 1:
+            raise StorageError("Cannot write: the disk is full; free some space, then start again.")
+        original(self, engine, state)
+
+    monkeypatch.setattr(ServerStore, "save", full)
+    server = fed.start_server()
+    part = fed.start_client("a", retry_for_s=0.0)
+    with pytest.raises(StorageError, match="disk is full"):
+        server.finish()
+    with pytest.raises(FedseaError):
+        part.finish()
+    fed.start_server()
+    assert fed.start_client("a").finish().next_step == 6
+    fed.server.finish()
+
+
+# --- what does not fit --------------------------------------------------------------------------------------------
+
+
+def refused(fed, error, match, **changes):
+    fed.start_server()
+    part = fed.start_client("a", **changes)
+    with pytest.raises(error, match=match):
+        part.finish()
+    assert not list((fed.folder / "a").rglob("*.safetensors"))
+
+
+def test_another_base_model_is_refused(federation, tmp_path):
+    (tmp_path / "other").mkdir()
+    other = make_checkpoint(tmp_path / "other", initializer_range=0.05)
+    refused(federation("a"), ConfigError, "block.0|embedding", model=str(other))
+
+
+def test_a_plan_past_the_clients_limits_is_refused(federation, tmp_path):
+    settings = tmp_path / "client.toml"
+    settings.write_text('[limits]\ncodecs = ["bf16"]\n')
+    refused(federation("a"), ConfigError, "wire.hidden", settings=settings)
+
+
+def test_no_data_files_are_refused(federation):
+    refused(federation("a"), ConfigError, "--data", data=())
+
+
+def test_an_empty_silo_is_refused(federation, tmp_path):
+    empty = tmp_path / "empty.jsonl"
+    empty.touch()
+    refused(federation("a"), DataError, "no row", data=(empty,))
+
+
+def test_other_data_than_the_run_began_with_is_refused(federation, tmp_path):
+    fed = federation("a", training={"rounds": 2, "steps_per_round": 400})
+    fed.start_server()
+    part = fed.start_client("a", retry_for_s=0.0)
+    part.watch.wait_for(lambda: bool(part.watch.steps))
+    fed.server.stop()
+    with pytest.raises(FedseaError):
+        part.finish()
+    fed.start_server()
+    other = fed.start_client("a", data=(write_silo(tmp_path / "other.jsonl", "other"),))
+    with pytest.raises(DataError, match="other data files"):
+        other.finish()
+
+
+def test_a_server_run_folder_of_another_plan_is_refused(federation):
+    fed = federation("a")
+    fed.train()
+    fed.plan_file.write_text(fed.plan_file.read_text().replace("seed = 5", "seed = 6"))
+    with pytest.raises(ConfigError, match="seed: 6 here, 5 there"):
+        fed.start_server()
+
+
+def test_a_client_run_folder_of_another_run_is_refused(federation):
+    fed = federation("a")
+    fed.train()
+    fed.start_server(run=fed.folder / "new-run")
+    with pytest.raises(ConfigError, match="another run of the server"):
+        fed.start_client("a").finish()
+
+
+def test_a_client_that_the_plan_does_not_name_is_refused(federation, identities):
+    fed = federation("a")
+    fed.start_server()
+    fed.silos["b"] = fed.silos["a"]
+    with pytest.raises(AuthError, match="not on the server's list"):
+        fed.start_client("b", retry_for_s=0.0).finish()
+
+
+def test_a_revoked_client_is_sent_away_in_the_middle_of_a_run(federation, tmp_path, base_model):
+    from tests.support.federation import Federation
+
+    own = make_identities(tmp_path / "ids", ("a", "b"))
+    fed = Federation(
+        tmp_path / "fed", base_model, own, ("a", "b"), {"training": {"rounds": 1, "steps_per_round": 5000}}
+    )
+    try:
+        fed.start_server()
+        parts = {name: fed.start_client(name, retry_for_s=0.0) for name in fed.names}
+        parts["b"].watch.wait_for(lambda: bool(parts["b"].watch.steps))
+        Authority.open(own / "ca").revoke("b", "test")
+        with pytest.raises(AuthError, match="was revoked"):
+            parts["b"].finish()
+        assert parts["a"].is_alive()
+    finally:
+        fed.close()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 import json
 import threading
 from collections.abc import Callable, Mapping
@@ -119,10 +121,13 @@ class ServerThread(Part):
         self.status: dict[str, Any] = {}
         self.service: Service | None = None
         self._loop: Any = None
+        self._main: Any = None
 
     def _serve(self) -> None:
         try:
             server_run.serve(self.options, self._watched)
+        except asyncio.CancelledError:
+            pass  # by `stop`
         finally:
             self.ready.set()
 
@@ -134,7 +139,8 @@ class ServerThread(Part):
     def stop(self) -> None:
         """As a signal would; clients see a server that is gone."""
         if self.is_alive() and self.service is not None:
-            self._loop.call_soon_threadsafe(self.service.over.set)
+            with contextlib.suppress(RuntimeError):  # it has just ended by itself
+                self._loop.call_soon_threadsafe(self._main.cancel)
         self.join(DEADLINE_S)
 
     def start_and_wait(self) -> str:
@@ -144,9 +150,8 @@ class ServerThread(Part):
         class Caught(Service):
             def __init__(self, *args: Any, **kwargs: Any) -> None:
                 super().__init__(*args, **kwargs)
-                import asyncio
-
                 thread.service, thread._loop = self, asyncio.get_running_loop()
+                thread._main = asyncio.current_task()
 
         original, server_run.Service = server_run.Service, Caught  # type: ignore[misc]
         try:
