@@ -26,8 +26,8 @@ KINDS = {
     "InputGradient": "gradients back",
     "RoundUpdate": "trained parameters to the server",
     "RoundResult": "averaged parameters back",
-    "StepReady": "step agreed on (ready)",
-    "StepDone": "step agreed on (done)",
+    "StepReady": "own segments' gradients to the server",
+    "StepDone": "summed gradients back",
 }
 """Kind of message to what it carries; the rest is handshake."""
 
