@@ -14,7 +14,7 @@ from fedsea.model.checkpoint import open_checkpoint
 from fedsea.wire import messages as m
 from tests.contract.trunks import BOUNDARY, Bench, get, local_bench, remote_bench, values, where
 
-PLAN = {"training": {"rounds": 2, "steps_per_round": 1, "micro_batches": 2}}
+PLAN = {"training": {"rounds": 2, "steps_per_round": 1, "micro_batches": 2, "micro_batch_sequences": 3}}
 
 
 @pytest.fixture(params=["local", "remote"])
@@ -96,7 +96,10 @@ def test_a_step_updates_the_trunk_as_adamw_does_and_says_how_it_was_clipped(benc
 
 
 def test_summed_gradients_come_back_with_the_step(bench):
-    bench = bench(aggregation={"sync": "step"}, training={"rounds": 1, "steps_per_round": 1, "micro_batches": 2})
+    bench = bench(
+        aggregation={"sync": "step"},
+        training={"rounds": 1, "steps_per_round": 1, "micro_batches": 2, "micro_batch_sequences": 3},
+    )
     trunk = opened(bench)
     run_step(trunk)
     gradients = {name: torch.full_like(tensor, 0.5) for name, tensor in _client_parameters(bench).items()}

@@ -22,7 +22,7 @@ from tests.contract.trunks import BOUNDARY, DEADLINE_S, Bench, get, remote_bench
 from tests.support.federation import ServerThread
 from tests.support.proxy import CuttingProxy
 
-PLAN = {"training": {"rounds": 1, "steps_per_round": 2}}
+PLAN = {"training": {"rounds": 1, "steps_per_round": 2, "micro_batch_sequences": 3}}
 
 
 @pytest.fixture
@@ -230,7 +230,7 @@ def test_a_client_that_agreed_to_another_plan_is_refused(bench, monkeypatch):
 
 
 def test_a_trunk_that_is_not_shared_is_not_handed_out(federation):
-    bench = remote_bench(federation("a", durability={"share_trunk": False}))
+    bench = remote_bench(federation("a", **PLAN, durability={"share_trunk": False}))
     try:
         trunk = bench.trunk(role="observe")
         assert trunk.next_event() == Connected()
@@ -242,7 +242,9 @@ def test_a_trunk_that_is_not_shared_is_not_handed_out(federation):
 
 
 def test_a_goodbye_reaches_the_server_although_the_connection_is_lost(federation):
-    fed = federation("a", training={"rounds": 1, "steps_per_round": 1}, aggregation={"sync": "personal"})
+    fed = federation(
+        "a", training={"rounds": 1, "steps_per_round": 1, "micro_batch_sequences": 3}, aggregation={"sync": "personal"}
+    )
     bench = remote_bench(fed)
     with CuttingProxy(fed.address) as proxy:
         standing = Standing()

@@ -19,17 +19,17 @@ from typing import Any
 
 import torch
 
-from fedsea.errors import AuthError, FedseaError, NonFiniteError, ProtocolError
+from fedsea.errors import FedseaError, NonFiniteError, ProtocolError
 from fedsea.federation.schedule import place
 from fedsea.model.passes import Entry
 from fedsea.plan import FederationPlan
 from fedsea.server.engine import Engine, Outcome
 from fedsea.server.executor.local import Priority
 from fedsea.server.ports import Member, Ports
+from fedsea.server.replies import Answer, Questions, Replies
 from fedsea.server.rounds import RoundKeeper
 from fedsea.server.state import RunState, ServerStore
 from fedsea.server.step import ChangedInput, StepState, only_tensor
-from fedsea.types import Reply
 from fedsea.wire import messages as m
 
 log = logging.getLogger(__name__)
@@ -66,6 +66,8 @@ class Coordinator:
         self.connected: set[str] = set()
         self.step: StepState | None = None
         self.rounds = RoundKeeper(plan, roster)
+        self.replies = Replies(ports, roster)
+        self.questions = Questions(engine, ports, share_trunk=plan.durability.share_trunk)
         self.failure: FedseaError | None = None
         self._attempt = 0
         self._waiting_since: float | None = None
@@ -93,14 +95,14 @@ class Coordinator:
         Raises:
             ProtocolError: What the client holds and what the server holds do not belong together.
         """
-        self._check_standing(name, join)
+        self.state.check_standing(name, join, strict=self.wait_s is None)
         self.connected.add(name)
         log.info("client %s joined at step %d", name, self.state.next_step)
         outcome = self.state.outcomes.get(name)
         if outcome is not None and outcome.step == join.prepared_step == join.next_step:
-            self._send_done(name, outcome)
+            self.replies.done(name, outcome)
         if self.state.result and join.round < self.state.rounds_done:
-            self._send_result(name)
+            self.replies.result(name, self.state)
         if self.finished:
             self.ports.send(name, m.Finished(self.state.next_step))
             return
@@ -115,21 +117,6 @@ class Coordinator:
         elif step is not None and self._may_still_enter(step, name):
             self._enter(step, name)
         self.advance()
-
-    def _check_standing(self, name: str, join: m.Join) -> None:
-        if join.next_step > self.state.next_step or join.round > self.state.rounds_done:
-            raise ProtocolError(
-                f"Client {name} is at step {join.next_step}, the server at {self.state.next_step}: the server's run "
-                "folder is older than the client's. Restore the newest run folder at the server."
-            )
-        outcome = self.state.outcomes.get(name)
-        if self.wait_s is not None or outcome is None or join.next_step > outcome.step:
-            return
-        if join.next_step < outcome.step or join.prepared_step != outcome.step:
-            raise ProtocolError(
-                f"Client {name} is at step {join.next_step}, but took part in step {outcome.step} already: its run "
-                "folder is older than the run. Restore the newest run folder at that client."
-            )
 
     def _may_still_enter(self, step: StepState, name: str) -> bool:
         members = place(self.plan, step.step).members
@@ -146,8 +133,9 @@ class Coordinator:
     def leave(self, name: str) -> None:
         """A client's stream has ended."""
         self.connected.discard(name)
-        if self.step is not None and name in self.step.members and self.wait_s is not None:
-            self._drop(self.step, [name])
+        step = self.step
+        if step is not None and name in step.members and self.wait_s is not None and step.members[name].ready is None:
+            self._drop(step, [name])
         self.advance()
 
     def evict(self, name: str, error: FedseaError) -> None:
@@ -159,7 +147,7 @@ class Coordinator:
 
     # --- messages ---------------------------------------------------------------------------------------------------
 
-    def answer(self, name: str, message: m.Message, reply: Callable[[m.Message], None]) -> None:
+    def answer(self, name: str, message: m.Message, reply: Answer) -> None:
         """Serve what changes nothing: an evaluation, or the trunk's adapters.
 
         Raises:
@@ -167,9 +155,10 @@ class Coordinator:
         """
         match message:
             case m.Forward(evaluate=True):
-                self._evaluate(name, message, reply)
+                self._check_forward(name, message)
+                self.questions.evaluate(name, message, reply)
             case m.FetchTrunk():
-                self._fetch(reply)
+                self.questions.fetch(self.state, reply)
             case _:
                 raise ProtocolError(f"A client may not send {type(message).__name__} here.")
 
@@ -202,21 +191,27 @@ class Coordinator:
         member = step.members[name]
         try:
             if isinstance(message, m.Forward):
-                self._check_blocks(name, message)
+                self._check_forward(name, message)
                 if not step.add_forward(name, message) and message.micro_batch in member.outputs:
-                    self._send_output(name, step, message.micro_batch)
+                    self.replies.output(name, step, message.micro_batch)
             elif not step.add_backward(name, message) and message.micro_batch in member.propagated:
-                self._send_gradient(name, step, message.micro_batch)
+                self.replies.gradient(name, step, message.micro_batch)
         except ChangedInput:
             log.info("client %s repeated step %d with other values: the step begins again", name, step.step)
             self._restart()
 
-    def _check_blocks(self, name: str, message: m.Forward) -> None:
+    def _check_forward(self, name: str, message: m.Forward) -> None:
+        """Sizes and shapes were checked on arrival; here, what the plan gives this client."""
         expected = self.roster[name].blocks
         if message.blocks != expected:
             raise ProtocolError(
                 f"Client {name} asked for blocks {message.blocks.start}:{message.blocks.stop}; the plan gives it "
                 f"{expected.start}:{expected.stop}."
+            )
+        if max(message.lengths) > self.plan.data.max_tokens:
+            raise ProtocolError(
+                f"Client {name} sent a sequence of {max(message.lengths)} tokens; the plan's data.max_tokens is "
+                f"{self.plan.data.max_tokens}."
             )
 
     def _check_bundle(self, name: str, tensors: object) -> None:
@@ -230,7 +225,7 @@ class Coordinator:
             self._check_bundle(name, message.tensors)
         step, outcome = self.step, self.state.outcomes.get(name)
         if outcome is not None and outcome.step == message.step:
-            self._send_done(name, outcome)
+            self.replies.done(name, outcome)
         elif step is not None and step.step == message.step and name in step.members:
             member = step.members[name]
             if not step.has_sent_all(name):
@@ -297,8 +292,12 @@ class Coordinator:
         waiting = () if step is None else tuple(n for n in step.waiting_for() if n not in self.connected)
         if waiting != self._announced:
             self._announced = waiting
-            for name in self.connected:
-                self.ports.send(name, m.Waiting(self.state.next_step, waiting))
+            self._tell(m.Waiting(self.state.next_step, waiting))
+
+    def _tell(self, message: m.Message) -> None:
+        """To everybody who is connected."""
+        for name in self.connected:
+            self.ports.send(name, message)
 
     def _open_step(self) -> None:
         number = self.state.next_step
@@ -330,7 +329,7 @@ class Coordinator:
     # --- engine jobs ------------------------------------------------------------------------------------------------
 
     def _entry(self, name: str, message: m.Forward) -> Entry:
-        wanted = self.plan.trains_below_cut(name) and not message.evaluate
+        wanted = self.plan.trains_below_cut(name)
         return Entry(name, only_tensor(message), message.lengths, message.blocks, wanted)
 
     def _run_forward(self, step: StepState, slot: int) -> None:
@@ -351,7 +350,7 @@ class Coordinator:
         for name, output in outputs.items():
             if (member := step.members.get(name)) is not None:
                 member.outputs[slot] = output
-                self._send_output(name, step, slot)
+                self.replies.output(name, step, slot)
         self.advance()
 
     def _run_backward(self, step: StepState, slot: int) -> None:
@@ -376,7 +375,7 @@ class Coordinator:
             if slot in member.forwards and (name in sent or name in step.silent):
                 member.propagated[slot] = results.get(name)
                 if name in step.members and name not in step.silent:
-                    self._send_gradient(name, step, slot)
+                    self.replies.gradient(name, step, slot)
         self.advance()
 
     def _finish(self, step: StepState) -> None:
@@ -402,12 +401,11 @@ class Coordinator:
         self.step, self._attempt = None, 0
         for name in step.members:
             if name in self.connected:
-                self._send_done(name, outcome)
+                self.replies.done(name, outcome)
         if self.round_due:
-            for name in self.connected:
-                self.ports.send(name, m.RoundOpen(self.state.rounds_done))
+            self._tell(m.RoundOpen(self.state.rounds_done))
         elif self.finished:
-            self._send_finished()
+            self._tell(m.Finished(self.state.next_step))
         self.advance()
 
     def engine_failed(self, error: BaseException) -> None:
@@ -426,7 +424,7 @@ class Coordinator:
     def _round_update(self, name: str, message: m.RoundUpdate) -> None:
         self._check_bundle(name, message.tensors)
         if message.round < self.state.rounds_done:
-            self._send_result(name)
+            self.replies.result(name, self.state)
         else:
             self.rounds.add(name, message, self.state)
 
@@ -453,51 +451,7 @@ class Coordinator:
         self.rounds.aggregating = False
         self.rounds.updates.clear()
         for name in self.connected:
-            self._send_result(name)
+            self.replies.result(name, self.state)
         if self.finished:
-            self._send_finished()
+            self._tell(m.Finished(self.state.next_step))
         self.advance()
-
-    # --- answers ----------------------------------------------------------------------------------------------------
-
-    def _evaluate(self, name: str, message: m.Forward, reply: Callable[[m.Message], None]) -> None:
-        self._check_blocks(name, message)
-        job = partial(self.engine.passes.evaluate, self._entry(name, message))
-
-        def then(output: torch.Tensor) -> None:
-            reply(m.Output(message.step, 0, message.micro_batch, True, Reply({"": output})))
-
-        self.ports.submit(Priority.EVALUATE, job, then)
-
-    def _fetch(self, reply: Callable[[m.Message], None]) -> None:
-        if not self.plan.durability.share_trunk:
-            raise AuthError("The plan does not share the trunk's adapters (durability.share_trunk = false).")
-
-        def then(tensors: dict[str, torch.Tensor]) -> None:
-            reply(m.TrunkState(self.state.next_step, Reply(tensors)))
-
-        self.ports.submit(Priority.EVALUATE, self.engine.parameters, then)
-
-    def _held_by(self, name: str, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        return {key: tensor for key, tensor in tensors.items() if key in self.roster[name].shapes}
-
-    def _send_output(self, name: str, step: StepState, slot: int) -> None:
-        output = Reply({"": step.members[name].outputs[slot]})
-        self.ports.send(name, m.Output(step.step, step.attempt, slot, False, output))
-
-    def _send_gradient(self, name: str, step: StepState, slot: int) -> None:
-        gradient = step.members[name].propagated[slot]
-        reply = Reply({} if gradient is None else {"": gradient})
-        self.ports.send(name, m.InputGradient(step.step, step.attempt, slot, reply))
-
-    def _send_done(self, name: str, outcome: Outcome) -> None:
-        reply = Reply(self._held_by(name, outcome.gradients))
-        self.ports.send(name, m.StepDone(outcome.step, outcome.num_target_tokens, outcome.clip_coefficient, reply))
-
-    def _send_result(self, name: str) -> None:
-        reply = Reply(self._held_by(name, self.state.result))
-        self.ports.send(name, m.RoundResult(self.state.rounds_done - 1, reply))
-
-    def _send_finished(self) -> None:
-        for name in self.connected:
-            self.ports.send(name, m.Finished(self.state.next_step))

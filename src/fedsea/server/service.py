@@ -30,8 +30,9 @@ log = logging.getLogger(__name__)
 
 _HANDSHAKE_S = 60.0
 _MOST_WAITING = 1024
-_MOST_SEQUENCES = 4096
 _MOST_QUESTIONS = 8
+_PATIENCE_S = 120.0
+_PATIENCE_BOUNDED_S = 20.0
 
 
 class _Link:
@@ -96,6 +97,7 @@ class Service:
         self._executor = executor
         self._links: dict[str, _Link] = {}
         self._left: set[str] = set()
+        self._alone_since: float | None = None
         self._sent: Counter[str] = Counter()
         self._received: Counter[str] = Counter()
         self._errors: Counter[str] = Counter()
@@ -184,10 +186,11 @@ class Service:
     def _limits(self, name: str) -> WireLimits:
         _, sequences = self.plan.micro_batches_of(name)
         max_tensor_bytes = self.plan.wire.max_tensor_mb << 20
+        max_tokens = min(sequences * self.plan.data.max_tokens, max_tensor_bytes // (4 * self._hidden_size))
         return WireLimits(
             hidden_size=self._hidden_size,
-            max_tokens=max(1, max_tensor_bytes // (4 * self._hidden_size)),
-            max_sequences=max(sequences, _MOST_SEQUENCES),
+            max_tokens=max(1, max_tokens),
+            max_sequences=sequences,
             max_tensor_bytes=max_tensor_bytes,
             codecs={Channel.HIDDEN: self.plan.wire.hidden, Channel.GRADIENT: self.plan.wire.gradient},
             bundle_shapes=self.roster[name].shapes,
@@ -231,7 +234,22 @@ class Service:
             del self._links[name]
             log.info("client %s left", name)
             self.coordinator.leave(name)
-        if self.coordinator.finished and self._left >= set(self.plan.client_names):
+        self._look_whether_over()
+
+    def _look_whether_over(self) -> None:
+        """The run is over when it is finished and everybody has said goodbye.
+
+        It is also over when nobody has been connected for a while: a client may have gone for good, or have said
+        goodbye to the process before this one.
+        """
+        if not self.coordinator.finished or self._links:
+            self._alone_since = None
+            return
+        if self._alone_since is None:
+            self._alone_since = self.clock()
+        alone_s = self.clock() - self._alone_since
+        patience_s = _PATIENCE_S if self.coordinator.wait_s is None else _PATIENCE_BOUNDED_S
+        if alone_s > patience_s or self._left >= set(self.plan.client_names):
             self.over.set()
 
     # --- asked from outside -----------------------------------------------------------------------------------------
@@ -241,6 +259,7 @@ class Service:
         while True:
             await asyncio.sleep(0.05)
             self.coordinator.tick()
+            self._look_whether_over()
 
     def status(self, _: PeerIdentity | None = None) -> dict[str, Any]:
         """Where the run stands, for `fedsea status`."""

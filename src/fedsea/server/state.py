@@ -9,10 +9,11 @@ from typing import Any
 
 import torch
 
-from fedsea.errors import ConfigError
+from fedsea.errors import ConfigError, ProtocolError
 from fedsea.plan import FederationPlan, differences, parse_plan_json
 from fedsea.server.engine import Engine, Outcome
 from fedsea.storage import CheckpointStore
+from fedsea.wire.messages import Join
 
 Tensors = Mapping[str, torch.Tensor]
 
@@ -34,6 +35,31 @@ class RunState:
     rounds_done: int = 0
     outcomes: dict[str, Outcome] = field(default_factory=dict)
     result: dict[str, torch.Tensor] = field(default_factory=dict)
+
+    def check_standing(self, name: str, join: Join, *, strict: bool) -> None:
+        """Whether what a client holds and what the server holds belong together.
+
+        Args:
+            name: The client.
+            join: Where it says it stands.
+            strict: A client may not have missed a step that it took part in.
+
+        Raises:
+            ProtocolError: One of the two has an older run folder than the other.
+        """
+        if join.next_step > self.next_step or join.round > self.rounds_done:
+            raise ProtocolError(
+                f"Client {name} is at step {join.next_step}, the server at {self.next_step}: the server's run folder "
+                "is older than the client's. Restore the newest run folder at the server."
+            )
+        outcome = self.outcomes.get(name)
+        if not strict or outcome is None or join.next_step > outcome.step:
+            return
+        if join.next_step < outcome.step or join.prepared_step != outcome.step:
+            raise ProtocolError(
+                f"Client {name} is at step {join.next_step}, but took part in step {outcome.step} already: its run "
+                "folder is older than the run. Restore the newest run folder at that client."
+            )
 
 
 class ServerStore:

@@ -279,6 +279,26 @@ def test_a_client_whose_folder_is_older_than_the_run_is_refused(world):
         w.join("a", next_step=0, prepared_step=0)
 
 
+def test_a_sequence_longer_than_the_plans_is_refused(world):
+    w = world("a", data={"max_tokens": 8}, **ONE_ROUND)
+    w.join("a")
+    with pytest.raises(ProtocolError, match="a sequence of 9 tokens"):
+        w.forward("a", lengths=(9,), tensors={"": torch.ones(9, 3)})
+    assert w.ran("forward") == []
+
+
+def test_a_ready_member_that_leaves_a_bounded_step_still_gets_its_outcome(world):
+    w = world(**waits())
+    w.join("a", "b")
+    w.work("a", "b")
+    w.ready("b")
+    w.coordinator.leave("b")
+    w.ready("a", step=0)
+    assert w.coordinator.state.outcomes.keys() == {"a", "b"}
+    w.join("b", next_step=0, prepared_step=0)
+    assert [done.step for done in w.to("b", m.StepDone)] == [0]
+
+
 # --- coming back --------------------------------------------------------------------------------------------------
 
 
@@ -597,6 +617,23 @@ def test_an_evaluation_is_answered_outside_any_step(world):
     w.run()
     assert torch.equal(tensor_of(answers[0]), torch.full((2, 3), 5.0))
     assert w.coordinator.step is None
+
+
+def test_an_evaluation_that_fails_concerns_its_asker_alone(world):
+    w = world(**ONE_ROUND)
+
+    def fail(_):
+        raise RuntimeError("private")
+
+    w.engine.passes.evaluate = fail
+    answers: list[m.Message] = []
+    message = m.Forward(7, 0, 0, 1, BlockRange(1, 4), (2,), 2, True, {"": torch.ones(2, 3)})
+    w.coordinator.answer("a", message, answers.append)
+    w.run()
+    assert isinstance(answers[0], m.Failure)
+    assert answers[0].fatal
+    assert "private" not in answers[0].message
+    assert w.coordinator.failure is None
 
 
 def test_the_trunks_parameters_are_handed_out_if_the_plan_shares_them(world, tmp_path):

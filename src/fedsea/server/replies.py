@@ -1,0 +1,110 @@
+"""What the server says to clients, as messages; and questions that change nothing."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping
+from functools import partial
+
+import torch
+
+from fedsea.errors import AuthError, FedseaError, ProtocolError
+from fedsea.model.passes import Entry
+from fedsea.server.engine import Engine, Outcome
+from fedsea.server.executor.local import Priority
+from fedsea.server.ports import Member, Ports
+from fedsea.server.state import RunState
+from fedsea.server.step import StepState, only_tensor
+from fedsea.types import Reply
+from fedsea.wire import messages as m
+
+log = logging.getLogger(__name__)
+
+Answer = Callable[[m.Message], None]
+
+
+class Replies:
+    """Makes the messages of a run, each client with the parameters that it holds.
+
+    Args:
+        ports: Where messages go.
+        roster: What each client has.
+    """
+
+    def __init__(self, ports: Ports, roster: Mapping[str, Member]) -> None:
+        self._ports = ports
+        self._roster = roster
+
+    def output(self, name: str, step: StepState, slot: int) -> None:
+        """Hidden states of a micro-batch, back to its client."""
+        reply = Reply({"": step.members[name].outputs[slot]})
+        self._ports.send(name, m.Output(step.step, step.attempt, slot, False, reply))
+
+    def gradient(self, name: str, step: StepState, slot: int) -> None:
+        """The gradient at the trunk's input; nothing if the client needs none."""
+        gradient = step.members[name].propagated[slot]
+        reply = Reply({} if gradient is None else {"": gradient})
+        self._ports.send(name, m.InputGradient(step.step, step.attempt, slot, reply))
+
+    def done(self, name: str, outcome: Outcome) -> None:
+        """A step is applied."""
+        reply = Reply(self._held_by(name, outcome.gradients))
+        message = m.StepDone(outcome.step, outcome.num_target_tokens, outcome.clip_coefficient, reply)
+        self._ports.send(name, message)
+
+    def result(self, name: str, state: RunState) -> None:
+        """The newest round's aggregate."""
+        self._ports.send(name, m.RoundResult(state.rounds_done - 1, Reply(self._held_by(name, state.result))))
+
+    def _held_by(self, name: str, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        return {key: tensor for key, tensor in tensors.items() if key in self._roster[name].shapes}
+
+
+class Questions:
+    """Evaluations, and the trunk's parameters: whatever goes wrong concerns the asker alone.
+
+    Args:
+        engine: The trunk; touched only inside submitted jobs.
+        ports: The world.
+        share_trunk: Whether the plan lets clients have the trunk's parameters.
+    """
+
+    def __init__(self, engine: Engine, ports: Ports, *, share_trunk: bool) -> None:
+        self._engine = engine
+        self._ports = ports
+        self._share_trunk = share_trunk
+
+    def evaluate(self, name: str, message: m.Forward, answer: Answer) -> None:
+        """Run hidden states through the trunk without a graph."""
+        entry = Entry(name, only_tensor(message), message.lengths, message.blocks, needs_gradient=False)
+
+        def then(result: torch.Tensor | FedseaError) -> None:
+            if isinstance(result, FedseaError):
+                answer(m.Failure(result.code, result.message, 0.0, -1, True))
+            else:
+                answer(m.Output(message.step, 0, message.micro_batch, True, Reply({"": result})))
+
+        self._ports.submit(Priority.EVALUATE, partial(self._evaluated, entry), then)
+
+    def _evaluated(self, entry: Entry) -> torch.Tensor | FedseaError:
+        try:
+            return self._engine.passes.evaluate(entry)
+        except FedseaError as error:
+            return error
+        except Exception:
+            log.exception("an evaluation of client %s failed", entry.client)
+            return ProtocolError("The server could not run this evaluation and logged why; tell its operator.")
+
+    def fetch(self, state: RunState, answer: Answer) -> None:
+        """The trunk's trained parameters.
+
+        Raises:
+            AuthError: The plan does not share them.
+        """
+        if not self._share_trunk:
+            raise AuthError("The plan does not share the trunk's adapters (durability.share_trunk = false).")
+
+        def then(tensors: dict[str, torch.Tensor]) -> None:
+            answer(m.TrunkState(state.next_step, Reply(tensors)))
+
+        self._ports.submit(Priority.EVALUATE, self._engine.parameters, then)
