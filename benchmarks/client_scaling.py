@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
+import os
 import statistics
 import sys
 import time
@@ -176,11 +177,13 @@ def main() -> None:
     parser.add_argument("--rtt-ms", type=float, default=20.0, help="of the emulated link")
     parser.add_argument("--mbit", type=float, default=100.0, help="of the emulated link, each way; both 0: no proxy")
     parser.add_argument("--shape", choices=SHAPES, default="15m")
-    parser.add_argument("--sequences", type=int, default=2, help="of a micro-batch")
+    parser.add_argument("--sequences", type=int, default=1, help="of a micro-batch")
     parser.add_argument("--micro-batches", type=int, default=1, help="of a step; all of them in flight")
     parser.add_argument("--tokens", type=int, nargs=2, default=(64, 128), help="fewest and most of a sequence")
     parser.add_argument("--completion", type=float, default=0.25, help="share of a sequence's tokens that is learned")
-    parser.add_argument("--server-threads", type=int, help="CPU threads of the server; the others have --threads")
+    parser.add_argument(
+        "--server-threads", type=int, default=os.cpu_count(), help="CPU threads of the server (default: every core)"
+    )
     parser.add_argument(
         "--own-machines",
         action="store_true",
