@@ -114,6 +114,11 @@ def test_a_server_killed_in_other_modes_changes_no_bit(federation, undisturbed, 
     assert_same_bits(disturbed(federation, mode, "server", SERVER_FAULTS[point]), undisturbed(mode))
 
 
+def test_a_server_killed_after_a_later_clients_first_step_changes_no_bit(federation, undisturbed):
+    fault = Fault(f"{COORDINATOR}._finished_step", 3)  # steps 0 and 1 were the other client's turn
+    assert_same_bits(disturbed(federation, "sequential", "server", fault), undisturbed("sequential"))
+
+
 def test_killing_the_same_client_again_after_its_restart_changes_no_bit(federation, undisturbed):
     faults = (CLIENT_FAULTS["prepared-not-told"], Fault(f"{TRAINER}._apply", 1), CLIENT_FAULTS["half-written"])
     assert_same_bits(disturbed(federation, "round", "b", *faults), undisturbed("round"))

@@ -6,6 +6,7 @@ here: a method is wrapped in the child before the work begins; production code k
 
 from __future__ import annotations
 
+import faulthandler
 import functools
 import importlib
 import multiprocessing
@@ -111,9 +112,10 @@ class _Reporter:
 
 
 def _report_errors(work: Callable[[Connection], Any], faults: Sequence[Fault], news: Connection) -> None:
-    for fault in faults:
-        _arm(fault, news)
+    faulthandler.enable()
     try:
+        for fault in faults:
+            _arm(fault, news)
         news.send(("end", work(news)))
     except BaseException as error:
         news.send(("error", f"{type(error).__name__}: {error}"))

@@ -99,7 +99,7 @@ class Coordinator:
         self.connected.add(name)
         log.info("client %s joined at step %d", name, self.state.next_step)
         outcome = self.state.outcomes.get(name)
-        if outcome is not None and outcome.step == join.prepared_step == join.next_step:
+        if outcome is not None and outcome.step == join.prepared_step:
             self.replies.done(name, outcome)
         if self.state.result and join.round < self.state.rounds_done:
             self.replies.result(name, self.state)

@@ -55,7 +55,8 @@ class RunState:
         outcome = self.outcomes.get(name)
         if not strict or outcome is None or join.next_step > outcome.step:
             return
-        if join.next_step < outcome.step or join.prepared_step != outcome.step:
+        # A client that prepared a step has applied all of its own before, however many were others' turns.
+        if join.prepared_step != outcome.step:
             raise ProtocolError(
                 f"Client {name} is at step {join.next_step}, but took part in step {outcome.step} already: its run "
                 "folder is older than the run. Restore the newest run folder at that client."

@@ -352,6 +352,19 @@ def test_a_restarted_server_goes_on_where_it_was(world):
     assert again.to("a", m.StepOpen) == [m.StepOpen(1, 0)]
 
 
+def test_a_client_that_missed_the_outcome_of_its_first_turn_is_told_although_others_stepped_before(world):
+    w = world(training={"mode": "sequential", "rounds": 1, "steps_per_round": 2})
+    w.join("a", "b")
+    w.whole_step("a")
+    w.whole_step("a")
+    w.work("b")
+    w.coordinator.connected.discard("b")
+    w.ready("b")
+    assert not w.to("b", m.StepDone)
+    w.join("b", next_step=0, prepared_step=2)
+    assert [done.step for done in w.to("b", m.StepDone)] == [2]
+
+
 # --- turns --------------------------------------------------------------------------------------------------------
 
 
