@@ -84,7 +84,10 @@ def test_a_client_from_doctor_to_export(one: Federation, capsys: pytest.CaptureF
 
 def test_a_finished_run_ends_at_once_in_a_sentence(one: Federation, capsys: pytest.CaptureFixture[str]) -> None:
     assert main.run(["train", *client(one), "--quiet", "--no-eval"]) == 0
-    assert capsys.readouterr() == ("", "")
+    shown = capsys.readouterr()
+    assert shown.out == ""
+    assert len(shown.err.splitlines()) == 1, "even a quiet run says what it relies on, and nothing else"
+    assert "Trust mode: trusted-server" in shown.err
     assert main.run(["train", *client(one), "--no-eval"]) == 0
     assert "Finished after 2 steps" in capsys.readouterr().out
 
