@@ -20,8 +20,11 @@ if TYPE_CHECKING:
 
 Logits: TypeAlias = Callable[[torch.Tensor], torch.Tensor]
 
-CHUNK_ELEMENTS = 2**24
-"""Logits held at once (rows times V); 64 MB in float32."""
+CHUNK_ELEMENTS = 6 * 2**20
+"""Logits held at once (rows times V) on a CPU: 25 MB in float32, since glibc maps what is over 32 MB anew each time."""
+
+_ON_ACCELERATORS = 4
+"""So many times as many on other devices, which want larger products and keep their memory."""
 
 
 class _Output(BaseModelOutputWithPast):  # type: ignore[misc]
@@ -61,7 +64,7 @@ def head_of(model: PreTrainedModel, decoder_path: str) -> tuple[Logits, list[nn.
 
     def logits(hidden_TH: torch.Tensor) -> torch.Tensor:
         out: torch.Tensor = head(inputs_embeds=hidden_TH[None], use_cache=False, return_dict=True).logits
-        return out[0]
+        return out.squeeze(0)  # not out[0], whose backward would fill and copy a tensor of this size
 
     return logits, [parameter for parameter in head.parameters() if parameter.requires_grad]
 
@@ -78,7 +81,8 @@ def summed_cross_entropy(
         targets_T: A target for each of them.
         vocab_size: V, which decides how many rows run at once.
     """
-    rows = max(1, CHUNK_ELEMENTS // vocab_size)
+    elements = CHUNK_ELEMENTS * (1 if hidden_TH.device.type == "cpu" else _ON_ACCELERATORS)
+    rows = max(1, elements // vocab_size)
     if torch.is_grad_enabled() and (hidden_TH.requires_grad or trained):
         loss: torch.Tensor = _ChunkedLoss.apply(logits, rows, targets_T, hidden_TH, *trained)  # type: ignore[no-untyped-call]
         return loss
