@@ -3,11 +3,15 @@
 Two files: the checkpoint after the last applied step, and, while a step is being agreed on, its *prepared*
 gradients. A client tells the server that it is ready only when the latter are durable; killed in between, it
 asks for the outcome and applies them, or learns that the step is to be done again.
+
+Because the prepared gradients outlive a kill, the checkpoint after a step is written beside the next step's
+computation: it has to be durable only before the next gradients take the place of the ones that it contains.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -72,6 +76,8 @@ class ClientStore:
         self.run_id = run_id
         self._checkpoints = CheckpointStore(folder / "checkpoints", keep=plan.durability.keep)
         self._prepared_path = folder / "prepared.safetensors"
+        self._writer = ThreadPoolExecutor(1, "fedsea-checkpoint")
+        self._writing: Future[None] | None = None
         self.state = ClientState()
         self.prepared: Prepared | None = None
 
@@ -117,20 +123,34 @@ class ClientStore:
             )
 
     def save(self, state: ClientState, tensors: Tensors) -> None:
-        """Make the state after a step or round durable."""
+        """Make the state after a step or round durable, in the background; `flush` waits for it.
+
+        Args:
+            state: Where the client stands.
+            tensors: Not to be changed until `flush`, or the next `prepare` or `save`.
+
+        Raises:
+            StorageError: The disk refused this one, or the one before.
+        """
+        self.flush()
         values = {
             "state": asdict(state),
             "run_id": self.run_id,
             "plan": self.plan.to_json(),
             "plan_sha256": self.plan.sha256(),
         }
-        self._checkpoints.save(state.next_step, tensors, values)
+        self._writing = self._writer.submit(self._checkpoints.save, state.next_step, tensors, values)
         self.state = state
         if self.prepared is not None and self.prepared.step < state.next_step:
             self.prepared = None
 
     def prepare(self, prepared: Prepared) -> None:
-        """Make a step's own gradients durable."""
+        """Make a step's own gradients durable.
+
+        Raises:
+            StorageError: The disk refused.
+        """
+        self.flush()
         item = asdict(replace(prepared, gradients={}))
         del item["gradients"]
         save_tensors(self._prepared_path, prepared.gradients, item)
@@ -147,6 +167,17 @@ class ClientStore:
         prepared = -1 if self.prepared is None else self.prepared.step
         return Standing(self.state.next_step, prepared, self.state.rounds_done)
 
+    def flush(self) -> None:
+        """Wait until the last `save` is durable.
+
+        Raises:
+            StorageError: The disk refused it.
+        """
+        writing, self._writing = self._writing, None
+        if writing is not None:
+            writing.result()
+
     def close(self) -> None:
-        """Release the run folder."""
+        """Release the run folder, when what was saved is durable or has failed."""
+        self._writer.shutdown()
         self._checkpoints.close()

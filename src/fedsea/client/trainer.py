@@ -151,6 +151,7 @@ class Trainer:
                     self._take_round(event)
                 case m.Finished():
                     self._evaluate_once(always=True)
+                    self.store.flush()
                     self.trunk.close(self.store.state.next_step)
                     return
 

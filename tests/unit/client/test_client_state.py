@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import threading
 
 import pytest
 import torch
@@ -111,17 +112,36 @@ def test_a_full_disk_leaves_checkpoint_and_prepared_step_as_they_were(store, mon
     store.prepare(prepared(1))
     with monkeypatch.context() as patch:
         patch.setattr(storage, "_sync", full_disk)
+        store.save(ClientState(next_step=2), TENSORS)
         with pytest.raises(StorageError, match="disk is full"):
-            store.save(ClientState(next_step=2), TENSORS)
+            store.flush()
         with pytest.raises(StorageError, match="disk is full"):
             store.prepare(prepared(2))
-    assert store.standing == Standing(1, 1, 0)
     names = {path.name for path in store.folder.rglob("*") if path.is_file()}
     assert names == {".lock", "step-00000001.safetensors", "prepared.safetensors"}
     again = reopened(store)
     again.restore()
     assert again.standing == Standing(1, 1, 0)
     again.close()
+
+
+def test_the_next_step_is_not_prepared_before_the_last_one_is_durable(store, monkeypatch):
+    order = []
+    written, go_on = storage.save_tensors, threading.Event()
+
+    def slow(path, tensors, state):
+        if path.name.startswith("step-"):
+            assert go_on.wait(10)
+        written(path, tensors, state)
+        order.append(path.name)
+
+    monkeypatch.setattr(storage, "save_tensors", slow)
+    monkeypatch.setattr("fedsea.client.state.save_tensors", slow)
+    store.save(ClientState(next_step=1), TENSORS)
+    assert order == []
+    threading.Timer(0.05, go_on.set).start()
+    store.prepare(prepared(1))
+    assert order == ["step-00000001.safetensors", "prepared.safetensors"]
 
 
 def test_a_damaged_prepared_step_is_an_error_not_a_loss(store):
@@ -138,4 +158,5 @@ def test_a_damaged_prepared_step_is_an_error_not_a_loss(store):
 def test_the_newest_checkpoint_can_be_looked_at_while_a_client_runs(store):
     assert ClientStore.peek(store.folder) is None
     store.save(ClientState(), TENSORS)
+    store.flush()
     assert ClientStore.peek(store.folder).keys() == TENSORS.keys()
