@@ -101,7 +101,7 @@ class OptimizerSection(_Section):
     """
 
     learning_rate: float = Field(1e-3, gt=0)
-    betas: tuple[float, float] = (0.9, 0.999)
+    betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = (0.9, 0.999)
     eps: float = Field(1e-8, gt=0)
     weight_decay: float = Field(0.0, ge=0)
     max_norm: float = Field(1.0, ge=0)
@@ -264,6 +264,13 @@ class FederationPlan(_Section):
             raise ValueError("training.min_clients is larger than the number of clients")
         if self.model.dtype == "float16" and self.model.autocast != "none":
             raise ValueError('model.autocast = "bfloat16" cannot be used with model.dtype = "float16"')
+        for side, training_there in (("input", self.adapter.input), ("output", self.adapter.output)):
+            cuts = {getattr(self.partition_of(name), f"{side}_blocks") for name in self.client_names}
+            if len(cuts) > 1 and training_there != self.adapter.trunk:
+                raise ValueError(
+                    f"clients differ in {side}_blocks, so some blocks are the trunk's for one and a client's for "
+                    f"another: adapter.{side} must then be the same as adapter.trunk"
+                )
         trained = {self.adapter.input, self.adapter.trunk, self.adapter.output}
         if trained == {"frozen"}:
             raise ValueError("every segment is frozen: nothing would be trained")
@@ -289,6 +296,16 @@ class FederationPlan(_Section):
     def sends_gradients(self, name: str) -> bool:
         """Whether gradients leave this client at all: not if only its output side is trained."""
         return self.adapter.trunk != "frozen" or self.trains_below_cut(name)
+
+    @property
+    def clients_train(self) -> bool:
+        """Whether any client has trained parameters of its own."""
+        cuts = [self.partition_of(name) for name in self.client_names]
+        sides = ((self.adapter.input, "input_blocks"), (self.adapter.output, "output_blocks"))
+        return any(
+            training == "full" or (training == "adapter" and any(getattr(cut, side) for cut in cuts))
+            for training, side in sides
+        )
 
     def client(self, name: str) -> ClientEntry:
         """The entry of a client.

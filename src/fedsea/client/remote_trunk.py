@@ -382,7 +382,10 @@ class RemoteTrunk:
             case m.StepOpen():
                 self._interrupt((message.step, message.attempt))
                 self._events.put(message)
-            case m.StepDone() | m.RoundOpen() | m.RoundResult() | m.Finished():
+            case m.RoundOpen() | m.Finished():
+                self._interrupt((-1, -1))  # a straggler may still be at a step that went on without it
+                self._events.put(message)
+            case m.StepDone() | m.RoundResult():
                 self._events.put(message)
             case m.Waiting():
                 self._on_waiting(message.waiting_for)

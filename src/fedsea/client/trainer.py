@@ -284,12 +284,13 @@ class Trainer:
         if result.round < self.store.state.rounds_done:
             return
         if self.plan.aggregation.sync == "round":
-            self.segments.load_parameters(dict(result.tensors))  # type: ignore[arg-type]
+            # A round that nobody with this partition took part in says nothing of some parameters: they stay.
+            self.segments.load_parameters(self.segments.parameters() | dict(result.tensors))  # type: ignore[arg-type]
             if self._work is not None:
                 self._work.released.clear()
         state = replace(self.store.state, rounds_done=result.round + 1, round_tokens=0)
         self.store.save(state, self.segments.tensors())
-        self._evaluate_once()
+        self._evaluate_once(always=True)
 
     def _evaluate_once(self, *, always: bool = False) -> None:
         """Evaluate before the first step, after every round, and at the end."""

@@ -124,7 +124,7 @@ def prepare(folder: Path, steps: int | None) -> None:
     Raises:
         ConfigError: The folder holds something already.
     """
-    if folder.exists() and any(folder.iterdir()):
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise ConfigError(f"{folder} is not empty: remove it, or choose another folder with --folder.")
     assets = resources.files("fedsea") / "assets"
     with resources.as_file(assets) as source:

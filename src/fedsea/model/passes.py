@@ -17,6 +17,9 @@ from fedsea.model.segments import Trunk
 from fedsea.model.trunk import TrunkPart
 from fedsea.types import BlockRange
 
+LARGEST_GRADIENT = 1e20
+"""Of one value at the trunk's output; a larger one would overflow in the trunk, where nobody could be named for it."""
+
 
 @dataclass(frozen=True, slots=True)
 class Entry:
@@ -81,6 +84,13 @@ class TrunkPasses:
             seed = adapters.derive_seed(self.seed, "trunk", step, slot, number)
             with adapters.seeded(seed), torch.set_grad_enabled(self.trains or any(e.needs_gradient for e in batch)):
                 outputs = self.trunk.forward_group(parts)
+            for entry, output in zip(batch, outputs, strict=True):
+                if not torch.isfinite(output.detach().sum()) and not torch.isfinite(output.detach()).all():
+                    raise NonFiniteError(
+                        f"The trunk's output for client {entry.client} is not finite: the step was not applied. Lower "
+                        "the learning rate, or use bf16 or fp32 instead of fp16.",
+                        entry.client,
+                    )
             graphs.append(_Graph(list(batch), inputs, outputs))
             results.update({e.client: out.detach() for e, out in zip(batch, outputs, strict=True)})
         self._graphs[slot] = graphs
@@ -93,8 +103,15 @@ class TrunkPasses:
             Client to gradient at the trunk's input, None where the client needs none.
 
         Raises:
-            NonFiniteError: An input gradient is not finite; the message names the client.
+            NonFiniteError: A gradient is not finite, or far too large; the message names the client.
         """
+        for client, gradient in gradients.items():
+            if gradient.numel() and float(torch.linalg.vector_norm(gradient, torch.inf)) > LARGEST_GRADIENT:
+                raise NonFiniteError(
+                    f"The gradient that client {client} sent is too large to be one (over {LARGEST_GRADIENT:g}): the "
+                    "step was not applied. Look for a NaN or an overflow at that client.",
+                    client,
+                )
         results: dict[str, torch.Tensor | None] = {}
         for graph in self._graphs.pop(slot):
             pairs = [

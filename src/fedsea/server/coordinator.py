@@ -12,6 +12,7 @@ with what it has durably, and is told where to go on (`join`).
 from __future__ import annotations
 
 import logging
+from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import partial
@@ -33,6 +34,8 @@ from fedsea.server.step import ChangedInput, StepState, only_tensor
 from fedsea.wire import messages as m
 
 log = logging.getLogger(__name__)
+
+_MOST_CHANGES = 2
 
 
 class Coordinator:
@@ -70,6 +73,7 @@ class Coordinator:
         self.questions = Questions(engine, ports, share_trunk=plan.durability.share_trunk)
         self.failure: FedseaError | None = None
         self._attempt = 0
+        self._changes: Counter[str] = Counter()
         self._waiting_since: float | None = None
         self._announced: tuple[str, ...] = ()
         training = plan.training
@@ -198,7 +202,11 @@ class Coordinator:
                 self.replies.gradient(name, step, message.micro_batch)
         except ChangedInput:
             log.info("client %s repeated step %d with other values: the step begins again", name, step.step)
-            self._restart()
+            self._changes[name] += 1
+            if self._changes[name] > _MOST_CHANGES:
+                self.evict(name, ProtocolError("This client repeats a step with other values again and again."))
+            else:
+                self._restart()
 
     def _check_forward(self, name: str, message: m.Forward) -> None:
         """Sizes and shapes were checked on arrival; here, what the plan gives this client."""
@@ -281,7 +289,7 @@ class Coordinator:
     def _late(self) -> tuple[str, ...]:
         """Clients for whom others wait; none while nobody waits."""
         if self.round_due:
-            return self.rounds.missing(self.connected)
+            return self.rounds.missing(self._expected())
         if self.step is None or self.step.running or self.step.finishing:
             return ()
         late = self.step.waiting_for()
@@ -399,6 +407,7 @@ class Coordinator:
         self.state, outcome = result
         self.num_target_tokens += outcome.num_target_tokens
         self.step, self._attempt = None, 0
+        self._changes.clear()
         for name in step.members:
             if name in self.connected:
                 self.replies.done(name, outcome)
@@ -410,8 +419,9 @@ class Coordinator:
 
     def engine_failed(self, error: BaseException) -> None:
         """An engine job raised: a client's values were at fault, or the run cannot go on."""
-        if isinstance(error, NonFiniteError) and error.client in self.connected:
+        if isinstance(error, NonFiniteError) and error.client:
             self.evict(error.client, error)
+            self.advance()
             return
         if not isinstance(error, FedseaError):
             log.error("the engine failed", exc_info=error)
@@ -429,9 +439,15 @@ class Coordinator:
             self.rounds.add(name, message, self.state)
 
     def _advance_round(self) -> None:
-        expected = self.plan.client_names if self.wait_s is None else tuple(self.connected)
-        if self.rounds.complete(expected):
+        if self.rounds.complete(self._expected()):
             self._aggregate()
+
+    def _expected(self) -> tuple[str, ...]:
+        """Whose parameters a round is made of: everybody's, or with bounded waiting, of those who trained in it."""
+        if self.wait_s is None:
+            return self.plan.client_names
+        first = self.state.rounds_done * self.plan.training.steps_per_round
+        return tuple(name for name, outcome in self.state.outcomes.items() if outcome.step >= first)
 
     def _aggregate(self) -> None:
         if self.rounds.aggregating:

@@ -50,8 +50,8 @@ class RoundKeeper:
         """Whether everybody expected has sent its parameters."""
         return bool(expected) and all(name in self.updates for name in expected)
 
-    def missing(self, connected: Collection[str]) -> tuple[str, ...]:
-        """Connected clients for whom others wait."""
+    def missing(self, expected: Collection[str]) -> tuple[str, ...]:
+        """Clients for whom others wait."""
         if self.aggregating or not self.updates:
             return ()
-        return tuple(name for name in connected if name not in self.updates)
+        return tuple(name for name in expected if name not in self.updates)

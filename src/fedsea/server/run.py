@@ -7,8 +7,9 @@ import logging
 import secrets
 import signal
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from math import prod
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -128,7 +129,22 @@ def make_roster(plan: FederationPlan, checkpoint: Checkpoint) -> dict[str, Membe
         cut = plan.partition_of(name)
         shapes = adapters.trainable_shapes(checkpoint.config, cut, kinds, plan.adapter)
         roster[name] = Member(cut.trunk(checkpoint.num_blocks), shapes)
+        _check_sizes(plan, checkpoint, name, shapes)
     return roster
+
+
+def _check_sizes(
+    plan: FederationPlan, checkpoint: Checkpoint, name: str, shapes: Mapping[str, tuple[int, ...]]
+) -> None:
+    """Refuse at the start what the wire would refuse in the middle of the run."""
+    _, sequences = plan.micro_batches_of(name)
+    largest = max([prod(shape) for shape in shapes.values()], default=0)
+    largest = max(largest, sequences * plan.data.max_tokens * checkpoint.hidden_size)
+    if 4 * largest > plan.wire.max_tensor_mb << 20:
+        raise ConfigError(
+            f"Client {name} may have to send a tensor of {4 * largest / 2**20:.0f} MB: raise wire.max_tensor_mb "
+            f"({plan.wire.max_tensor_mb}), or lower micro_batch_sequences or data.max_tokens."
+        )
 
 
 def serve(options: ServerOptions, watch: Watcher | None = None) -> None:

@@ -40,13 +40,13 @@ class _Link:
 
     def __init__(self, session: PeerSession) -> None:
         self.session = session
-        self._queue: asyncio.Queue[m.Message] = asyncio.Queue(_MOST_WAITING)
+        self._queue: asyncio.Queue[tuple[m.Message, bool]] = asyncio.Queue(_MOST_WAITING)
         self._questions = asyncio.Semaphore(_MOST_QUESTIONS)
 
-    def put(self, message: m.Message) -> None:
+    def put(self, message: m.Message, *, answers: bool = False) -> None:
         """Queue a message; a client that lets a thousand pile up is cut off."""
         try:
-            self._queue.put_nowait(message)
+            self._queue.put_nowait((message, answers))
         except asyncio.QueueFull:
             self.session.end(ProtocolError("Too many answers wait for this client: it does not read. Reconnect."))
 
@@ -55,14 +55,25 @@ class _Link:
         await self._questions.acquire()
 
     def answer(self, message: m.Message) -> None:
-        """Queue the answer to a question."""
-        self._questions.release()
-        self.put(message)
+        """Queue the answer to a question; the next one may be asked when it is sent."""
+        self.put(message, answers=True)
 
     async def pump(self) -> None:
         """Send until cancelled."""
         while True:
-            await self.session.send(await self._queue.get())
+            message, answers = await self._queue.get()
+            await self.session.send(message)
+            if answers:
+                self._questions.release()
+
+    def pump_ended(self, pump: asyncio.Task[None]) -> None:
+        """An answer that cannot be sent ends the stream, so that nobody waits for it."""
+        if pump.cancelled() or (error := pump.exception()) is None:
+            return
+        if not isinstance(error, FedseaError):
+            log.error("an answer to client %s could not be sent", self.session.peer.name, exc_info=error)
+            error = FedseaError("The server could not send an answer and logged why.")
+        self.session.end(error)
 
 
 class Service:
@@ -165,6 +176,7 @@ class Service:
         session.encoder = Encoder("server", {Channel.HIDDEN: wire.hidden, Channel.GRADIENT: wire.gradient})
         link = _Link(session)
         pump = asyncio.create_task(link.pump())
+        pump.add_done_callback(link.pump_ended)
         try:
             await (self._observe(link) if join.role == "observe" else self._train(link, name, join))
         finally:
@@ -208,6 +220,8 @@ class Service:
         self.coordinator.answer(link.session.peer.name, message, link.answer)
 
     async def _train(self, link: _Link, name: str, join: m.Join) -> None:
+        strict = self.coordinator.wait_s is None
+        self.coordinator.state.check_standing(name, join, strict=strict)  # before anybody is sent away for it
         if (before := self._links.get(name)) is not None:
             before.session.end(AuthError(f"Another process connected as {name}; only one may train at a time."))
             self._gone(name, before)

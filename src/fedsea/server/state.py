@@ -87,7 +87,7 @@ class ServerStore:
         Raises:
             ConfigError: No round is complete, or the clients' parameters never reach the server.
         """
-        if plan.aggregation.sync == "personal" and {plan.adapter.input, plan.adapter.output} != {"frozen"}:
+        if plan.aggregation.sync == "personal" and plan.clients_train:
             raise ConfigError(
                 'aggregation.sync = "personal": each client has its own segments, which the server does not know. Run '
                 "`fedsea export` at a client instead."
@@ -101,7 +101,7 @@ class ServerStore:
         rounds = CheckpointStore(folder / "rounds", read_only=True)
         if values["rounds_done"] in rounds.steps():
             result |= rounds.load(values["rounds_done"])[0]
-        elif {plan.adapter.input, plan.adapter.output} != {"frozen"}:
+        elif plan.clients_train:
             raise ConfigError(f"No round is complete in {folder}: export when the first one is.")
         return result
 

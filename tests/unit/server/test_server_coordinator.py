@@ -562,7 +562,36 @@ def test_a_round_goes_on_without_a_client_that_left(world):
     w.update("a", 1.0)
     w.coordinator.leave("b")
     w.run()
+    assert w.ran("average") == [], "it may only have lost its connection"
+    w.pass_time(6.0)
     assert w.ran("average") == [("average", ("a",))]
+
+
+def test_a_round_waits_for_those_who_trained_in_it_even_after_a_restart(world):
+    w = world(**waits(rounds=1))
+    end_of_round(w, "a", "b")
+    again = world(**waits(rounds=1))
+    assert again.coordinator.round_due
+    again.join("a", next_step=2)
+    again.update("a", 1.0)
+    assert again.ran("average") == []
+    again.join("b", next_step=2)
+    again.update("b", 3.0)
+    assert again.ran("average") == [("average", ("a", "b"))]
+
+
+def test_a_client_that_repeats_other_values_again_and_again_is_sent_away(world):
+    w = world(**waits())
+    w.join("a", "b")
+    for value in range(6):
+        if "b" in w.ended:
+            break
+        w.forward("b", value=float(value))
+        w.forward("b", value=float(value) + 100.0)
+    assert "again and again" in w.ended["b"].message
+    w.work("a")
+    w.ready("a", 0)
+    assert w.coordinator.state.next_step == 1
 
 
 def test_personal_parameters_are_never_asked_for(world):
