@@ -222,7 +222,7 @@ class Thrower:
     async def __aexit__(self, *_: object) -> None:
         await self._channel.close()
 
-    async def throw(self, chunks: Sequence[bytes], timeout_s: float = 10.0) -> grpc.StatusCode:
+    async def throw(self, chunks: Sequence[bytes], timeout_s: float = 30.0) -> grpc.StatusCode:
         """Open a stream, write the chunks, end it; how the server ended it.
 
         CANCELLED stands for a stream that the server had ended before the last chunk was written: gRPC then replaces

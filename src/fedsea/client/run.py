@@ -229,6 +229,12 @@ def evaluate(options: ClientOptions, everything: bool = False) -> EvalSummary:
     segments = setup.load_segments(plan, checkpoint, name, options.device)
     if (found := ClientStore.peek(options.run)) is not None:
         segments.load_tensors(found)
+    else:
+        log.warning(
+            "%s holds no training run: the base model's own segments are used with the server's trunk. Give the run "
+            "folder of `fedsea train` with --run.",
+            options.run,
+        )
     batches = setup.every_row(plan, silo, name) if everything else setup.held_out(plan, silo, name)
     limits = setup.wire_limits(plan, checkpoint, name)
     observing = RemoteTrunk(options.server, keeper.current, invitation, limits, Standing, options.retry, role="observe")

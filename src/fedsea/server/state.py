@@ -96,6 +96,8 @@ class ServerStore:
         if found is None:
             raise ConfigError(f"{folder} holds no checkpoint: start `fedsea server` with this run folder first.")
         _, tensors, values = found
+        if "rounds_done" not in values:
+            raise ConfigError(f"{folder} is a client's run folder: give the one of `fedsea server`.")
         prefix = "engine.parameter."
         result = {n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)}
         rounds = CheckpointStore(folder / "rounds", read_only=True)
