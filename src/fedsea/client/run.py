@@ -107,11 +107,11 @@ def _trainer(
     name = segments.name
     boundary = Boundary(plan.trust.mode)
     held_out = None
-    learns = any(batch.num_target_tokens for batch in setup.held_out(plan, silo, name))
-    if options.evaluate and not learns:
-        log.warning("Nothing is held out that could be evaluated: this client trains without evaluation.")
-    if options.evaluate and learns:
-        held_out = lambda: list(setup.held_out(plan, silo, name))  # noqa: E731 (a factory, made only if wanted)
+    if options.evaluate:
+        if any(batch.num_target_tokens for batch in setup.held_out(plan, silo, name)):
+            held_out = lambda: list(setup.held_out(plan, silo, name))  # noqa: E731 (a factory, made only if wanted)
+        else:
+            log.warning("Nothing is held out that could be evaluated: this client trains without evaluation.")
     return Trainer(plan, segments, setup.open_stream(plan, silo, name), trunk, store, boundary, recorder, held_out)
 
 
