@@ -6,14 +6,16 @@ limits (`ClientLimits`) never travel: they say what this client is willing to ta
 
 from __future__ import annotations
 
+import difflib
 import hashlib
 import json
 import re
 import tomllib
+import typing
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, WrapValidator, field_validator, model_validator
 
 from fedsea.errors import ConfigError
 from fedsea.types import Partition
@@ -22,6 +24,18 @@ CodecName = Literal["fp32", "bf16", "fp16", "int8"]
 DtypeName = Literal["float32", "bfloat16", "float16"]
 SegmentTraining = Literal["adapter", "full", "frozen"]
 ClientName = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9._-]{0,62}$")]
+
+
+def _either(sentence: str) -> WrapValidator:
+    """Of a field that takes one of several things: one sentence, where pydantic has one for each of them."""
+
+    def validate(value: Any, handler: Any) -> Any:
+        try:
+            return handler(value)
+        except ValidationError:
+            raise ValueError(sentence) from None
+
+    return WrapValidator(validate)
 
 
 class _Section(BaseModel):
@@ -80,7 +94,9 @@ class AdapterSection(_Section):
     rank: int = Field(8, ge=1)
     alpha: float = Field(16.0, gt=0)
     dropout: float = Field(0.0, ge=0, lt=1)
-    targets: tuple[str, ...] | Literal["all-linear"] = "all-linear"
+    targets: Annotated[
+        tuple[str, ...] | Literal["all-linear"], _either('give "all-linear", or a list of module names')
+    ] = "all-linear"
     input: SegmentTraining = "adapter"
     trunk: Literal["adapter", "frozen"] = "adapter"
     output: SegmentTraining = "adapter"
@@ -133,7 +149,9 @@ class TrainingSection(_Section):
     micro_batch_sequences: int = Field(8, ge=1)
     in_flight: int = Field(2, ge=1)
     max_batch_tokens: int = Field(16384, ge=1)
-    wait: Literal["all"] | Annotated[float, Field(gt=0)] = "all"
+    wait: Annotated[
+        Literal["all"] | Annotated[float, Field(gt=0)], _either('give "all", or a number of seconds above 0')
+    ] = "all"
     min_clients: int = Field(1, ge=1)
 
 
@@ -393,15 +411,50 @@ class ClientLimits(_Section):
             )
 
 
-def _explain(error: ValidationError, source: str) -> ConfigError:
+class _ClientSettings(_Section):
+    """A client's settings file."""
+
+    limits: ClientLimits = ClientLimits()
+
+
+def _explain(error: ValidationError, source: str, model: type[BaseModel]) -> ConfigError:
     lines = []
     for item in error.errors():
         where = ".".join(str(part) for part in item["loc"]) or "plan"
         text = item["msg"].removeprefix("Value error, ")
         if item["type"] == "extra_forbidden":
-            text = "unknown key; see docs/reference/plan.md for the keys, or remove it"
+            text = _unknown(item["loc"], model)
+        elif item["type"] == "missing":
+            text = "is missing; add it"
         lines.append(f"{where}: {text}")
     return ConfigError(f"{source} is not usable: " + "; ".join(lines))
+
+
+def _unknown(loc: tuple[int | str, ...], model: type[BaseModel]) -> str:
+    """What was probably meant by a key that is none: one written alike, or the table that has one of this name."""
+    *above, key = (str(part) for part in loc if isinstance(part, str))
+    here: type[BaseModel] | None = model
+    for part in above:
+        here = _table(here, part) if here is not None else None
+    known = list(here.model_fields) if here is not None else []
+    if near := difflib.get_close_matches(key, known, n=1):
+        return f"unknown key; did you mean `{near[0]}`?"
+    tables = {name: found for name in model.model_fields if (found := _table(model, name)) is not None}
+    homes = [name for name, table in tables.items() if key in table.model_fields]
+    if homes and above[:1] != homes:
+        return f"unknown key here; `{key}` belongs to the table [{homes[0]}]"
+    if known and len(known) <= 3:
+        return f"unknown key; known here: {', '.join(known)}"
+    return "unknown key; see docs/reference/plan.md for the keys, or remove it"
+
+
+def _table(model: type[BaseModel], name: str) -> type[BaseModel] | None:
+    """The model of a table inside a model, also of a list of tables."""
+    field = model.model_fields.get(name)
+    if field is None:
+        return None
+    choices = (field.annotation, *typing.get_args(field.annotation))
+    return next((kind for kind in choices if isinstance(kind, type) and issubclass(kind, BaseModel)), None)
 
 
 def parse_plan(values: dict[str, Any], source: str = "The plan") -> FederationPlan:
@@ -413,7 +466,7 @@ def parse_plan(values: dict[str, Any], source: str = "The plan") -> FederationPl
     try:
         return FederationPlan.model_validate(values)
     except ValidationError as error:
-        raise _explain(error, source) from None
+        raise _explain(error, source, FederationPlan) from None
 
 
 def parse_plan_json(text: str) -> FederationPlan:
@@ -438,8 +491,10 @@ def _read_toml(path: Path) -> dict[str, Any]:
         raise ConfigError(f"There is no file {path}; `fedsea init` writes an example federation.") from None
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path} is not valid TOML: {error}") from None
+    except IsADirectoryError:
+        raise ConfigError(f"{path} is a folder: give the TOML file in it.") from None
     except OSError as error:
-        raise ConfigError(f"{path} cannot be read: {error.strerror}") from None
+        raise ConfigError(f"{path} cannot be read ({error.strerror}): check its permissions.") from None
 
 
 def load_plan(path: Path) -> FederationPlan:
@@ -462,11 +517,10 @@ def load_limits(path: Path) -> ClientLimits:
     Raises:
         ConfigError: The file is missing, not TOML, or has bad or unknown keys.
     """
-    values = _read_toml(path).get("limits", {})
     try:
-        return ClientLimits.model_validate(values)
+        return _ClientSettings.model_validate(_read_toml(path)).limits
     except ValidationError as error:
-        raise _explain(error, str(path)) from None
+        raise _explain(error, str(path), _ClientSettings) from None
 
 
 def differences(ours: FederationPlan, theirs: FederationPlan) -> list[str]:
