@@ -26,6 +26,7 @@ from fedsea.wire.channel import ClientStream, call_renew, call_status
 from fedsea.wire.encoding import Encoder
 from fedsea.wire.errors import PeerClosed
 from fedsea.wire.identity import Identity, begin_renewal, finish_renewal
+from fedsea.wire.identity.peers import PeerIdentity
 from fedsea.wire.limits import HANDSHAKE, MAX_CHUNK_BYTES
 from fedsea.wire.server import PeerSession, serve
 from fedsea.wire.transport import SESSION, Timing
@@ -129,6 +130,37 @@ def test_a_certificate_is_renewed_over_the_wire(federation: Federation) -> None:
             after = finish_renewal(before, pem)
             assert after.certificate_pem != before.certificate_pem
             assert federation.gate().check(after.certificate_pem).name == "hospital"
+
+    run(work())
+
+
+def test_a_client_may_ask_for_one_certificate_in_a_while_and_others_are_not_concerned(federation: Federation) -> None:
+    asked: list[str] = []
+
+    def renew(peer: PeerIdentity, *_: bytes) -> bytes:
+        asked.append(peer.name)
+        return b"certificate"
+
+    async def work() -> None:
+        async with running(federation, renew=renew) as (_, address):
+            assert await call_renew(address, clinic(federation), b"csr") == b"certificate"
+            with pytest.raises(CapacityError, match="one request in 10 s") as caught:
+                await call_renew(address, clinic(federation), b"csr")
+            assert 0 < caught.value.retry_after_s <= 10
+            await call_renew(address, federation.clients["bank"], b"csr")
+
+    run(work())
+    assert asked == ["clinic", "bank"]
+
+
+def test_a_certificate_may_be_asked_for_again_when_the_time_has_passed(federation: Federation) -> None:
+    async def work() -> None:
+        async with running(federation, renew=lambda *_: b"certificate", timing=Timing(renew_every_s=0.0)) as (
+            _,
+            address,
+        ):
+            for _ in range(2):
+                assert await call_renew(address, clinic(federation), b"csr") == b"certificate"
 
     run(work())
 

@@ -6,7 +6,9 @@ import asyncio
 import errno
 import json
 import logging
+import math
 import socket
+import time
 from collections.abc import Awaitable, Callable
 from typing import Any, Protocol
 
@@ -70,6 +72,7 @@ class WireServer:
         self._timing = timing
         self._pool = BufferPool()
         self._sessions: set[PeerSession] = set()
+        self._renewed_at: dict[str, float] = {}  # names are those that the gate lets in
         self._server: Any = None
         self._watch: asyncio.Task[None] | None = None
         self._stopping = False
@@ -164,10 +167,22 @@ class WireServer:
                 raise ConfigError("This server does not renew certificates: ask its operator for a new one.")
             if len(request) > _LARGEST_REQUEST:
                 raise ProtocolError("The request for a certificate is too large.")
+            self._bound_renewals(peer.name)
             return await asyncio.to_thread(self._renew, peer, certificate_pem, request)
         except Exception as error:
             await _abort(context, error)
             raise
+
+    def _bound_renewals(self, name: str) -> None:
+        now, every_s = time.monotonic(), self._timing.renew_every_s
+        wait_s = self._renewed_at.get(name, -math.inf) + every_s - now
+        if wait_s > 0:
+            raise CapacityError(
+                f"{name} has just asked for a new certificate: one request in {every_s:g} s is answered. Try again in "
+                f"{math.ceil(wait_s)} s.",
+                retry_after_s=wait_s,
+            )
+        self._renewed_at[name] = now
 
     async def _watch_peers(self) -> None:
         """Ask the gate again and again, so that revoked and expired peers leave within seconds."""
@@ -218,6 +233,15 @@ async def serve(
 async def _abort(context: Any, error: BaseException) -> None:
     code, sentence, trailers = status_of(error)
     await context.abort(code, sentence, trailers)
+
+
+def check_listen(listen: str) -> None:
+    """Whether `serve` could listen there now, said before a model is loaded for it.
+
+    Raises:
+        ConfigError: The address is none, is in use, or is not of this machine.
+    """
+    _check_free(*_split_listen(listen))
 
 
 def _split_listen(listen: str) -> tuple[str, int]:

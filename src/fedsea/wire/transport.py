@@ -33,6 +33,7 @@ class Timing:
         send_timeout_s: Longest time that the network may take to accept one chunk; then the peer counts as stuck.
         check_s: How often the server asks the gate again whether a live peer may stay.
         close_s: Time that an orderly end may take.
+        renew_every_s: Shortest time between two requests of a peer for a new certificate: each costs a signature.
     """
 
     keepalive_s: float = 15.0
@@ -40,6 +41,7 @@ class Timing:
     send_timeout_s: float = 120.0
     check_s: float = 1.0
     close_s: float = 5.0
+    renew_every_s: float = 10.0
 
 
 DEFAULT_TIMING = Timing()
