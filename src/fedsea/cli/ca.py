@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -91,7 +92,7 @@ def approve(
         if not same_fingerprint(asked.fingerprint, fingerprint):
             raise AuthError("The request's fingerprint is another one, so it is not the client's: approve nothing.")
     elif not yes:
-        typer.confirm("Does the client show the same fingerprint?", abort=True, err=True)
+        _ask()
     certificate = authority.approve(csr_pem, name=name, days=days, again=again)
     out = out or request.with_name(f"{certificate.name}.certificate.pem")
     write_public(out, certificate.pem)
@@ -99,14 +100,37 @@ def approve(
         until = certificate.not_after.isoformat()
         output.result({"name": certificate.name, "serial": certificate.serial, "not_after": until, "file": str(out)})
         return
-    typer.echo(f"{certificate.name} is approved until {certificate.not_after:%Y-%m-%d}. Send it {out}; it then runs:")
+    typer.echo(f"{certificate.name} is approved until {certificate.not_after:%Y-%m-%d}.")
+    typer.echo(f"Send {out} to {certificate.name}, which then runs:")
     typer.echo(f"  fedsea enroll --install {out.name} --ca-fingerprint …")
     typer.echo(f"where … is the authority's fingerprint, told by another way: {authority.fingerprint}")
+
+
+def _ask() -> None:
+    from fedsea.errors import ConfigError, FedseaError
+
+    try:
+        same = typer.confirm("Does the client show the same fingerprint?", err=True)
+    except typer.Abort:
+        if sys.stdin.isatty():
+            raise
+        raise ConfigError(
+            "Nobody answered, so nothing was written: in a script, give what the client shows with --fingerprint."
+        ) from None
+    if not same:
+        raise FedseaError("Not approved; nothing was written.")
 
 
 def _show_request(asked: SigningRequest, name: str, valid: list[Entry]) -> None:
     typer.echo(f"Name         {name}" + (f" (asks for {asked.name})" if name != asked.name else ""), err=True)
     typer.echo(f"Fingerprint  {asked.fingerprint}", err=True)
+    if again := [entry for entry in valid if entry.key == asked.fingerprint]:
+        until = max(entry.not_after for entry in again)
+        typer.echo(
+            f"This request was approved before, until {until:%Y-%m-%d}: approving it again issues one more certificate "
+            "for the same key, which is only needed if the first one was lost.",
+            err=True,
+        )
     if others := [entry for entry in valid if entry.key != asked.fingerprint]:
         until = max(entry.not_after for entry in others)
         typer.echo(
@@ -121,6 +145,7 @@ def revoke(
     name: Annotated[str, typer.Argument(help="A client's name, or one certificate's serial number.")],
     folder: Folder = _FOLDER,
     reason: Annotated[str, typer.Option(help="Kept in the authority's journal.")] = "",
+    as_json: Json = False,
 ) -> None:
     """Revoke a client; a running server closes its connections within seconds.
 
@@ -129,6 +154,9 @@ def revoke(
     from fedsea.wire.identity import Authority
 
     revoked = Authority.open(folder).revoke(name, reason)
+    if as_json:
+        output.result({"name": name, "revoked": [entry.serial for entry in revoked]})
+        return
     typer.echo(f"Revoked {len(revoked)} certificate(s) of {name}." if revoked else f"{name} was revoked before.")
 
 
@@ -179,13 +207,20 @@ def server(
     host: Hosts = None,
     days: Days = 30,
     out: Annotated[Path | None, typer.Option(help="Identity folder; FOLDER/server if not given.")] = None,
+    as_json: Json = False,
 ) -> None:
     """Issue or renew a server's identity; without `--host`, for the same host names as before.
 
     Example: `fedsea ca server --host fedsea.example.org --host 192.0.2.10`
     """
     from fedsea.wire.identity import Authority, Identity
+    from fedsea.wire.identity import certificates as certs
 
     written = Authority.open(folder).issue_server(host or [], days=days, folder=out)
     identity = Identity.load(written)
+    if as_json:
+        hosts = certs.host_names(certs.certificate_from_pem(identity.certificate_pem, "The server's certificate"))
+        until = identity.not_after.isoformat()
+        output.result({"server": str(written), "hosts": list(hosts), "not_after": until})
+        return
     typer.echo(f"The server's identity {written} for {identity.name} is valid until {identity.not_after:%Y-%m-%d}.")

@@ -52,11 +52,12 @@ def _request(folder: Path, name: str, again: bool, as_json: bool) -> None:
         path = str(enrollment.request_path)
         output.result({"name": name, "fingerprint": enrollment.fingerprint, "request": path})
         return
-    typer.echo(f"Send {enrollment.request_path} to the operator, and tell this fingerprint by telephone or in person:")
+    option = "" if folder == _FOLDER else f" --folder {folder}"
+    typer.echo(f"The key stays in {folder}. Tell the operator its fingerprint by telephone or in person:")
     typer.echo(f"  {enrollment.fingerprint}")
     typer.echo("With the answer, run:")
-    option = "" if folder == _FOLDER else f" --folder {folder}"
     typer.echo(f"  fedsea enroll{option} --install {name}.certificate.pem --ca-fingerprint …")
+    typer.echo(f"Now send {enrollment.request_path} to the operator.")
 
 
 def _install(folder: Path, certificate: Path, ca: Path | None, ca_fingerprint: str, as_json: bool) -> None:

@@ -38,7 +38,7 @@ def listed(fedsea) -> dict:
 def test_a_client_gets_in_and_is_thrown_out_by_hand(fedsea, tmp_path):
     fedsea("ca init --host fedsea.example.org")
     asked = fedsea("enroll --name clinic")
-    approved = fedsea("ca approve identity/request.pem", answer="y\n")
+    approved = fedsea("ca approve identity/clinic.request.pem", answer="y\n")
     fingerprint = asked.split("in person:\n")[1].split()[0]
     assert fingerprint in approved
     fedsea(f"enroll --install identity/clinic.certificate.pem --ca-fingerprint {listed(fedsea)['ca_fingerprint']}")
@@ -52,8 +52,9 @@ def test_a_client_gets_in_and_is_thrown_out_by_hand(fedsea, tmp_path):
 def test_an_operator_who_says_no_approves_nothing(fedsea):
     fedsea("ca init")
     fedsea("enroll --name clinic")
-    result = CliRunner().invoke(app, ["ca", "approve", "identity/request.pem"], input="n\n")
+    result = CliRunner().invoke(app, ["ca", "approve", "identity/clinic.request.pem"], input="n\n")
     assert result.exit_code == 1
+    assert str(result.exception) == "Not approved; nothing was written."
     assert [row["role"] for row in listed(fedsea)["certificates"]] == ["server"]
 
 
@@ -61,22 +62,44 @@ def test_a_given_fingerprint_approves_without_asking_only_if_it_is_the_same(feds
     fedsea("ca init")
     fingerprint = fedsea("enroll --name clinic").split("in person:\n")[1].split()[0]
     with pytest.raises(AuthError, match="approve nothing"):
-        fedsea(f"ca approve identity/request.pem --fingerprint {fingerprint[:-2]}00")
-    fedsea(f"ca approve identity/request.pem --fingerprint {fingerprint}")
+        fedsea(f"ca approve identity/clinic.request.pem --fingerprint {fingerprint[:-2]}00")
+    fedsea(f"ca approve identity/clinic.request.pem --fingerprint {fingerprint}")
+
+
+def test_a_question_that_nobody_can_answer_says_what_a_script_gives(fedsea):
+    fedsea("ca init")
+    fedsea("enroll --name clinic")
+    with pytest.raises(ConfigError, match="--fingerprint"):
+        fedsea("ca approve identity/clinic.request.pem")
+    assert [row["role"] for row in listed(fedsea)["certificates"]] == ["server"]
+
+
+def test_a_request_that_was_approved_before_is_said_to_be(fedsea):
+    fedsea("ca init")
+    fedsea("enroll --name clinic")
+    assert "approved before" not in fedsea("ca approve identity/clinic.request.pem --yes")
+    assert "approved before" in fedsea("ca approve identity/clinic.request.pem --yes")
+
+
+def test_enrolling_ends_with_the_file_to_send(fedsea, tmp_path):
+    fedsea("enroll --name clink")
+    last = fedsea("enroll --name clinic").splitlines()[-1]
+    assert last == "Now send identity/clinic.request.pem to the operator."
+    assert [path.name for path in (tmp_path / "identity").glob("*request*")] == ["clinic.request.pem"]
 
 
 def test_a_second_key_for_a_name_is_pointed_out(fedsea):
     fedsea("ca init")
     fedsea("enroll --name clinic")
-    fedsea("ca approve identity/request.pem --yes")
+    fedsea("ca approve identity/clinic.request.pem --yes")
     fedsea("enroll --name clinic --folder other")
-    assert "already has 1 valid certificate" in fedsea("ca approve other/request.pem --yes")
+    assert "already has 1 valid certificate" in fedsea("ca approve other/clinic.request.pem --yes")
 
 
 def test_the_list_for_people_names_every_certificate(fedsea):
     fedsea("ca init --host localhost")
     fedsea("enroll --name clinic")
-    fedsea("ca approve identity/request.pem --yes")
+    fedsea("ca approve identity/clinic.request.pem --yes")
     output = fedsea("ca list")
     assert "localhost" in output
     assert "clinic" in output
@@ -97,6 +120,9 @@ def test_scripts_read_json_alone_from_stdout(fedsea):
     approved = said(f"ca approve {asked['request']} --fingerprint {asked['fingerprint']} --json")
     installed = said(f"enroll --install {approved['file']} --ca-fingerprint {fingerprint} --json")
     assert installed == {"name": "clinic", "serial": approved["serial"], "not_after": approved["not_after"]}
+    assert said("ca server --json")["hosts"] == ["localhost"]
+    assert said("ca revoke clinic --json") == {"name": "clinic", "revoked": [approved["serial"]]}
+    assert said("ca revoke clinic --json") == {"name": "clinic", "revoked": []}
 
 
 def test_installing_needs_the_fingerprint(fedsea):

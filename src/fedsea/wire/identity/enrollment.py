@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,8 +17,9 @@ from fedsea.wire.identity.folder import (
     CERTIFICATE_FILE,
     KEY_FILE,
     NEXT_KEY_FILE,
-    REQUEST_FILE,
+    REQUEST_SUFFIX,
     fits,
+    open_requests,
     read_key,
     switch_certificate,
 )
@@ -66,8 +68,9 @@ def enroll(folder: Path, name: str, *, again: bool = False) -> Enrollment:
                 "new key and certificate with `--again`."
             )
         csr_pem = _request(folder / (NEXT_KEY_FILE if installed else KEY_FILE), name)
-        path = folder / REQUEST_FILE
+        path = folder / f"{name}{REQUEST_SUFFIX}"
         files.write_public(path, csr_pem)
+        _remove(other for other in open_requests(folder) if other != path)
     return Enrollment(folder, name, csr_pem, path, read_request(csr_pem).fingerprint)
 
 
@@ -108,7 +111,7 @@ def install(
         _require_key(folder, certificate)
         files.write_public(folder / CA_FILE, certs.certificate_to_pem(ca))
         switch_certificate(folder, certificate)
-        (folder / REQUEST_FILE).unlink(missing_ok=True)
+        _remove(open_requests(folder))
     return Identity.load(folder, clock=clock)
 
 
@@ -144,6 +147,11 @@ def _request(key_path: Path, name: str) -> bytes:
     if not key_path.exists():
         files.write_private(key_path, certs.key_to_pem(certs.new_key()))
     return make_request(read_key(key_path), name)
+
+
+def _remove(paths: Iterable[Path]) -> None:
+    for path in paths:
+        path.unlink(missing_ok=True)
 
 
 def _require_key(folder: Path, certificate: x509.Certificate) -> None:

@@ -21,7 +21,13 @@ KEY_FILE = "key.pem"
 NEXT_KEY_FILE = "key.next.pem"
 CERTIFICATE_FILE = "certificate.pem"
 CA_FILE = "ca.pem"
-REQUEST_FILE = "request.pem"
+REQUEST_SUFFIX = ".request.pem"
+"""Of a request that waits for its answer; the client's name stands before it, so that operators can tell them apart."""
+
+
+def open_requests(folder: Path) -> list[Path]:
+    """Requests in an identity folder that are still to be answered."""
+    return sorted(folder.glob(f"*{REQUEST_SUFFIX}"))
 
 
 def write_new_pair(folder: Path, key: ec.EllipticCurvePrivateKey, certificate: x509.Certificate) -> None:
@@ -51,7 +57,7 @@ def finish_switch(folder: Path, certificate: x509.Certificate) -> bytes:
     if not fits(key, certificate):
         raise AuthError(
             f"The certificate does not belong to the key in {folder}: install the one that answers this folder's own "
-            f"request ({REQUEST_FILE}), or enrol again."
+            "request, or enrol again."
         )
     return certs.key_to_pem(key)
 

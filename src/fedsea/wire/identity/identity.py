@@ -3,7 +3,7 @@
 identity/key.pem          the private key, mode 0600; never leaves this machine
 identity/certificate.pem  what the operator's authority issued for it
 identity/ca.pem           the authority that both sides trust
-identity/request.pem      a signing request that is still to be answered
+identity/NAME.request.pem a signing request that is still to be answered
 identity/key.next.pem     the key of a renewal under way
 """
 
@@ -24,9 +24,9 @@ from fedsea.wire.identity.folder import (
     CA_FILE,
     CERTIFICATE_FILE,
     KEY_FILE,
-    REQUEST_FILE,
     finish_switch,
     fits,
+    open_requests,
     read_key,
 )
 
@@ -72,10 +72,8 @@ class Identity:
             AuthError: The key is readable by others or does not fit, or the certificate is damaged, of another
                 authority, expired, or not yet valid.
         """
-        if (folder / REQUEST_FILE).exists():
-            missing = (
-                f"send {folder / REQUEST_FILE} to the operator, then run `fedsea enroll --install` with the answer."
-            )
+        if requests := open_requests(folder):
+            missing = f"send {requests[0]} to the operator, then run `fedsea enroll --install` with the answer."
         else:
             missing = "make an identity with `fedsea enroll` (a server's with `fedsea ca server`), or give its folder."
         ca = _read_certificate(folder / CA_FILE, missing)

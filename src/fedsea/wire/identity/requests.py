@@ -59,7 +59,7 @@ def read_request(pem: bytes) -> SigningRequest:
             request = None
     if request is None:
         raise AuthError(
-            "This is not a signing request in PEM form: ask the client for the file request.pem that `fedsea "
+            "This is not a signing request in PEM form: ask the client for the file NAME.request.pem that `fedsea "
             "enroll` made."
         )
     if not signed:
