@@ -42,6 +42,9 @@ def test_the_shipped_plan_fits_the_shipped_silos(tmp_path):
     assert central.data.holdout == 0.0 < plan.data.holdout
     assert central.optimizer == plan.optimizer
     assert central.num_steps == plan.num_steps
+    text = (tmp_path / "quick" / "central.toml").read_text()
+    assert [line for line in text.splitlines() if "holdout" in line] == ["holdout = 0.0"]
+    assert "proportion" not in text, "a comment on the federation's clients"
 
 
 def test_a_folder_with_something_in_it_is_left_alone(tmp_path):

@@ -8,6 +8,7 @@ central model on the pooled text, from the same base model with the same setting
 from __future__ import annotations
 
 import json
+import logging
 import shutil
 import threading
 import time
@@ -28,10 +29,13 @@ from fedsea.evaluation.processes import Processes
 from fedsea.evaluation.report import write_report
 from fedsea.observe.run_log import read_lines
 from fedsea.plan import FederationPlan, load_plan
+from fedsea.privacy.boundary import STATEMENTS
 from fedsea.server.state import ServerStore
 from fedsea.storage import CheckpointStore
 from fedsea.wire.identity.authority import Authority
 from fedsea.wire.identity.enrollment import enroll, install
+
+log = logging.getLogger(__name__)
 
 CLIENTS = ("clinic", "bank", "law-office")
 Progress = Callable[[str, int, int], None]
@@ -94,8 +98,11 @@ def run(options: QuickstartOptions, progress: Progress = lambda *_: None) -> Qui
     folder = options.folder.resolve()
     prepare(folder, options.steps)
     plan = load_plan(folder / "plan.toml")
+    log.warning("%s", STATEMENTS[plan.trust.mode])
+    progress("preparation", 1, 2)
     with Processes(folder / "logs") as processes:
         _start_federation(folder, plan, processes)
+        progress("preparation", 2, 2)
         watcher = _Watcher(folder, plan, processes, progress)
         with watcher:
             comparison = Comparison(plan, {name: folder / "silos" / f"{name}.jsonl" for name in CLIENTS})
@@ -145,16 +152,21 @@ def prepare(folder: Path, steps: int | None) -> None:
         install(folder / "clients" / name, certificate.pem, ca_pem, authority.fingerprint)
 
 
-def _set(text: str, key: str, value: int) -> str:
+def _set(text: str, key: str, value: float) -> str:
     lines = [f"{key} = {value}" if line.split("=")[0].strip() == key else line for line in text.splitlines()]
     return "\n".join(lines) + "\n"
 
 
 def _central(text: str, plan: FederationPlan) -> str:
     """The same plan with one client that has everybody's training text and the union's batch."""
-    head = text[: text.index("[[clients]]")].replace("holdout = ", "holdout = 0.0  # ")
+    lines = text[: text.index("[[clients]]")].splitlines()
+    settings = _set("\n".join(line for line in lines if not line.startswith("#")).strip(), "holdout", 0.0)
     sequences = sum(plan.micro_batches_of(name)[1] for name in plan.client_names)
-    return f'{head}\n[[clients]]\nname = "central"\nmicro_batch_sequences = {sequences}\n'
+    return (
+        "# The central run that the federation is compared with: the same plan with one client, which has the\n"
+        f"# training text of all silos (pooled-train.jsonl) and the batch of all clients.\n{settings}\n"
+        f'[[clients]]\nname = "central"\nmicro_batch_sequences = {sequences}\n'
+    )
 
 
 def _start_federation(folder: Path, plan: FederationPlan, processes: Processes) -> None:
@@ -166,6 +178,7 @@ def _start_federation(folder: Path, plan: FederationPlan, processes: Processes) 
             *("server", "--plan", str(folder / "plan.toml"), "--listen", "127.0.0.1:0", "--threads", "1"),
             *("--identity", str(folder / "server-identity"), "--ca", str(folder / "ca")),
             *("--run", str(folder / "runs" / "server"), "--ready-file", str(ready), "--exit-when-finished", "--quiet"),
+            *("--metrics", "off"),
         ],
     )
     address = processes.wait_for(ready, timeout_s=120)

@@ -38,6 +38,22 @@ PHASES = {
     "commit": "gradients and checkpoints to disk",
 }
 
+PARTS = {
+    "federation": "the federation, from its start to its end",
+    "comparison": "beside it: the models it is compared with",
+    "all": "everything",
+}
+
+
+def phase_rows(phases_s: Mapping[str, float]) -> list[tuple[str, float]]:
+    """Phases of the clients' steps, in words, with their seconds."""
+    return [(PHASES.get(name, name), seconds) for name, seconds in phases_s.items()]
+
+
+def time_rows(seconds: Mapping[str, float]) -> list[tuple[str, float]]:
+    """Parts of the quickstart, in words, with their wall seconds."""
+    return [(PARTS.get(name, name), value) for name, value in seconds.items()]
+
 
 def traffic_rows(bytes_by_kind: Mapping[str, int]) -> list[tuple[str, int]]:
     """What travelled, in words, with its bytes; the largest first."""
@@ -71,7 +87,7 @@ def write_report(result: QuickstartResult, plan: FederationPlan, curves: Curves)
         losses=loss_rows(result),
         silos=list(curves),
         traffic=traffic_rows(result.bytes_by_kind),
-        phases=[(PHASES.get(name, name), seconds) for name, seconds in result.phases_s.items()],
+        phases=phase_rows(result.phases_s),
         loss_plot=_svg(lambda axes: _plot_losses(axes, result)),
         curve_plot=_svg(lambda axes: _plot_curves(axes, curves)),
     )
