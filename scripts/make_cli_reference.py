@@ -45,7 +45,10 @@ the run folder. `FILES...` of `--data` takes several files, so a pattern of the 
 """
 
 _OWN_CODES = {
-    "FEDSEA": "Another error that fedsea raises; also `fedsea doctor` when something is in the way.",
+    "FEDSEA": (
+        "Another error that fedsea raises; also `fedsea doctor` when something is in the way, and `fedsea ca approve` "
+        "answered with no."
+    ),
     "CONFIG": "{0} Also an option that does not exist or has a bad value (code `USAGE`).",
 }
 

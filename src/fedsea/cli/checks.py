@@ -15,11 +15,13 @@ from pathlib import Path
 from typing import Literal
 
 from fedsea.errors import FedseaError
+from fedsea.observe.figures import bytes_text
 
 State = Literal["ok", "warn", "fail"]
 
 _PACKAGES = ("torch", "transformers", "peft", "safetensors", "grpcio", "protobuf", "cryptography", "pydantic")
-_LEAST_FREE_BYTES = 2 << 30
+_LEAST_FREE_BYTES = 2_000_000_000
+_LEAST_FREE_MEMORY = 1_000_000_000
 _SLOW_FSYNC_S = 0.05
 
 
@@ -104,23 +106,30 @@ def machine() -> Check:
 
     memory = psutil.virtual_memory()
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    found = f"{cores} cores, {_gib(memory.available)} of {_gib(memory.total)} memory free"
-    if memory.available < 1 << 30:
-        return Check("machine", "warn", found, "less than 1 GiB of memory is free: end other programs")
+    found = f"{cores} cores, {bytes_text(memory.available)} of {bytes_text(memory.total)} memory free"
+    if memory.available < _LEAST_FREE_MEMORY:
+        least = bytes_text(_LEAST_FREE_MEMORY)
+        return Check("machine", "warn", found, f"less than {least} of memory is free: end other programs")
     return Check("machine", "ok", found)
 
 
 def gpu() -> Check:
-    """CUDA devices as torch sees them."""
+    """CUDA devices as torch sees them; torch, which takes seconds to load, is not asked where none can be."""
+    if sys.platform == "linux" and not any(_may_be_gpu(path.name) for path in Path("/dev").iterdir()):
+        return Check("gpu", "ok", "none; the CPU is used")
     import torch
 
     if not torch.cuda.is_available():
         return Check("gpu", "ok", "none; the CPU is used")
     names = [
-        f"cuda:{index} {torch.cuda.get_device_name(index)}, {_gib(torch.cuda.mem_get_info(index)[0])} free"
+        f"cuda:{index} {torch.cuda.get_device_name(index)}, {bytes_text(torch.cuda.mem_get_info(index)[0])} free"
         for index in range(torch.cuda.device_count())
     ]
     return Check("gpu", "ok", "; ".join(names))
+
+
+def _may_be_gpu(device: str) -> bool:
+    return device.startswith("nvidia") or device in ("dxg", "kfd")
 
 
 def disk(folder: Path) -> Check:
@@ -135,7 +144,7 @@ def disk(folder: Path) -> Check:
         return Check(
             "disk", "fail", f"{there} cannot be written ({error.strerror})", "choose another folder with --run"
         )
-    found = f"{_gib(free)} free, {seconds * 1000:.1f} ms to make a write durable, in {there}"
+    found = f"{bytes_text(free)} free, {seconds * 1000:.1f} ms to make a write durable, in {there}"
     if free < _LEAST_FREE_BYTES:
         return Check("disk", "warn", found, "free some space: checkpoints and logs need it")
     if seconds > _SLOW_FSYNC_S:
@@ -153,7 +162,3 @@ def _fsync_seconds(folder: Path) -> float:
             os.fsync(file.fileno())
             taken.append(time.perf_counter() - start)
     return statistics.median(taken)
-
-
-def _gib(count: float) -> str:
-    return f"{count / (1 << 30):.1f} GiB"

@@ -10,7 +10,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fedsea.cli.checks import Check
+from fedsea.cli.checks import Check, attempt
 
 if TYPE_CHECKING:
     from fedsea.model.checkpoint import Checkpoint
@@ -28,6 +28,7 @@ class Federation:
 
     identity: Identity | None = None
     plan: FederationPlan | None = None
+    server_answers: bool = False
 
 
 def identity(folder: Path, asked_for: bool, found: Federation) -> list[Check]:
@@ -50,13 +51,14 @@ def identity(folder: Path, asked_for: bool, found: Federation) -> list[Check]:
 
 def server(address: str, found: Federation) -> list[Check]:
     """Whether the server answers us, how fast, and whether the clocks agree."""
-    from fedsea.wire.channel import call_status
+    from fedsea.wire.status import call_status
 
     if found.identity is None:
         return [Check("server", "fail", "not asked: there is no usable identity", "mend the identity first")]
     start = time.time()
     status = asyncio.run(call_status(address, found.identity))
     seconds = time.time() - start
+    found.server_answers = True
     where = f"step {status.get('next_step')} of {status.get('num_steps')}"
     text = f"{address} answers in {seconds * 1000:.0f} ms with TLS; {where}; fedsea {status.get('version')}"
     return [Check("server", "ok", text), *_clock(status, start, seconds)]
@@ -79,9 +81,10 @@ def plan(path: Path | None, address: str | None, settings: Path | None, found: F
     """The plan, from a file or the server, and this client's limits against it."""
     from fedsea.plan import ClientLimits, load_limits, load_plan
 
+    limits = ClientLimits() if settings is None else load_limits(settings)
     if path is not None:
         agreed, source = load_plan(path), str(path)
-    elif address is not None and found.identity is not None:
+    elif address is not None and found.identity is not None and found.server_answers:
         from fedsea.client.remote_trunk import fetch_invitation
 
         agreed, source = asyncio.run(fetch_invitation(address, found.identity)).plan, "the server's"
@@ -94,7 +97,6 @@ def plan(path: Path | None, address: str | None, settings: Path | None, found: F
     checks = [Check("plan", "ok", text)]
     me = found.identity
     if me is not None and me.role == "client":
-        limits = ClientLimits() if settings is None else load_limits(settings)
         limits.check(agreed, me.name)
         checks.append(Check("limits", "ok", f"the plan keeps within what {me.name} allows"))
     return checks
@@ -112,12 +114,26 @@ def model(path: str | None, found: Federation) -> list[Check]:
     checks = [Check("model", "ok", text)]
     if found.plan is None:
         return checks
+    agreed = found.plan
+    checks += attempt("adapters", lambda: _fits_model(checkpoint, agreed))
+    if checks[-1].state == "fail":
+        return checks
     if found.identity is not None and found.identity.role == "client":
         if found.identity.name in found.plan.client_names:
             checks.append(_client_memory(checkpoint, found.plan, found.identity.name))
     else:
         checks.append(_server_memory(checkpoint, found.plan))
     return checks
+
+
+def _fits_model(checkpoint: Checkpoint, agreed: FederationPlan) -> list[Check]:
+    """What the server checks when it starts: targets of the adapters, every client's cut, the largest tensors."""
+    from fedsea.model.adapters import check_settings
+    from fedsea.server.run import make_roster
+
+    check_settings(checkpoint.config, agreed.adapter)
+    make_roster(agreed, checkpoint)
+    return [Check("adapters", "ok", "targets, cuts and largest tensors of the plan fit this model")]
 
 
 def _client_memory(checkpoint: Checkpoint, agreed: FederationPlan, name: str) -> Check:

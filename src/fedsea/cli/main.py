@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import sys
 import threading
@@ -93,6 +94,7 @@ def run(arguments: Sequence[str]) -> int:
         The exit code.
     """
     output.current = output.Invocation(as_json="--json" in arguments)
+    os.environ.setdefault("GRPC_VERBOSITY", "NONE")  # its own lines on stderr say nothing that our errors do not
     if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGTERM, _terminate)
     try:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -70,6 +71,15 @@ def need_server(server: str | None) -> str:
     return server
 
 
+def _need_file(path: Path) -> None:
+    from fedsea.errors import DataError
+
+    if path.is_dir():
+        raise DataError(f"{path} is a folder: name the files in it, for example --data {path}/*.jsonl.")
+    if not path.exists():
+        raise DataError(f"There is no file {path}: check the path after --data.")
+
+
 def need_device(device: str) -> str:
     """A device that this machine has.
 
@@ -93,7 +103,7 @@ def client_options(
     server: str,
     identity: Path,
     *,
-    data: list[Path] | None = None,
+    data: Sequence[Path] | None = (),
     more_data: list[Path] | None = None,
     run: Path,
     model: str | None = None,
@@ -106,20 +116,41 @@ def client_options(
     retry_for: float = 60.0,
     skip_bad_rows: bool = False,
 ) -> ClientOptions:
-    """The options of a command, as the Python call takes them."""
-    from fedsea.client.setup import ClientOptions
+    """The options of a command, as the Python call takes them; what can be checked before a connection is checked.
 
+    A command that needs no data leaves `data` out; None says that the user gave none.
+
+    Raises:
+        ConfigError: An argument cannot work.
+        DataError: A file is not there.
+    """
+    from fedsea.errors import ConfigError
+
+    fields, files = read_fields(field), (*(data or ()), *(more_data or ()))
+    need_device(device)
+    if data is None and not files:
+        raise ConfigError("No data files were given: name the silo's files with --data.")
+    for path in files:
+        _need_file(path)
+    if settings is not None:
+        from fedsea.plan import load_limits
+
+        load_limits(settings)
+    from fedsea.client.setup import ClientOptions
+    from fedsea.data.formats import DataFormat
+
+    DataFormat(format_name, fields)  # type: ignore[arg-type]
     return ClientOptions(
         server=server,
         identity=identity,
-        data=(*(data or ()), *(more_data or ())),
+        data=files,
         run=run,
         model=model,
         settings=settings,
         format=format_name,
-        fields=read_fields(field),
+        fields=fields,
         threads=threads,
-        device=need_device(device),
+        device=device,
         evaluate=evaluate,
         retry_for_s=retry_for,
         skip_bad_rows=skip_bad_rows,

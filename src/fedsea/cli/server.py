@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from fedsea.cli import options as o
 from fedsea.cli import output
+
+if TYPE_CHECKING:
+    from fedsea.observe.metrics import ServerMetrics
+
+log = logging.getLogger(__name__)
 
 
 def server(
@@ -30,7 +36,9 @@ def server(
     device: o.Device = "cpu",
     metrics: Annotated[
         str | None,
-        typer.Option(metavar="HOST:PORT", help="Prometheus metrics, such as 127.0.0.1:9464; off if not given."),
+        typer.Option(
+            metavar="HOST:PORT", help="Prometheus metrics; 127.0.0.1:9464 if not given and free; `off` serves none."
+        ),
     ] = None,
     exit_when_finished: Annotated[
         bool, typer.Option("--exit-when-finished", help="End when the run is over and every client has left.")
@@ -51,7 +59,6 @@ def server(
     silent = output.begin(
         as_json=as_json, quiet=quiet, kept=f"The run is kept in {run}: the same command goes on from there."
     )
-    from fedsea.observe.metrics import serve_metrics
     from fedsea.observe.progress import ServerDisplay
     from fedsea.observe.recorders import ServerRecorder
     from fedsea.plan import load_plan
@@ -59,7 +66,9 @@ def server(
     # before torch is loaded: a plan that cannot be used is refused at once
     display = ServerDisplay(load_plan(plan), quiet=silent)
     from fedsea.server.run import ServerOptions, serve
+    from fedsea.wire.server import check_listen
 
+    check_listen(listen)
     options = ServerOptions(
         plan=plan,
         listen=listen,
@@ -73,7 +82,7 @@ def server(
         ready_file=ready_file,
     )
     with contextlib.ExitStack() as stack:
-        endpoint = stack.enter_context(serve_metrics(metrics)) if metrics else None
+        endpoint = _serve_metrics(metrics, stack)
         recorder = stack.enter_context(ServerRecorder(run, display, endpoint))
         stack.enter_context(display)
         serve(options, recorder)
@@ -86,3 +95,19 @@ def server(
         output.result(summary)
     elif not quiet and last is not None:
         output.say(f"Stopped after {last.step} of {last.num_steps} steps. Everything is in {run}.")
+
+
+def _serve_metrics(asked: str | None, stack: contextlib.ExitStack) -> ServerMetrics | None:
+    """The endpoint; a default that is in use by another server stops nobody."""
+    if asked == "off":
+        return None
+    from fedsea.errors import ConfigError
+    from fedsea.observe.metrics import DEFAULT_LISTEN, serve_metrics
+
+    try:
+        return stack.enter_context(serve_metrics(asked or DEFAULT_LISTEN))
+    except ConfigError as error:
+        if asked is not None:
+            raise
+        log.warning("%s The run goes on without metrics.", error.message)
+        return None

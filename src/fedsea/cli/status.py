@@ -18,9 +18,12 @@ def status(server: o.Server = None, identity: o.Identity = Path("identity"), as_
     """
     output.begin(as_json=as_json)
     address = o.need_server(server)
-    from fedsea.client.run import status as ask
+    import asyncio
 
-    answer = ask(address, identity)
+    from fedsea.wire.identity import Identity
+    from fedsea.wire.status import call_status  # not through client.run, which takes seconds to load torch
+
+    answer = asyncio.run(call_status(address, Identity.load(identity)))
     if as_json:
         output.result(answer)
     else:

@@ -100,7 +100,7 @@ def serve_metrics(listen: str = DEFAULT_LISTEN, registry: CollectorRegistry | No
     except OSError as error:
         raise ConfigError(
             f"Metrics cannot be served at {listen} ({error.strerror or 'no such address'}): choose another port or "
-            "address with --metrics."
+            "address with --metrics, or --metrics off."
         ) from None
     try:
         yield metrics

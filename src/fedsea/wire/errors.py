@@ -9,11 +9,14 @@ from __future__ import annotations
 import logging
 import math
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import grpc
 
 from fedsea.errors import CapacityError, FedseaError, NonFiniteError, TransportError, error_from_code
-from fedsea.wire.messages import Failure
+
+if TYPE_CHECKING:
+    from fedsea.wire.messages import Failure
 
 log = logging.getLogger(__name__)
 
@@ -104,6 +107,8 @@ def status_of(error: BaseException) -> tuple[grpc.StatusCode, str, tuple[tuple[s
 
 def failure_of(error: BaseException, *, step: int = -1, fatal: bool = False) -> Failure:
     """The message that reports an error inside a stream."""
+    from fedsea.wire.messages import Failure  # with torch, which a call for a status can do without
+
     shown = public(error)
     retry = shown.retry_after_s if isinstance(shown, CapacityError) else 0.0
     if step < 0 and isinstance(error, NonFiniteMessage):

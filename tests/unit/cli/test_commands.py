@@ -1,6 +1,6 @@
 """What the commands make of their options."""
 
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +10,7 @@ from fedsea.cli import main
 from fedsea.client import run as client_run
 from fedsea.client.run import TrainSummary
 from fedsea.client.setup import ClientOptions
+from fedsea.errors import ConfigError
 from fedsea.evaluation import quickstart
 from fedsea.observe import metrics
 from fedsea.server import run as server_run
@@ -33,9 +34,20 @@ def stubbed(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
 
     monkeypatch.setattr(client_run, "train", train)
     monkeypatch.setattr(server_run, "serve", serve)
+    monkeypatch.setattr(metrics, "serve_metrics", lambda _: nullcontext())
     return seen
 
 
+@pytest.fixture
+def files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In the working folder, which is empty otherwise: what the command lines name."""
+    monkeypatch.chdir(tmp_path)
+    for name in ("a.csv", "b.csv"):
+        (tmp_path / name).write_text("text\n")
+    (tmp_path / "s.toml").write_text("[limits]\n")
+
+
+@pytest.mark.usefixtures("files")
 def test_train_hands_every_option_on(stubbed: dict[str, Any], tmp_path: Path) -> None:
     arguments = ["train", "--server", "h:1", "--identity", "me", "--data", "a.csv", "b.csv", "--model", "m"]
     arguments += ["--run", str(tmp_path), "--settings", "s.toml", "--format", "instruction"]
@@ -59,9 +71,32 @@ def test_train_hands_every_option_on(stubbed: dict[str, Any], tmp_path: Path) ->
     )
 
 
+@pytest.mark.usefixtures("files")
 def test_train_leaves_defaults_as_the_python_call_has_them(stubbed: dict[str, Any]) -> None:
     assert main.run(["train", "--server", "h:1", "--data", "a.csv", "--quiet"]) == 0
     assert stubbed["train"] == ClientOptions(server="h:1", identity=Path("identity"), data=(Path("a.csv"),))
+
+
+@pytest.mark.usefixtures("files")
+@pytest.mark.parametrize(
+    ("arguments", "code", "says"),
+    [
+        ([], 2, "--data"),
+        (["--data", "none.csv"], 3, "no file none.csv"),
+        (["--data", "."], 3, "is a folder"),
+        (["--data", "a.csv", "--settings", "none.toml"], 2, "no file none.toml"),
+        (["--data", "a.csv", "--format", "odd"], 2, "no data format 'odd'"),
+        (["--data", "a.csv", "--format", "text", "--field", "response=x"], 2, "no role response"),
+        (["--data", "a.csv", "--device", "tpu"], 2, "use cpu"),
+    ],
+)
+def test_arguments_are_checked_before_a_connection_is_made(
+    stubbed: dict[str, Any], arguments: list[str], code: int, says: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for command in ("train", "eval"):
+        assert main.run([command, "--server", "h:1", *arguments]) == code
+        assert says in capsys.readouterr().err
+    assert not stubbed
 
 
 @pytest.fixture
@@ -100,20 +135,58 @@ def test_the_servers_identity_is_in_the_authoritys_folder_by_default(
     assert stubbed["serve"].identity == Path("authority/server")
 
 
-def test_metrics_are_served_where_asked(
-    stubbed: dict[str, Any], tmp_path: Path, plan_file: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.fixture
+def metrics_asked(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Where metrics were to be served; "127.0.0.1:9464" is taken already."""
     asked: list[str] = []
 
     @contextmanager
     def endpoint(listen: str) -> Any:
         asked.append(listen)
+        if listen == metrics.DEFAULT_LISTEN:
+            raise ConfigError("Metrics cannot be served there.")
         yield None
 
     monkeypatch.setattr(metrics, "serve_metrics", endpoint)
-    arguments = ["server", "--plan", str(plan_file), "--run", str(tmp_path / "run"), "--metrics", "127.0.0.1:9464"]
+    return asked
+
+
+@pytest.mark.parametrize(
+    ("option", "where"),
+    [([], ["127.0.0.1:9464"]), (["--metrics", "127.0.0.1:1234"], ["127.0.0.1:1234"]), (["--metrics", "off"], [])],
+)
+def test_metrics_are_served_on_loopback_or_where_asked(
+    stubbed: dict[str, Any],
+    tmp_path: Path,
+    plan_file: Path,
+    metrics_asked: list[str],
+    option: list[str],
+    where: list[str],
+) -> None:
+    arguments = ["server", "--plan", str(plan_file), "--run", str(tmp_path / "run"), *option]
     assert main.run(arguments) == 0
-    assert asked == ["127.0.0.1:9464"]
+    assert metrics_asked == where
+
+
+def test_a_default_port_of_metrics_in_use_is_one_warning(
+    stubbed: dict[str, Any],
+    tmp_path: Path,
+    plan_file: Path,
+    metrics_asked: list[str],
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    arguments = ["server", "--plan", str(plan_file), "--run", str(tmp_path / "run"), "--quiet"]
+    assert main.run(arguments) == 0
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.endswith("Metrics cannot be served there. The run goes on without metrics.")
+
+
+def test_a_port_of_metrics_that_was_asked_for_must_be_free(
+    stubbed: dict[str, Any], tmp_path: Path, plan_file: Path, metrics_asked: list[str]
+) -> None:
+    arguments = ["server", "--plan", str(plan_file), "--run", str(tmp_path / "run"), "--metrics", "127.0.0.1:9464"]
+    assert main.run(arguments) == 2
+    assert "serve" not in stubbed
 
 
 def test_quickstart_shows_losses_bytes_times_sample_and_report(
@@ -124,17 +197,23 @@ def test_quickstart_shows_losses_bytes_times_sample_and_report(
 
     def run(options: quickstart.QuickstartOptions, progress: quickstart.Progress) -> quickstart.QuickstartResult:
         assert options == quickstart.QuickstartOptions(tmp_path / "q", 4)
-        progress("federation", 1, 2)
-        progress("federation", 2, 2)
+        for step in range(24):
+            progress("federation", step + 1, 24)
         val_loss = {"base": 3.5, "alone": {"clinic": 3.25, "bank": 3.125}, "central": 2.5, "federated": 2.5625}
         return quickstart.QuickstartResult(
-            val_loss, models, {"Forward": 2_000_000}, {"trunk": 4.0}, {"all": 9.0}, {"prompt": "Q?", "answer": "[A]"},
-            tmp_path / "report.html",
+            val_loss, models, {"Forward": 2_000_000}, {"trunk": 4.0}, {"all": 9.0},
+            {"prompt": "Q?\ntwo lines\n", "answer": "[A]"}, tmp_path / "report.html",
         )  # fmt: skip
 
     monkeypatch.setattr(quickstart, "run", run)
     assert main.run(["quickstart", "--folder", str(tmp_path / "q"), "--steps", "4"]) == 0
     shown = capsys.readouterr()
-    for part in ("federated", "2.5625", "clinic alone", "3.2500", "2.00 MB", "trunk", "[A]", "report.html"):
+    for part in ("federated", "2.5625", "clinic alone", "3.2500", "hidden states to the server", "2.00 MB", "[A]"):
         assert part in shown.out
-    assert shown.err == "federation: done (2)\n"
+    for part in ("summed over the clients", "waiting for the trunk", "    Q?\n    two lines\n", "report.html"):
+        assert part in shown.out
+    assert shown.out.index("federated") < shown.out.index("central")
+    assert shown.err == (
+        "federation: 1 of 24, under way\nfederation: 10 of 24, under way\nfederation: 20 of 24, under way\n"
+        "federation: 24 of 24, done\n"
+    )

@@ -125,6 +125,15 @@ def test_a_server_that_nobody_serves_fails_with_what_to_do(identities: Path) -> 
     assert "fedsea server" in check.found
 
 
+def test_an_unreachable_server_is_reported_once(
+    tmp_path: Path, identities: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    asked = ["--server", "127.0.0.1:1", "--identity", str(identities / "a"), "--run", str(tmp_path)]
+    assert main.run(["doctor", "--json", *asked]) == 1
+    failed = [check["name"] for check in json.loads(capsys.readouterr().out)["checks"] if check["state"] == "fail"]
+    assert failed == ["server"]
+
+
 def test_a_server_is_not_asked_without_an_identity() -> None:
     assert states(federation.server("127.0.0.1:1", Federation())) == [("server", "fail")]
 
@@ -161,7 +170,27 @@ def test_memory_for_this_sides_segments(
     monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=free))
     found = Federation(Identity.load(identities / who))
     federation.plan(plan_file, None, None, found)
-    assert states(federation.model(None, found)) == [("model", "ok"), ("memory", state)]
+    assert states(federation.model(None, found)) == [("model", "ok"), ("adapters", "ok"), ("memory", state)]
+
+
+@pytest.mark.parametrize(
+    ("values", "says"),
+    [
+        ({"adapter": {"targets": ["nonsense"]}}, "'nonsense' names no linear layer"),
+        ({"partition": {"input_blocks": 50}}, "leave no trunk"),
+        ({"wire": {"max_tensor_mb": 1}, "data": {"max_tokens": 100_000}}, "raise wire.max_tensor_mb"),
+    ],
+)
+def test_a_plan_that_the_server_would_refuse_is_refused_here(
+    tmp_path: Path, base_model: Path, values: dict[str, Any], says: str
+) -> None:
+    path = tmp_path / "plan.toml"
+    path.write_text(toml({"model": {"path": str(base_model)}, "clients": [{"name": "a"}]} | values))
+    found = Federation()
+    federation.plan(path, None, None, found)
+    checks = federation.model(None, found)
+    assert states(checks) == [("model", "ok"), ("adapters", "fail")]
+    assert says in checks[-1].found
 
 
 def test_both_sides_together_need_the_whole_model(plan_file: Path, base_model: Path) -> None:
@@ -197,7 +226,9 @@ def test_the_command_ends_with_1_if_anything_fails(
     assert main.run(["doctor", "--json", "--plan", str(plan_file), "--run", str(tmp_path)]) == 0
     document = json.loads(capsys.readouterr().out)
     assert document["ok"] is True
-    assert {"python", "torch", "gpu", "disk", "plan", "model", "memory"} <= {c["name"] for c in document["checks"]}
+    assert {"python", "torch", "gpu", "disk", "plan", "model", "adapters", "memory"} <= {
+        c["name"] for c in document["checks"]
+    }
     assert main.run(["doctor", "--json", "--plan", str(tmp_path / "none.toml"), "--run", str(tmp_path)]) == 1
     assert json.loads(capsys.readouterr().out)["ok"] is False
 

@@ -70,6 +70,27 @@ def test_help_of_any_command_imports_nothing_heavy() -> None:
     assert not HEAVY & imported
 
 
+@pytest.mark.parametrize("command", ["status", "doctor"])
+def test_asking_a_server_does_not_load_torch(command: str, identities: Path, tmp_path: Path) -> None:
+    words = [command, "--server", "127.0.0.1:1", "--identity", str(identities / "a")]
+    words += ["--run", str(tmp_path)] if command == "doctor" else []
+    no_gpu = "from fedsea.cli import checks, main; checks._may_be_gpu = lambda _: False"
+    imported = imported_by(f"{no_gpu}\nassert main.run({words!r}) != main.INTERNAL")
+    assert "grpc" in imported
+    assert not {"torch", "transformers"} & imported
+
+
+@pytest.mark.parametrize(("before", "after"), [(None, "NONE"), ("DEBUG", "DEBUG")])
+def test_grpc_is_silent_unless_the_user_wants_to_hear_it(
+    before: str | None, after: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("GRPC_VERBOSITY", raising=False)
+    if before is not None:
+        monkeypatch.setenv("GRPC_VERBOSITY", before)
+    assert main.run(["version"]) == 0
+    assert os.environ["GRPC_VERBOSITY"] == after
+
+
 def test_import_fedsea_imports_nothing_heavy() -> None:
     assert not (HEAVY | {"typer", "rich", "pydantic"}) & imported_by("import fedsea; dir(fedsea)")
 
