@@ -130,6 +130,26 @@ def test_links_inside_the_repository_resolve(page):
     assert not broken
 
 
+COMMENT = re.compile(r"<!--(.*?)-->", re.DOTALL)
+GENERATED = re.compile(r"Written by scripts/|(begin|end): ")
+
+
+def placeholders(text):
+    """Comments that stand for something to come: all but those of generated pages and parts."""
+    return [note.strip() for note in COMMENT.findall(text) if not GENERATED.match(note.strip())]
+
+
+def test_a_placeholder_would_be_found():
+    assert placeholders("a <!-- table: losses --> b <!-- begin: messages -->") == ["table: losses"]
+
+
+@pages
+def test_nothing_in_a_page_stands_for_something_to_come(page):
+    text = page.read_text(encoding="utf-8")
+    assert not placeholders(text)
+    assert not re.findall(r"\b(TODO|TBD|FIXME|XXX)\b", text)
+
+
 def test_every_page_of_the_documentation_is_in_its_contents():
     contents = ROOT / "docs" / "README.md"
     linked = {(contents.parent / link.partition("#")[0]).resolve() for link in LINK.findall(contents.read_text())}
