@@ -91,6 +91,19 @@ def write_bytes_atomic(path: Path, data: bytes) -> None:
         temporary.write_bytes(data)
 
 
+def remove_durably(path: Path) -> None:
+    """Remove the file at `path`, if it is there, so that no crash brings it back.
+
+    Raises:
+        StorageError: The disk refused.
+    """
+    try:
+        path.unlink(missing_ok=True)
+        _sync(path.parent, os.O_RDONLY | os.O_DIRECTORY)
+    except OSError as error:
+        raise storage_error("remove", path, error) from None
+
+
 def write_safetensors_atomic(path: Path, tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str]) -> None:
     """Replace the file at `path` by a safetensors file, durably.
 
@@ -287,4 +300,12 @@ class CheckpointStore:
             StorageError: The newest checkpoint is damaged.
         """
         steps = self.steps()
-        return (steps[-1], *self.load(steps[-1])) if steps else None
+        while steps:
+            try:
+                return (steps[-1], *self.load(steps[-1]))
+            except StorageError:
+                # Another process may have written newer ones, and removed this one, since it was listed.
+                before, steps = steps[-1], self.steps()
+                if not steps or steps[-1] <= before:
+                    raise
+        return None

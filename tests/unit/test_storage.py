@@ -144,6 +144,28 @@ def test_a_damaged_newest_checkpoint_is_not_passed_over_in_silence(tmp_path: Pat
             store.latest()
 
 
+def test_a_checkpoint_that_was_pruned_while_it_was_looked_for_is_no_error(tmp_path: Path) -> None:
+    with storage.CheckpointStore(tmp_path, keep=1) as store:
+        store.save(1, some_tensors(), {"step": 1})
+
+        class Overtaken(storage.CheckpointStore):
+            def load(self, step: int):
+                if step == 1:
+                    store.save(2, some_tensors(), {"step": 2})
+                return super().load(step)
+
+        assert Overtaken(tmp_path, read_only=True).latest()[::2] == (2, {"step": 2})
+
+
+def test_a_removed_file_is_gone_durably(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    synced = []
+    monkeypatch.setattr(storage, "_sync", lambda path, _flags: synced.append((path, os.listdir(path))))
+    (tmp_path / "x").touch()
+    storage.remove_durably(tmp_path / "x")
+    storage.remove_durably(tmp_path / "x")
+    assert synced == [(tmp_path, [])] * 2
+
+
 def test_opening_a_store_removes_what_a_killed_writer_left(tmp_path: Path) -> None:
     (tmp_path / ".step-00000003.safetensors.abc.tmp").write_bytes(b"half")
     with storage.CheckpointStore(tmp_path):
