@@ -53,5 +53,8 @@ def evaluate(
     while under_way:
         take()
     if tokens == 0:
-        raise DataError("There is nothing to evaluate: the held-out split has no target tokens.")
+        raise DataError(
+            "There is nothing to evaluate: the rows have no target tokens. With --all, `fedsea eval` takes all rows "
+            "and not the held-out split alone (data.holdout in the plan)."
+        )
     return total / tokens, tokens

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections import deque
 from collections.abc import Callable
@@ -16,12 +17,14 @@ from fedsea.client.segments import ClientSegments
 from fedsea.client.state import ClientState, ClientStore, Prepared
 from fedsea.client.trunk import Connected, MicroBatch, Sealed, StepInterrupted, Trunk
 from fedsea.data.batches import BatchStream
-from fedsea.errors import FedseaError, ProtocolError
+from fedsea.errors import FedseaError, ProtocolError, StorageError
 from fedsea.federation.schedule import place
 from fedsea.plan import FederationPlan
 from fedsea.privacy.boundary import Boundary
 from fedsea.types import TokenBatch
 from fedsea.wire import messages as m
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,13 +125,24 @@ class Trainer:
         """Train to the end of the run.
 
         Raises:
-            FedseaError: The run cannot go on; what was applied is durable.
+            FedseaError: The run cannot go on; what was applied is durable. Its cause is a `StorageError` if the last
+                checkpoint is not.
         """
         try:
             self._follow()
-        except FedseaError as error:
-            self.trunk.abandon(self.store.state.next_step, error)
+        except BaseException as error:
+            if isinstance(error, FedseaError):
+                self.trunk.abandon(self.store.state.next_step, error)
+            self._settle(error)
             raise
+
+    def _settle(self, error: BaseException) -> None:
+        """Wait for the checkpoint that is being written; a disk that refused it is not to be forgotten over `error`."""
+        try:
+            self.store.flush()
+        except StorageError as lost:
+            log.error("%s The last checkpoint in %s is the one before.", lost.message, self.store.folder)
+            raise error from lost
 
     def _follow(self) -> None:
         while True:
