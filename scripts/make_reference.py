@@ -25,7 +25,8 @@ from pydantic_core import PydanticUndefined
 
 import fedsea
 from fedsea import errors
-from fedsea.client.run import EvalSummary, TrainSummary
+from fedsea.client.results import EvalSummary
+from fedsea.client.run import TrainSummary
 from fedsea.client.trainer import EvaluationReport, StepReport
 from fedsea.plan import ClientEntry, ClientLimits, FederationPlan
 from fedsea.wire import frames, limits

@@ -1,5 +1,6 @@
-from fedsea.client.run import evaluate, train, train_alone
-from fedsea.client.run import export_adapter as export
+from fedsea.client.results import evaluate
+from fedsea.client.results import export_adapter as export
+from fedsea.client.run import train, train_alone
 from fedsea.client.setup import ClientOptions
 from fedsea.errors import FedseaError
 from fedsea.model.checkpoint import open_checkpoint

@@ -89,7 +89,9 @@ def test_a_step_updates_the_trunk_as_adamw_does_and_says_how_it_was_clipped(benc
     clip = direct.step(0, 14, 2.5)
     assert (done.step, done.num_target_tokens) == (0, 14)
     assert done.clip_coefficient == pytest.approx(clip, rel=1e-12)
-    fetched = get(trunk.fetch())
+    state = get(trunk.fetch())
+    assert state.next_step == 1
+    fetched = state.tensors
     expected = direct.parameters()
     assert fetched.keys() == expected.keys()
     assert all(torch.equal(fetched[name], expected[name]) for name in expected)

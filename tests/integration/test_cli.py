@@ -69,6 +69,7 @@ def test_a_client_from_doctor_to_export(one: Federation, capsys: pytest.CaptureF
 
     assert main.run(["eval", *client(one), "--json"]) == 0
     held_out = last_json(capsys)
+    assert held_out["segments"] == "trained"
     assert held_out["mean_loss"] == pytest.approx(summary["loss_after"], abs=1e-5)
     assert main.run(["eval", *client(one), "--all", "--json"]) == 0
     assert last_json(capsys)["num_target_tokens"] > held_out["num_target_tokens"]
@@ -89,7 +90,7 @@ def test_a_finished_run_ends_at_once_in_a_sentence(one: Federation, capsys: pyte
     assert len(shown.err.splitlines()) == 1, "even a quiet run says what it relies on, and nothing else"
     assert "Trust mode: trusted-server" in shown.err
     assert main.run(["train", *client(one), "--no-eval"]) == 0
-    assert "Finished after 2 steps" in capsys.readouterr().out
+    assert "This run is finished (2 steps)" in capsys.readouterr().out
 
 
 def test_training_alone_needs_no_server(
@@ -107,8 +108,8 @@ def test_training_alone_needs_no_server(
     ("arguments", "says"),
     [
         (["train", "--data", "x.jsonl"], "--server HOST:PORT"),
-        (["train", "--alone", "--data", "x.jsonl"], "--plan"),
-        (["train", "--server", "h:1", "--plan", "p.toml"], "--alone"),
+        (["train", "--alone", "--data", __file__], "--plan"),
+        (["train", "--server", "h:1", "--plan", "p.toml", "--data", __file__], "--alone"),
         (["train", "--server", "h:1", "--field", "response"], "ROLE=COLUMN"),
         (["train", "--server", "h:1", "--field", "text=a", "--field", "text=b"], "twice"),
         (["train", "--server", "h:1", "--device", "tpu"], "cuda"),

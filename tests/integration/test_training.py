@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import math
-from dataclasses import replace
-
 import pytest
 import torch
 
@@ -12,7 +9,7 @@ from fedsea.client import run as client_run
 from fedsea.client.segments import ClientSegments
 from fedsea.client.trainer import Trainer
 from fedsea.errors import AuthError, ConfigError, DataError, FedseaError, NonFiniteError, StorageError
-from fedsea.server.run import export_run
+from fedsea.storage import CheckpointStore
 from fedsea.wire.identity import Authority
 from tests.support.assets import make_checkpoint, write_silo
 from tests.support.federation import make_identities
@@ -80,69 +77,24 @@ def test_training_alone_goes_on_where_it_was_interrupted(federation, monkeypatch
     assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
 
 
-# --- after the run ------------------------------------------------------------------------------------------------
-
-
-def test_evaluation_and_export_give_the_federations_loss(federation, base_model):
-    """The exported adapter, in plain peft on the whole model, has the held-out loss that the split model has."""
-    from peft import PeftModel
-    from torch.nn import functional as F
-    from transformers import AutoModelForCausalLM
-
-    from fedsea.client import setup
-    from fedsea.model.checkpoint import open_checkpoint
-    from fedsea.types import IGNORE
-
-    fed = federation("a", "b")
-    server = fed.start_server(exit_when_finished=False)
-    for part in [fed.start_client(name, evaluate=True) for name in fed.names]:
-        summary = part.finish()
-    options = fed.client_options("b")
-    evaluated = client_run.evaluate(options)
-    assert evaluated.mean_loss == pytest.approx(summary.loss_after, rel=1e-6)
-    assert evaluated.perplexity == pytest.approx(math.exp(evaluated.mean_loss))
-    everything = client_run.evaluate(options, everything=True)
-    assert everything.num_target_tokens > evaluated.num_target_tokens
-    untrained = client_run.evaluate(replace(options, run=fed.folder / "none"))
-    assert untrained.mean_loss > evaluated.mean_loss
-    client_run.export_adapter(options, fed.folder / "at-client")
-    export_run(fed.folder / "server", fed.folder / "at-server")
-    server.stop()
-
-    checkpoint = open_checkpoint(str(base_model))
-    batches = list(setup.held_out(fed.plan, setup.open_data(fed.plan, checkpoint, options), "b"))
-    for out in ("at-client", "at-server"):
-        model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base_model), str(fed.folder / out))
-        total = 0.0
-        with torch.no_grad():
-            for batch in batches:
-                for ids, targets in zip(
-                    batch.input_ids_T.split(batch.lengths), batch.targets_T.split(batch.lengths), strict=True
-                ):
-                    logits = model(ids[None]).logits[0]
-                    total += float(F.cross_entropy(logits, targets, reduction="sum", ignore_index=IGNORE))
-        assert total / evaluated.num_target_tokens == pytest.approx(evaluated.mean_loss, rel=1e-5)
-
-
-def test_the_server_says_how_it_stands(federation):
+def test_a_checkpoint_that_was_lost_is_told_beside_the_error_that_ended_the_run(federation, monkeypatch, caplog):
     fed = federation("a")
-    server = fed.start_server(exit_when_finished=False)
-    assert client_run.status(fed.address, fed.identities / "a")["next_step"] == 0
-    fed.start_client("a").finish()
-    status = client_run.status(fed.address, fed.identities / "a")
-    assert (status["next_step"], status["finished"], status["clients"]) == (6, True, ["a"])
-    assert status["bytes_received"] > 0
-    server.stop()
+    original_save, original_head = CheckpointStore.save, ClientSegments.head
 
+    def full(self, step, tensors, state):
+        if step == 2 and self.folder.name == "checkpoints":
+            raise StorageError("Cannot write: the disk is full.")
+        original_save(self, step, tensors, state)
 
-def test_a_finished_run_is_told_to_whoever_starts_again(federation):
-    fed = federation("a")
-    server = fed.start_server(exit_when_finished=False)
-    fed.start_client("a").finish()
-    again = fed.start_client("a")
-    assert again.finish().next_step == 6
-    assert not again.watch.steps
-    server.stop()
+    def poisoned(self, batch, hidden, update, number):
+        return original_head(self, batch, hidden * float("nan") if update == 2 else hidden, update, number)
+
+    monkeypatch.setattr(CheckpointStore, "save", full)
+    monkeypatch.setattr(ClientSegments, "head", poisoned)
+    with pytest.raises(NonFiniteError) as caught:
+        client_run.train_alone(fed.plan_file, "a", fed.client_options("a"))
+    assert isinstance(caught.value.__cause__, StorageError)
+    assert "the disk is full" in caplog.text
 
 
 # --- clients that come late or misbehave --------------------------------------------------------------------------

@@ -12,7 +12,7 @@ import pytest
 from prometheus_client import CollectorRegistry, generate_latest
 from transformers import AutoTokenizer
 
-from fedsea.client import run as client_run
+from fedsea.client import results
 from fedsea.client.segments import ClientSegments
 from fedsea.errors import FedseaError
 from fedsea.observe.metrics import ServerMetrics
@@ -99,7 +99,7 @@ def test_nothing_of_the_text_reaches_logs_status_metrics_files_or_the_wire(feder
         parts = [
             fed.start_client(name, recorders[name], ClientDisplay(fed.plan, name), evaluate=True) for name in fed.names
         ]
-        statuses.append(client_run.status(fed.address, fed.identities / "a"))
+        statuses.append(results.status(fed.address, fed.identities / "a"))
         for part in (*parts, fed.server):
             part.finish()
         for one in recorders.values():

@@ -11,6 +11,8 @@ import typer
 from fedsea.cli import options as o
 from fedsea.cli import output
 
+_WHOSE = {"trained": "segments trained here", "base": "base model's own segments (--base)"}
+
 
 def evaluate(
     server: o.Server = None,
@@ -18,9 +20,10 @@ def evaluate(
     more_data: o.MoreData = None,
     identity: o.Identity = Path("identity"),
     model: o.Model = None,
-    run: Annotated[
-        Path, typer.Option(help="Run folder of `fedsea train`; without one, the base model's segments are used.")
-    ] = Path("runs/client"),
+    run: Annotated[Path, typer.Option(help="Run folder of `fedsea train` with this server.")] = Path("runs/client"),
+    base: Annotated[
+        bool, typer.Option("--base", help="The base model's own segments with the server's trunk; needs no run folder.")
+    ] = False,
     settings: o.Settings = None,
     format_name: o.Format = "auto",
     field: o.Field = None,
@@ -53,13 +56,13 @@ def evaluate(
         retry_for=retry_for,
         skip_bad_rows=skip_bad_rows,
     )
-    from fedsea.client import run as client
+    from fedsea.client import results
 
-    summary = client.evaluate(options, everything)
+    summary = results.evaluate(options, everything, base)
     if as_json:
         output.result(asdict(summary))
     else:
         output.say(
             f"loss {summary.mean_loss:.4f} nats per token, perplexity {summary.perplexity:.2f}, "
-            f"over {summary.num_target_tokens:,} tokens"
+            f"over {summary.num_target_tokens:,} tokens, with the {_WHOSE[summary.segments]}"
         )

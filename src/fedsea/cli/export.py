@@ -43,7 +43,7 @@ def export(
 
         export_run(server_run, out, merged)
     else:
-        from fedsea.client.run import export_adapter
+        from fedsea.client.results import export_adapter
 
         options = o.client_options(o.need_server(server), identity, run=run, model=model, retry_for=retry_for)
         export_adapter(options, out, merged)

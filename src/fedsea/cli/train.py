@@ -96,9 +96,12 @@ def _run(options: ClientOptions, plan: Path | None, name: str | None, *, alone: 
 def _sentence(summary: TrainSummary, run: Path) -> str:
     from fedsea.observe.figures import bytes_text
 
-    parts = [f"Finished after {summary.next_step} steps"]
+    if summary.finished_before:
+        parts = [f"This run is finished ({summary.next_step} steps), and nothing was left to do"]
+    else:
+        parts = [f"Finished after {summary.next_step} steps"]
     if summary.loss_before is not None and summary.loss_after is not None:
         parts.append(f"held-out loss {summary.loss_before:.4f} → {summary.loss_after:.4f}")
-    if summary.bytes_sent:
+    if summary.bytes_sent and not summary.finished_before:
         parts.append(f"sent {bytes_text(summary.bytes_sent)}, received {bytes_text(summary.bytes_received)}")
     return f"{'; '.join(parts)}. Everything is in {run}."

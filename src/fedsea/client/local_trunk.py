@@ -164,9 +164,9 @@ class LocalTrunk:
         self._save()
         self._events.append(m.RoundResult(round_index, dict(parameters)))
 
-    def fetch(self) -> Future[Tensors]:
+    def fetch(self) -> Future[m.TrunkState]:
         """See `Trunk.fetch`."""
-        return _done(adapters.read(self._passes.trunk))
+        return _done(m.TrunkState(self._next_step, adapters.read(self._passes.trunk)))
 
     def abandon(self, step: int, error: FedseaError) -> None:  # noqa: ARG002 (nobody else is told)
         """See `Trunk.abandon`."""

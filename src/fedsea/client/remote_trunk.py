@@ -22,7 +22,7 @@ import torch
 
 import fedsea
 from fedsea.client.retry import RetryPolicy
-from fedsea.client.trunk import Connected, Event, MicroBatch, Sealed, Standing, StepInterrupted, Tensors
+from fedsea.client.trunk import Connected, Event, MicroBatch, Sealed, Standing, StepInterrupted
 from fedsea.errors import FedseaError, ProtocolError, TransportError
 from fedsea.plan import FederationPlan, parse_plan_json
 from fedsea.types import Channel, Release
@@ -197,7 +197,7 @@ class RemoteTrunk:
         """See `Trunk.evaluate`; survives a lost connection."""
         return self._ask(("evaluation", where.step, -1, where.number), self._forward(where, hidden, True), lasting=True)
 
-    def fetch(self) -> Future[Tensors]:
+    def fetch(self) -> Future[m.TrunkState]:
         """See `Trunk.fetch`; survives a lost connection."""
         return self._ask(("trunk", 0, -1, 0), m.FetchTrunk(), lasting=True)
 
@@ -378,7 +378,7 @@ class RemoteTrunk:
                 key = ("gradient", message.step, message.attempt, message.micro_batch)
                 self._resolve(key, _single(message.tensors) if message.tensors else None)
             case m.TrunkState():
-                self._resolve(("trunk", 0, -1, 0), dict(message.tensors))  # type: ignore[arg-type]
+                self._resolve(("trunk", 0, -1, 0), message)
             case m.StepOpen():
                 self._interrupt((message.step, message.attempt))
                 self._events.put(message)

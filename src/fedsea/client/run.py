@@ -1,36 +1,31 @@
-"""What a data owner does: train with a server, train alone, evaluate, export, ask how a server stands."""
+"""Training, as a data owner starts it: with a server, or alone."""
 
 from __future__ import annotations
 
-import asyncio
 import logging
-import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from fedsea.client import setup
-from fedsea.client.evaluation import evaluate as evaluate_batches
 from fedsea.client.local_trunk import LocalTrunk
-from fedsea.client.remote_trunk import RemoteTrunk, seek_invitation
-from fedsea.client.renewal import IdentityKeeper
+from fedsea.client.remote_trunk import RemoteTrunk
+from fedsea.client.run_key import ALONE, RunKey
 from fedsea.client.segments import ClientSegments
-from fedsea.client.setup import ClientOptions
-from fedsea.client.state import ClientStore
+from fedsea.client.setup import ClientOptions, Invited
+from fedsea.client.state import ClientStore, Ended
 from fedsea.client.trainer import EvaluationReport, Observer, StepReport, Trainer
-from fedsea.client.trunk import Standing, Trunk
+from fedsea.client.trunk import Connected, Trunk
 from fedsea.data.silo import Silo
-from fedsea.errors import ConfigError
-from fedsea.model import adapters, export
-from fedsea.model.checkpoint import Checkpoint
-from fedsea.model.loading import load_trunk
+from fedsea.errors import TransportError
+from fedsea.model.fingerprint import fingerprint
+from fedsea.model.loading import trainable_trunk
 from fedsea.plan import FederationPlan, load_plan
 from fedsea.privacy.boundary import Boundary
-from fedsea.wire.channel import call_status
-from fedsea.wire.identity.identity import Identity
+from fedsea.wire import messages as m
+from fedsea.wire.limits import HANDSHAKE
 
 log = logging.getLogger(__name__)
 
@@ -45,6 +40,7 @@ class TrainSummary:
         bytes_sent: By this process, over the wire.
         bytes_by_kind: The same, and what was received, by kind of message.
         phases_s: Phase to seconds, summed over this process's steps.
+        finished_before: The run was finished already: nothing was trained now, and the rest is of the process that did.
     """
 
     client: str
@@ -56,15 +52,7 @@ class TrainSummary:
     bytes_received: int
     bytes_by_kind: Mapping[str, int]
     phases_s: Mapping[str, float]
-
-
-@dataclass(frozen=True, slots=True)
-class EvalSummary:
-    """Loss over a silo: nats per target token, and what goes with it."""
-
-    mean_loss: float
-    perplexity: float
-    num_target_tokens: int
+    finished_before: bool = False
 
 
 class _Recorder:
@@ -127,23 +115,28 @@ def train(options: ClientOptions, observer: Observer | None = None) -> TrainSumm
         FedseaError: This client cannot take part, or cannot go on; what was applied is durable, and the same call
             goes on from there.
     """
-    if options.threads:
-        torch.set_num_threads(options.threads)
-    keeper = IdentityKeeper(options.identity, options.server)
-    invitation = asyncio.run(seek_invitation(options.server, keeper.current, options.retry))
-    plan, name = invitation.plan, keeper.current().name
-    setup.check_limits(plan, name, options)
-    log.warning("%s", Boundary(plan.trust.mode).statement)
+    ended = ClientStore.ended(options.run)
+    try:
+        invited = setup.accept(options if ended is None else replace(options, retry_for_s=0.0))
+    except TransportError:
+        if ended is None or ended.run_id == ALONE:
+            raise
+        log.warning("The run in %s is finished, and %s cannot be asked for another one.", options.run, options.server)
+        return _as_before(ended)
+    plan, name = invited.plan, invited.name
+    if ended is not None and ended.belongs_to(invited.key) and _finished_there_too(options, invited, ended):
+        log.info("this run is finished (%d steps)", ended.standing.next_step)
+        return _as_before(ended)
     checkpoint = setup.open_base_model(plan, options, name)
     silo = setup.open_data(plan, checkpoint, options)
-    store = ClientStore(options.run, plan, invitation.run_id)
+    store = ClientStore(options.run, plan, invited.invitation.run_id, name)
     recorder = _Recorder(observer)
     try:
         segments = setup.load_segments(plan, checkpoint, name, options.device)
         trunk = RemoteTrunk(
             options.server,
-            keeper.current,
-            invitation,
+            invited.keeper.current,
+            invited.invitation,
             setup.wire_limits(plan, checkpoint, name),
             lambda: store.standing,
             options.retry,
@@ -153,11 +146,32 @@ def train(options: ClientOptions, observer: Observer | None = None) -> TrainSumm
         trainer.restore()
         if (begin := getattr(observer, "begin", None)) is not None:
             begin(plan, name, trunk)
-        with keeper, trunk:
+        with invited.keeper, trunk:
             trainer.run()
-        return recorder.summary(name, store.state.next_step, trunk.traffic)
+        return _finished(store, recorder.summary(name, store.state.next_step, trunk.traffic))
     finally:
         store.close()
+
+
+def _finished_there_too(options: ClientOptions, invited: Invited, ended: Ended) -> bool:
+    """Say goodbye again, for the server may be a new process that waits for it; False if its run is not finished."""
+    current, standing = invited.keeper.current, ended.standing
+    with RemoteTrunk(options.server, current, invited.invitation, HANDSHAKE, lambda: standing, options.retry) as trunk:
+        while isinstance(event := trunk.next_event(), Connected):
+            pass
+        if not isinstance(event, m.Finished):
+            return False
+        trunk.close(standing.next_step)
+    return True
+
+
+def _finished(store: ClientStore, summary: TrainSummary) -> TrainSummary:
+    store.finish(asdict(summary))
+    return summary
+
+
+def _as_before(ended: Ended) -> TrainSummary:
+    return TrainSummary(**{**ended.summary, "finished_before": True})
 
 
 def train_alone(plan_file: Path, name: str, options: ClientOptions, observer: Observer | None = None) -> TrainSummary:
@@ -178,105 +192,24 @@ def train_alone(plan_file: Path, name: str, options: ClientOptions, observer: Ob
     training = plan.training.model_copy(update={"mode": "batched", "wait": "all", "min_clients": 1})
     plan = plan.model_copy(update={"clients": (plan.client(name),), "training": training})
     checkpoint = setup.open_base_model(plan, options, name)
+    plan = plan.model_copy(update={"model": plan.model.model_copy(update={"fingerprint": fingerprint(checkpoint)})})
+    ended = ClientStore.ended(options.run)
+    if ended is not None and ended.belongs_to(RunKey(plan, ALONE, name)):
+        log.info("this run is finished (%d steps)", ended.standing.next_step)
+        return _as_before(ended)
     silo = setup.open_data(plan, checkpoint, options)
-    store = ClientStore(options.run, plan, run_id="alone")
+    store = ClientStore(options.run, plan, ALONE, name)
     recorder = _Recorder(observer)
     try:
         segments = setup.load_segments(plan, checkpoint, name, options.device)
-        trunk = LocalTrunk(_load_trunk(plan, checkpoint, name, options.device), plan, name, options.run / "trunk")
+        blocks = plan.partition_of(name).trunk(checkpoint.num_blocks)
+        segment = trainable_trunk(plan, checkpoint, blocks, options.device)
+        trunk = LocalTrunk(segment, plan, name, options.run / "trunk")
         trainer = _trainer(plan, segments, silo, trunk, store, recorder, options)
         trainer.restore()
         if (begin := getattr(observer, "begin", None)) is not None:
             begin(plan, name, None)
         trainer.run()
-        return recorder.summary(name, store.state.next_step, ({}, {}))
+        return _finished(store, recorder.summary(name, store.state.next_step, ({}, {})))
     finally:
         store.close()
-
-
-def _load_trunk(plan: FederationPlan, checkpoint: Checkpoint, name: str, device: str) -> Any:
-    trunk = load_trunk(
-        checkpoint,
-        plan.partition_of(name).trunk(checkpoint.num_blocks),
-        dtype=getattr(torch, plan.model.dtype),
-        device=device,
-        activation_checkpointing=plan.model.activation_checkpointing,
-        autocast=torch.bfloat16 if plan.model.autocast == "bfloat16" else None,
-    )
-    adapters.attach(trunk, plan.adapter, plan.adapter.trunk, plan.seed)
-    return trunk
-
-
-def evaluate(options: ClientOptions, everything: bool = False) -> EvalSummary:
-    """Loss of the federation's model on this client's data, through the server.
-
-    Args:
-        options: With `options.run` holding a checkpoint, its parameters are used; else the base model's segments.
-        everything: All rows instead of the held-out split.
-
-    Raises:
-        FedseaError: The server cannot be reached, or the data cannot be used.
-    """
-    if options.threads:
-        torch.set_num_threads(options.threads)
-    keeper = IdentityKeeper(options.identity, options.server)
-    invitation = asyncio.run(seek_invitation(options.server, keeper.current, options.retry))
-    plan, name = invitation.plan, keeper.current().name
-    setup.check_limits(plan, name, options)
-    log.warning("%s", Boundary(plan.trust.mode).statement)
-    checkpoint = setup.open_base_model(plan, options, name)
-    silo = setup.open_data(plan, checkpoint, options)
-    segments = setup.load_segments(plan, checkpoint, name, options.device)
-    if (found := ClientStore.peek(options.run)) is not None:
-        segments.load_tensors(found)
-    else:
-        log.warning(
-            "%s holds no training run: the base model's own segments are used with the server's trunk. Give the run "
-            "folder of `fedsea train` with --run.",
-            options.run,
-        )
-    batches = setup.every_row(plan, silo, name) if everything else setup.held_out(plan, silo, name)
-    limits = setup.wire_limits(plan, checkpoint, name)
-    observing = RemoteTrunk(options.server, keeper.current, invitation, limits, Standing, options.retry, role="observe")
-    with observing as trunk:
-        loss, tokens = evaluate_batches(segments, trunk, Boundary(plan.trust.mode), batches, plan)
-    return EvalSummary(loss, math.exp(min(loss, 700.0)), tokens)
-
-
-def export_adapter(options: ClientOptions, out: Path, merged: bool = False) -> None:
-    """Write the whole model's adapter: this client's part, and the trunk's, fetched from the server.
-
-    Args:
-        options: With the run folder of a training run.
-        out: Folder to write: a PEFT adapter, or a whole checkpoint.
-        merged: Merge into the base weights (which must all be here).
-
-    Raises:
-        ConfigError: There is no training run in the folder.
-        FedseaError: The server cannot be reached or does not share the trunk.
-    """
-    keeper = IdentityKeeper(options.identity, options.server)
-    invitation = asyncio.run(seek_invitation(options.server, keeper.current, options.retry))
-    plan, name = invitation.plan, keeper.current().name
-    found = ClientStore.peek(options.run)
-    if found is None:
-        raise ConfigError(f"{options.run} holds no training run: give the run folder of `fedsea train` with --run.")
-    checkpoint = setup.open_base_model(plan, options, name)
-    limits = setup.wire_limits(plan, checkpoint, name, trunk=True)
-    with RemoteTrunk(
-        options.server, keeper.current, invitation, limits, Standing, options.retry, role="observe"
-    ) as trunk:
-        theirs = trunk.fetch().result()
-    prefix = "parameter."
-    ours = {key.removeprefix(prefix): value for key, value in found.items() if key.startswith(prefix)}
-    export.write(out, checkpoint, {**theirs, **ours}, plan, merged=merged)
-    log.info("wrote %s", out)
-
-
-def status(server: str, identity: Path) -> dict[str, Any]:
-    """How a server stands.
-
-    Raises:
-        FedseaError: It cannot be reached or refuses.
-    """
-    return asyncio.run(call_status(server, Identity.load(identity)))

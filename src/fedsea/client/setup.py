@@ -1,7 +1,8 @@
-"""From a plan to a client that is ready to train: limits, checkpoint, segments, data."""
+"""From a server's plan to a client that is ready to train: limits, checkpoint, segments, data."""
 
 from __future__ import annotations
 
+import asyncio
 import logging
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -10,7 +11,10 @@ from pathlib import Path
 
 import torch
 
+from fedsea.client.remote_trunk import Invitation, seek_invitation
+from fedsea.client.renewal import IdentityKeeper
 from fedsea.client.retry import RetryPolicy
+from fedsea.client.run_key import RunKey
 from fedsea.client.segments import ClientSegments
 from fedsea.data.batches import BatchStream, evaluation_batches, pack
 from fedsea.data.formats import DataFormat
@@ -21,8 +25,9 @@ from fedsea.errors import ConfigError
 from fedsea.model import adapters
 from fedsea.model.checkpoint import Checkpoint, open_checkpoint
 from fedsea.model.fingerprint import check, fingerprint, units_of
-from fedsea.model.loading import load_input_blocks, load_output_blocks
+from fedsea.model.loading import trainable_ends
 from fedsea.plan import ClientLimits, FederationPlan, load_limits
+from fedsea.privacy.boundary import Boundary
 from fedsea.types import Channel, SegmentKind, TokenBatch
 from fedsea.wire.limits import WireLimits
 
@@ -69,6 +74,54 @@ class ClientOptions:
         return RetryPolicy(self.retry_for_s)
 
 
+@dataclass(frozen=True, slots=True)
+class Invited:
+    """A client that a server has sent its plan."""
+
+    keeper: IdentityKeeper
+    invitation: Invitation
+
+    @property
+    def plan(self) -> FederationPlan:
+        """The server's plan."""
+        return self.invitation.plan
+
+    @property
+    def name(self) -> str:
+        """This client, as its certificate says."""
+        return self.keeper.current().name
+
+    @property
+    def key(self) -> RunKey:
+        """The run that this client's folder must hold."""
+        return RunKey(self.plan, self.invitation.run_id, self.name)
+
+
+def ask(options: ClientOptions) -> Invited:
+    """Fetch the server's plan.
+
+    Raises:
+        FedseaError: The server cannot be reached or refuses, or this machine's identity cannot be used.
+    """
+    keeper = IdentityKeeper(options.identity, options.server)
+    return Invited(keeper, asyncio.run(seek_invitation(options.server, keeper.current, options.retry)))
+
+
+def accept(options: ClientOptions) -> Invited:
+    """Fetch the server's plan, hold it against this client's own limits, and say what trust it asks for.
+
+    Raises:
+        ConfigError: The plan goes past the limits.
+        FedseaError: As for `ask`.
+    """
+    if options.threads:
+        torch.set_num_threads(options.threads)
+    invited = ask(options)
+    check_limits(invited.plan, invited.name, options)
+    log.warning("%s", Boundary(invited.plan.trust.mode).statement)
+    return invited
+
+
 def check_limits(plan: FederationPlan, name: str, options: ClientOptions) -> None:
     """Refuse a plan that goes past this client's own limits.
 
@@ -101,18 +154,7 @@ def open_base_model(plan: FederationPlan, options: ClientOptions, name: str) -> 
 
 def load_segments(plan: FederationPlan, checkpoint: Checkpoint, name: str, device: str) -> ClientSegments:
     """The client's two segments with their adapters."""
-    cut = plan.partition_of(name)
-    autocast = torch.bfloat16 if plan.model.autocast == "bfloat16" else None
-    dtype = getattr(torch, plan.model.dtype)
-    again = plan.model.activation_checkpointing
-    input_blocks = load_input_blocks(
-        checkpoint, cut, dtype=dtype, device=device, activation_checkpointing=again, autocast=autocast
-    )
-    output_blocks = load_output_blocks(
-        checkpoint, cut, dtype=dtype, device=device, activation_checkpointing=again, autocast=autocast
-    )
-    adapters.attach(input_blocks, plan.adapter, plan.adapter.input, plan.seed)
-    adapters.attach(output_blocks, plan.adapter, plan.adapter.output, plan.seed)
+    input_blocks, output_blocks = trainable_ends(plan, checkpoint, plan.partition_of(name), device)
     return ClientSegments(plan, name, input_blocks, output_blocks)
 
 

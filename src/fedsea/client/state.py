@@ -10,6 +10,7 @@ computation: it has to be durable only before the next gradients take the place 
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, replace
@@ -18,12 +19,14 @@ from typing import Any
 
 import torch
 
+from fedsea.client.run_key import RunKey
 from fedsea.client.trunk import Standing
-from fedsea.errors import ConfigError
-from fedsea.plan import FederationPlan, differences, parse_plan_json
-from fedsea.storage import CheckpointStore, load_tensors, save_tensors
+from fedsea.plan import FederationPlan
+from fedsea.storage import CheckpointStore, load_tensors, remove_durably, save_tensors, write_bytes_atomic
 
 Tensors = Mapping[str, torch.Tensor]
+
+_SUMMARY = "summary.json"
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,19 +64,40 @@ class Prepared:
     gradients: Tensors
 
 
+@dataclass(frozen=True, slots=True)
+class Ended:
+    """How a finished run of a client ended, as its folder says.
+
+    Attributes:
+        standing: What a server is told.
+        summary: As given to `ClientStore.finish`.
+    """
+
+    run_id: str
+    plan_sha256: str
+    client: str
+    standing: Standing
+    summary: Mapping[str, Any]
+
+    def belongs_to(self, key: RunKey) -> bool:
+        """Whether it was this run."""
+        return (self.run_id, self.plan_sha256, self.client) == (key.run_id, key.plan.sha256(), key.client)
+
+
 class ClientStore:
-    """A client's run folder: `checkpoints/` and `prepared.safetensors`.
+    """A client's run folder: `checkpoints/`, `prepared.safetensors`, and at the end `summary.json`.
 
     Args:
         folder: Run folder; made if absent; locked for this process.
         plan: The plan as fetched; compared with the one that the folder was made with.
         run_id: Identity of the server's run.
+        client: Name of the client; a folder of another one is refused.
     """
 
-    def __init__(self, folder: Path, plan: FederationPlan, run_id: str) -> None:
+    def __init__(self, folder: Path, plan: FederationPlan, run_id: str, client: str = "") -> None:
         self.folder = folder
         self.plan = plan
-        self.run_id = run_id
+        self.key = RunKey(plan, run_id, client)
         self._checkpoints = CheckpointStore(folder / "checkpoints", keep=plan.durability.keep)
         self._prepared_path = folder / "prepared.safetensors"
         self._writer = ThreadPoolExecutor(1, "fedsea-checkpoint")
@@ -86,6 +110,30 @@ class ClientStore:
         """The newest checkpoint's tensors, without locking the folder; None if there is none."""
         found = CheckpointStore(folder / "checkpoints", read_only=True).latest()
         return None if found is None else found[1]
+
+    @staticmethod
+    def look(folder: Path, key: RunKey) -> tuple[ClientState, Tensors] | None:
+        """Like `peek`, of a run that is known: where it stands, and its tensors.
+
+        Raises:
+            ConfigError: The folder belongs to another run, plan or client.
+        """
+        found = CheckpointStore(folder / "checkpoints", read_only=True).latest()
+        if found is None:
+            return None
+        _, tensors, values = found
+        key.check(folder, values, "Give --run the folder of this client's `fedsea train` with this server.")
+        return ClientState(**values["state"]), tensors
+
+    @staticmethod
+    def ended(folder: Path) -> Ended | None:
+        """How the run in a folder ended; None if it did not, or the note of it cannot be read."""
+        try:
+            values = json.loads((folder / _SUMMARY).read_text(encoding="utf-8"))
+            standing = Standing(values.pop("next_step"), -1, values.pop("rounds_done"))
+            return Ended(**values, standing=standing)
+        except (OSError, ValueError, KeyError, TypeError, AttributeError):
+            return None
 
     def restore(self) -> Tensors | None:
         """Read the newest checkpoint and the prepared step, if any.
@@ -101,26 +149,13 @@ class ClientStore:
         if found is None:
             return None
         _, tensors, values = found
-        self._check(values)
+        self.key.check(self.folder, values, "Give --run a new folder to take part in the run of today.")
         self.state = ClientState(**values["state"])
         if self._prepared_path.exists():
             gradients, item = load_tensors(self._prepared_path)
             if item["step"] >= self.state.next_step:
                 self.prepared = Prepared(**item, gradients=gradients)
         return tensors
-
-    def _check(self, values: Mapping[str, Any]) -> None:
-        if values["plan_sha256"] != self.plan.sha256():
-            fields = "; ".join(differences(self.plan, parse_plan_json(values["plan"])))
-            raise ConfigError(
-                f"The run in {self.folder} was started with another plan ({fields}; here is the server's plan of "
-                "today, there the run). Give --run a new folder to take part in the new plan."
-            )
-        if values["run_id"] != self.run_id:
-            raise ConfigError(
-                f"The run in {self.folder} belongs to another run of the server. Give --run a new folder, or ask the "
-                "operator to restore the server's run folder."
-            )
 
     def save(self, state: ClientState, tensors: Tensors) -> None:
         """Make the state after a step or round durable, in the background; `flush` waits for it.
@@ -135,7 +170,8 @@ class ClientStore:
         self.flush()
         values = {
             "state": asdict(state),
-            "run_id": self.run_id,
+            "run_id": self.key.run_id,
+            "client": self.key.client,
             "plan": self.plan.to_json(),
             "plan_sha256": self.plan.sha256(),
         }
@@ -158,8 +194,28 @@ class ClientStore:
 
     def discard_prepared(self) -> None:
         """The step is to be done again."""
-        self._prepared_path.unlink(missing_ok=True)
+        remove_durably(self._prepared_path)
         self.prepared = None
+
+    def finish(self, summary: Mapping[str, Any]) -> None:
+        """Keep how the run ended, so that the same command has an answer when it is given again.
+
+        Args:
+            summary: Anything that `json` can write.
+
+        Raises:
+            StorageError: The disk refused.
+        """
+        self.flush()
+        values = {
+            "run_id": self.key.run_id,
+            "plan_sha256": self.plan.sha256(),
+            "client": self.key.client,
+            "next_step": self.state.next_step,
+            "rounds_done": self.state.rounds_done,
+            "summary": dict(summary),
+        }
+        write_bytes_atomic(self.folder / _SUMMARY, (json.dumps(values, indent=2) + "\n").encode())
 
     @property
     def standing(self) -> Standing:

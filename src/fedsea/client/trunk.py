@@ -101,8 +101,8 @@ class Trunk(Protocol):
         """Like `forward`, without a gradient and outside any step."""
         ...
 
-    def fetch(self) -> Future[Tensors]:
-        """The trunk's trained parameters by portable name."""
+    def fetch(self) -> Future[m.TrunkState]:
+        """The trunk's trained parameters by portable name, and after how many steps they are that."""
         ...
 
     def abandon(self, step: int, error: FedseaError) -> None:

@@ -9,9 +9,11 @@ import torch
 from torch import nn
 
 from fedsea.errors import ConfigError
+from fedsea.model import adapters
 from fedsea.model.attention import checkpoint_activations
 from fedsea.model.partition import Layout, build, cut
 from fedsea.model.segments import InputBlocks, OutputBlocks, Segment, Trunk
+from fedsea.plan import FederationPlan, ModelSection
 from fedsea.types import BlockRange, Partition, SegmentKind
 
 if TYPE_CHECKING:
@@ -84,6 +86,35 @@ def load_output_blocks(
     indices = range(partition.trunk(checkpoint.num_blocks).stop, checkpoint.num_blocks)
     model, layout = _load(checkpoint, SegmentKind.OUTPUT, indices, dtype, device, activation_checkpointing)
     return _checked(OutputBlocks(model, layout, indices, autocast))
+
+
+def trainable_trunk(
+    plan: FederationPlan, checkpoint: Checkpoint, blocks: BlockRange, device: torch.device | str = "cpu"
+) -> Trunk:
+    """A trunk as a plan wants it, its adapters attached; errors as for `load_trunk`."""
+    trunk = load_trunk(checkpoint, blocks, device=device, **_settings(plan.model))
+    adapters.attach(trunk, plan.adapter, plan.adapter.trunk, plan.seed)
+    return trunk
+
+
+def trainable_ends(
+    plan: FederationPlan, checkpoint: Checkpoint, partition: Partition, device: torch.device | str = "cpu"
+) -> tuple[InputBlocks, OutputBlocks]:
+    """A client's two segments as a plan wants them, their adapters attached; errors as for `load_input_blocks`."""
+    settings = _settings(plan.model)
+    input_blocks = load_input_blocks(checkpoint, partition, device=device, **settings)
+    output_blocks = load_output_blocks(checkpoint, partition, device=device, **settings)
+    adapters.attach(input_blocks, plan.adapter, plan.adapter.input, plan.seed)
+    adapters.attach(output_blocks, plan.adapter, plan.adapter.output, plan.seed)
+    return input_blocks, output_blocks
+
+
+def _settings(model: ModelSection) -> dict[str, Any]:
+    return {
+        "dtype": getattr(torch, model.dtype),
+        "activation_checkpointing": model.activation_checkpointing,
+        "autocast": torch.bfloat16 if model.autocast == "bfloat16" else None,
+    }
 
 
 def _load(

@@ -19,7 +19,7 @@ from fedsea.errors import ConfigError, FedseaError
 from fedsea.model import adapters, export
 from fedsea.model.checkpoint import Checkpoint, open_checkpoint
 from fedsea.model.fingerprint import fingerprint
-from fedsea.model.loading import load_trunk
+from fedsea.model.loading import trainable_trunk
 from fedsea.plan import FederationPlan, load_plan, parse_plan_json
 from fedsea.server.engine import Engine
 from fedsea.server.executor.local import EngineThread
@@ -108,16 +108,7 @@ def resolve(plan: FederationPlan, checkpoint: Checkpoint) -> FederationPlan:
 
 def load_engine(plan: FederationPlan, checkpoint: Checkpoint, device: str) -> Engine:
     """The trunk's blocks with their adapters, ready to run."""
-    autocast = torch.bfloat16 if plan.model.autocast == "bfloat16" else None
-    trunk = load_trunk(
-        checkpoint,
-        trunk_blocks(plan, checkpoint.num_blocks),
-        dtype=getattr(torch, plan.model.dtype),
-        device=device,
-        activation_checkpointing=plan.model.activation_checkpointing,
-        autocast=autocast,
-    )
-    adapters.attach(trunk, plan.adapter, plan.adapter.trunk, plan.seed)
+    trunk = trainable_trunk(plan, checkpoint, trunk_blocks(plan, checkpoint.num_blocks), device)
     return Engine(trunk, plan)
 
 

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from fedsea import storage
+from fedsea.client.run_key import ALONE, RunKey
 from fedsea.client.state import ClientState, ClientStore, Prepared
 from fedsea.client.trunk import Standing
 from fedsea.errors import ConfigError, StorageError
@@ -160,3 +161,72 @@ def test_the_newest_checkpoint_can_be_looked_at_while_a_client_runs(store):
     store.save(ClientState(), TENSORS)
     store.flush()
     assert ClientStore.peek(store.folder).keys() == TENSORS.keys()
+
+
+# --- whose run it is ----------------------------------------------------------------------------------------------
+
+
+def test_another_clients_folder_is_refused_for_training(tmp_path):
+    first = ClientStore(tmp_path, PLAN, "run-1", "a")
+    first.save(ClientState(), TENSORS)
+    first.close()
+    other = ClientStore(tmp_path, PLAN, "run-1", "b")
+    with pytest.raises(ConfigError, match="that of client a, and this is b"):
+        other.restore()
+    other.close()
+
+
+def test_a_look_gives_state_and_tensors_of_the_run_that_is_meant(store):
+    assert ClientStore.look(store.folder, store.key) is None
+    store.save(ClientState(next_step=3), TENSORS)
+    store.flush()
+    state, tensors = ClientStore.look(store.folder, RunKey(PLAN, "run-1", "a"))
+    assert state.next_step == 3
+    assert tensors.keys() == TENSORS.keys()
+
+
+@pytest.mark.parametrize(
+    ("key", "says"),
+    [
+        (RunKey(PLAN.model_copy(update={"seed": 3}), "run-1"), "seed: 3 here, 0 there"),
+        (RunKey(PLAN, "run-2"), "another run of the server"),
+        (RunKey(PLAN, ALONE), "trained with a server"),
+    ],
+    ids=["plan", "run", "alone"],
+)
+def test_a_look_at_another_runs_folder_says_what_differs_and_what_to_give(store, key, says):
+    store.save(ClientState(), TENSORS)
+    store.flush()
+    with pytest.raises(ConfigError, match=f"{says}.*Give --run the folder"):
+        ClientStore.look(store.folder, key)
+
+
+def test_a_look_at_a_run_without_a_server_says_so(tmp_path):
+    alone = ClientStore(tmp_path, PLAN, ALONE, "a")
+    alone.save(ClientState(), TENSORS)
+    alone.close()
+    with pytest.raises(ConfigError, match="train --alone"):
+        ClientStore.look(tmp_path, RunKey(PLAN, "run-1", "a"))
+
+
+def test_a_look_at_a_servers_folder_says_that_it_is_none_of_a_client(tmp_path):
+    with storage.CheckpointStore(tmp_path / "checkpoints") as servers:
+        servers.save(1, TENSORS, {"run_id": "run-1", "next_step": 1})
+    with pytest.raises(ConfigError, match="no run folder of a client"):
+        ClientStore.look(tmp_path, RunKey(PLAN, "run-1"))
+
+
+def test_the_end_of_a_run_comes_back(store):
+    assert ClientStore.ended(store.folder) is None
+    store.save(ClientState(next_step=4, rounds_done=2), TENSORS)
+    store.finish({"loss": 1.5})
+    ended = ClientStore.ended(store.folder)
+    assert (ended.standing, ended.summary) == (Standing(4, -1, 2), {"loss": 1.5})
+    assert ended.belongs_to(store.key)
+    assert not ended.belongs_to(RunKey(PLAN, "run-2"))
+
+
+@pytest.mark.parametrize("text", ["", "[]", "{}", '{"next_step": 1, "rounds_done": 0, "more": 2}'])
+def test_a_note_of_the_end_that_cannot_be_read_counts_for_nothing(store, text):
+    (store.folder / "summary.json").write_text(text)
+    assert ClientStore.ended(store.folder) is None

@@ -1,0 +1,150 @@
+"""What a data owner may ask of a run: its loss here, its adapter to take away, how the server stands."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from fedsea.client import setup
+from fedsea.client.evaluation import evaluate as evaluate_batches
+from fedsea.client.remote_trunk import RemoteTrunk
+from fedsea.client.run_key import RunKey
+from fedsea.client.setup import ClientOptions, Invited
+from fedsea.client.state import ClientState, ClientStore, Tensors
+from fedsea.client.trunk import Standing
+from fedsea.errors import ConfigError
+from fedsea.federation.schedule import place
+from fedsea.model import export
+from fedsea.plan import FederationPlan
+from fedsea.privacy.boundary import Boundary
+from fedsea.wire.channel import call_status
+from fedsea.wire.identity.identity import Identity
+from fedsea.wire.limits import WireLimits
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class EvalSummary:
+    """Loss over a silo: nats per target token, and what goes with it.
+
+    Attributes:
+        segments: Which of this client's segments were used with the server's trunk: "trained", or the base model's.
+    """
+
+    mean_loss: float
+    perplexity: float
+    num_target_tokens: int
+    segments: Literal["trained", "base"]
+
+
+def evaluate(options: ClientOptions, everything: bool = False, base: bool = False) -> EvalSummary:
+    """Loss of the federation's model on this client's data, through the server.
+
+    Args:
+        options: `options.run` holds this client's training run with the server; its parameters are used.
+        everything: All rows instead of the held-out split.
+        base: Use the base model's own segments with the server's trunk, whatever `options.run` holds.
+
+    Raises:
+        ConfigError: The run folder holds no run, or another one.
+        FedseaError: The server cannot be reached, or the data cannot be used.
+    """
+    invited = setup.accept(options)
+    plan, name = invited.plan, invited.name
+    trained = None if base else _look(options.run, invited.key, _OR_BASE)[1]
+    checkpoint = setup.open_base_model(plan, options, name)
+    silo = setup.open_data(plan, checkpoint, options)
+    segments = setup.load_segments(plan, checkpoint, name, options.device)
+    if trained is not None:
+        segments.load_tensors(trained)
+    batches = setup.every_row(plan, silo, name) if everything else setup.held_out(plan, silo, name)
+    with _observing(options, invited, setup.wire_limits(plan, checkpoint, name)) as trunk:
+        loss, tokens = evaluate_batches(segments, trunk, Boundary(plan.trust.mode), batches, plan)
+    return EvalSummary(loss, math.exp(min(loss, 700.0)), tokens, "base" if base else "trained")
+
+
+def export_adapter(options: ClientOptions, out: Path, merged: bool = False) -> None:
+    """Write the whole model's adapter: this client's part, and the trunk's, fetched from the server.
+
+    Args:
+        options: With the run folder of a training run.
+        out: Folder to write: a PEFT adapter, or a whole checkpoint.
+        merged: Merge into the base weights (which must all be here).
+
+    Raises:
+        ConfigError: The folder holds no run or another one, or its run and the server's trunk are not at one step.
+        FedseaError: The server cannot be reached or does not share the trunk.
+    """
+    invited = setup.ask(options)
+    plan, name = invited.plan, invited.name
+    state, found = _look(options.run, invited.key)
+    checkpoint = setup.open_base_model(plan, options, name)
+    with _observing(options, invited, setup.wire_limits(plan, checkpoint, name, trunk=True)) as trunk:
+        theirs = trunk.fetch().result()
+    ended = ClientStore.ended(options.run)
+    finished = ended is not None and ended.belongs_to(invited.key) and ended.standing.next_step == state.next_step
+    check_steps(plan, name, state, theirs.next_step, options.run, finished=finished)
+    prefix = "parameter."
+    ours = {key.removeprefix(prefix): value for key, value in found.items() if key.startswith(prefix)}
+    export.write(out, checkpoint, {**dict(theirs.tensors), **ours}, plan, merged=merged)  # type: ignore[arg-type]
+    log.info("wrote %s", out)
+
+
+def status(server: str, identity: Path) -> dict[str, Any]:
+    """How a server stands.
+
+    Raises:
+        FedseaError: It cannot be reached or refuses.
+    """
+    return asyncio.run(call_status(server, Identity.load(identity)))
+
+
+_OR_BASE = " With --base, the base model's own segments are used with the server's trunk."
+
+
+def _look(run: Path, key: RunKey, otherwise: str = "") -> tuple[ClientState, Tensors]:
+    found = ClientStore.look(run, key)
+    if found is None:
+        raise ConfigError(f"{run} holds no training run: give the run folder of `fedsea train` with --run.{otherwise}")
+    return found
+
+
+def _observing(options: ClientOptions, invited: Invited, limits: WireLimits) -> RemoteTrunk:
+    current = invited.keeper.current
+    return RemoteTrunk(options.server, current, invited.invitation, limits, Standing, options.retry, role="observe")
+
+
+def check_steps(
+    plan: FederationPlan, name: str, state: ClientState, trunk_step: int, run: Path, *, finished: bool
+) -> None:
+    """Refuse to put a client's segments and a trunk together that were not trained together.
+
+    They belong together if the client took part in the trunk's last step, or if nothing of this client's has happened
+    since: others' turns, a round whose average it has taken over, or, as the server told it at the end (`finished`),
+    steps that did not wait for it.
+
+    Raises:
+        ConfigError: Says which of the two is behind, and what to do.
+    """
+    if state.next_step > trunk_step:
+        raise ConfigError(
+            f"The server's trunk is behind the run in {run}: it is at step {trunk_step}, the run at {state.next_step}. "
+            "Ask the operator to restore the newest run folder at the server, or to finish its run; then export again."
+        )
+    start, rounds_done = state.next_step, 0
+    if plan.aggregation.sync == "round" and plan.clients_train and trunk_step:
+        last = place(plan, trunk_step - 1)
+        rounds_done = last.round + last.ends_round
+        start = max(start, state.rounds_done * (plan.num_steps // plan.training.rounds))
+    own = not finished and any(name in place(plan, step).members for step in range(start, trunk_step))
+    if state.rounds_done < rounds_done or own:
+        raise ConfigError(
+            f"The run in {run} is behind the server's trunk: it is at step {state.next_step} with {state.rounds_done} "
+            f"rounds averaged, the trunk at step {trunk_step} of {plan.num_steps}. Start `fedsea train` with this "
+            "folder again and let it finish; then export again."
+        )

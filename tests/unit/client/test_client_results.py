@@ -1,0 +1,78 @@
+"""Which trunk a client's segments may be exported with."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from fedsea.client.results import check_steps
+from fedsea.client.state import ClientState
+from fedsea.errors import ConfigError
+from fedsea.plan import FederationPlan, parse_plan
+
+RUN = Path("runs/a")
+
+
+def plan(**sections: dict[str, object]) -> FederationPlan:
+    """Two rounds of three steps (each client's, if they take turns)."""
+    training = {"rounds": 2, "steps_per_round": 3, **sections.pop("training", {})}
+    values = {"model": {"path": "m"}, "clients": [{"name": "a"}, {"name": "b"}], "training": training}
+    return parse_plan({**values, **sections})
+
+
+PERSONAL = {"aggregation": {"sync": "personal"}}
+TURNS = {"training": {"mode": "sequential"}}
+
+
+@pytest.mark.parametrize(
+    ("sections", "next_step", "rounds_done", "trunk_step"),
+    [
+        ({}, 0, 0, 0),
+        ({}, 2, 0, 2),
+        ({}, 3, 1, 3),
+        ({}, 6, 2, 6),
+        ({}, 1, 2, 6),
+        (PERSONAL, 6, 0, 6),
+        (TURNS | PERSONAL, 3, 0, 6),
+        (TURNS | PERSONAL, 9, 0, 12),
+        (TURNS, 3, 0, 5),
+        (TURNS, 9, 2, 12),
+    ],
+    ids=[
+        "start",
+        "in a round",
+        "after a round",
+        "end",
+        "average taken over by a client that was away",
+        "personal",
+        "others' turn",
+        "others' last turn",
+        "others' turn in a round",
+        "end of turns",
+    ],
+)
+def test_what_was_trained_together_may_be_exported(sections, next_step, rounds_done, trunk_step):
+    state = ClientState(next_step=next_step, rounds_done=rounds_done)
+    check_steps(plan(**sections), "a", state, trunk_step, RUN, finished=False)
+
+
+@pytest.mark.parametrize(
+    ("sections", "next_step", "rounds_done", "trunk_step"),
+    [({}, 1, 0, 2), ({}, 3, 0, 3), ({}, 5, 1, 6), (PERSONAL, 5, 0, 6), (TURNS, 2, 0, 5), (TURNS | PERSONAL, 6, 0, 12)],
+    ids=["a step", "an average", "a step and an average", "a step of its own", "a turn's step", "a turn"],
+)
+def test_a_run_that_is_behind_the_trunk_is_told_to_go_on(sections, next_step, rounds_done, trunk_step):
+    state = ClientState(next_step=next_step, rounds_done=rounds_done)
+    with pytest.raises(ConfigError, match=r"run in runs/a is behind the server's trunk.*Start `fedsea train`"):
+        check_steps(plan(**sections), "a", state, trunk_step, RUN, finished=False)
+
+
+def test_a_trunk_that_is_behind_the_run_is_the_operators_to_mend():
+    with pytest.raises(ConfigError, match=r"trunk is behind the run.*at step 3, the run at 5.*Ask the operator"):
+        check_steps(plan(), "a", ClientState(next_step=5), 3, RUN, finished=False)
+
+
+def test_steps_that_did_not_wait_for_a_client_do_not_keep_it_from_its_finished_run():
+    bounded = plan(**PERSONAL, training={"wait": 1.0})
+    check_steps(bounded, "a", ClientState(next_step=4), 6, RUN, finished=True)
