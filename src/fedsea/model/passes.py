@@ -21,6 +21,20 @@ LARGEST_GRADIENT = 1e20
 """Of one value at the trunk's output; a larger one would overflow in the trunk, where nobody could be named for it."""
 
 
+def check_gradient(client: str, gradient: torch.Tensor) -> None:
+    """Whether a tensor that a client sent can be a gradient.
+
+    Raises:
+        NonFiniteError: It is not finite, or far too large; the message names the client.
+    """
+    if gradient.numel() and not float(torch.linalg.vector_norm(gradient, torch.inf)) <= LARGEST_GRADIENT:
+        raise NonFiniteError(
+            f"The gradient that client {client} sent is too large to be one (over {LARGEST_GRADIENT:g}): the step was "
+            "not applied. Look for a NaN or an overflow at that client.",
+            client,
+        )
+
+
 @dataclass(frozen=True, slots=True)
 class Entry:
     """One client's micro-batch as it enters the trunk.
@@ -106,12 +120,7 @@ class TrunkPasses:
             NonFiniteError: A gradient is not finite, or far too large; the message names the client.
         """
         for client, gradient in gradients.items():
-            if gradient.numel() and float(torch.linalg.vector_norm(gradient, torch.inf)) > LARGEST_GRADIENT:
-                raise NonFiniteError(
-                    f"The gradient that client {client} sent is too large to be one (over {LARGEST_GRADIENT:g}): the "
-                    "step was not applied. Look for a NaN or an overflow at that client.",
-                    client,
-                )
+            check_gradient(client, gradient)
         results: dict[str, torch.Tensor | None] = {}
         for graph in self._graphs.pop(slot):
             pairs = [

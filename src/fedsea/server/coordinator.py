@@ -22,20 +22,25 @@ import torch
 
 from fedsea.errors import FedseaError, NonFiniteError, ProtocolError
 from fedsea.federation.schedule import place
-from fedsea.model.passes import Entry
+from fedsea.model.passes import LARGEST_GRADIENT, Entry
 from fedsea.plan import FederationPlan
-from fedsea.server.engine import Engine, Outcome
+from fedsea.server.engine import Engine, Outcome, Pass, TrunkOverflow, at_fault
 from fedsea.server.executor.local import Priority
 from fedsea.server.ports import Member, Ports
 from fedsea.server.replies import Answer, Questions, Replies
 from fedsea.server.rounds import RoundKeeper
 from fedsea.server.state import RunState, ServerStore
 from fedsea.server.step import ChangedInput, StepState, only_tensor
+from fedsea.server.waiting import Patience
 from fedsea.wire import messages as m
 
 log = logging.getLogger(__name__)
 
 _MOST_CHANGES = 2
+_TOO_LARGE = (
+    "The norm of its gradients that client {name} reported is no number that gradients have (0 to "
+    f"{LARGEST_GRADIENT:g}): the step begins again without it. Look for a NaN or an overflow at that client."
+)
 
 
 class Coordinator:
@@ -74,10 +79,10 @@ class Coordinator:
         self.failure: FedseaError | None = None
         self._attempt = 0
         self._changes: Counter[str] = Counter()
-        self._waiting_since: float | None = None
         self._announced: tuple[str, ...] = ()
         training = plan.training
         self.wait_s = training.wait if training.mode == "batched" and training.wait != "all" else None
+        self._patience = Patience(self.wait_s, ports.clock)
 
     # --- where the run stands ---------------------------------------------------------------------------------------
 
@@ -241,6 +246,8 @@ class Coordinator:
                     self._tell_open(step, name)  # the server lost its half: do it again
             elif message.num_target_tokens != sum(f.num_target_tokens for f in member.forwards.values()):
                 raise ProtocolError(f"Client {name} reported another number of target tokens than it sent.")
+            elif not 0.0 <= message.squared_norm <= LARGEST_GRADIENT**2:  # it would rule the clipping of everybody
+                self.evict(name, NonFiniteError(_TOO_LARGE.format(name=name), name))
             else:
                 member.ready = message
         elif message.step >= self.state.next_step and step is not None and step.step != message.step:
@@ -254,7 +261,11 @@ class Coordinator:
             return
         if self.round_due:
             self._advance_round()
-            return
+        else:
+            self._advance_step()
+        self._note_waiting()
+
+    def _advance_step(self) -> None:
         if self.step is None:
             self._open_step()
         if self.step is None:
@@ -269,31 +280,26 @@ class Coordinator:
 
     def tick(self) -> None:
         """Called a few times a second: leave stragglers behind when their time is up."""
-        if self.wait_s is None or self.failure is not None:
+        if self.wait_s is None or self.failure is not None or self.finished:
             return
-        late = self._late()
+        late = self._patience.exhausted()
         if not late:
-            self._waiting_since = None
             return
-        now = self.ports.clock()
-        if self._waiting_since is None:
-            self._waiting_since = now
-        elif now - self._waiting_since >= self.wait_s:
-            self._waiting_since = None
-            if self.round_due:
-                self._aggregate()
-            elif self.step is not None:
-                self._drop(self.step, late)
-                self.advance()
-
-    def _late(self) -> tuple[str, ...]:
-        """Clients for whom others wait; none while nobody waits."""
         if self.round_due:
-            return self.rounds.missing(self._expected())
-        if self.step is None or self.step.running or self.step.finishing:
-            return ()
-        late = self.step.waiting_for()
-        return late if len(late) < len(self.step.members) else ()
+            self._aggregate()
+        elif self.step is not None and not self.step.running and not self.step.finishing:
+            self._drop(self.step, late)
+            self.advance()
+
+    def _note_waiting(self) -> None:
+        """Who has its turn now, and who waits: at every event, whenever ticks fall."""
+        if self.round_due:
+            missing = self.rounds.missing(self._expected())
+            self._patience.note(("round", self.state.rounds_done), missing, self.rounds.updates.keys())
+        elif (step := self.step) is not None:
+            turn = step.waiting_for()
+            others = [name for name in step.members if name not in turn]
+            self._patience.note(("step", step.step, step.attempt), turn, others)
 
     def _announce(self) -> None:
         step = self.step
@@ -390,18 +396,39 @@ class Coordinator:
         step.finishing = True
         ready = [(name, member.ready) for name, member in step.members.items() if member.ready is not None]
         norm = sum(message.squared_norm for _, message in ready)
-        gradients = [dict(message.tensors) for _, message in ready if isinstance(message.tensors, dict)]
-
+        gradients = {name: dict(message.tensors) for name, message in ready if isinstance(message.tensors, dict)}
         before = self.state
 
         def job() -> tuple[RunState, Outcome]:
-            outcome = self.engine.finish(step.step, step.num_target_tokens, norm, gradients)
+            try:
+                outcome = self.engine.finish(step.step, step.num_target_tokens, norm, gradients)
+            except TrunkOverflow:
+                raise at_fault(step.step, self.engine.shares(step.step, self._passes(step))) from None
             outcomes = before.outcomes | {name: outcome for name, _ in ready}
-            state = replace(before, next_step=step.step + 1, outcomes=outcomes)
+            tokens = {name: before.round_tokens.get(name, 0) + message.num_target_tokens for name, message in ready}
+            state = replace(
+                before,
+                next_step=step.step + 1,
+                rounds_done=self.rounds.done_after(step.step, before.rounds_done),
+                outcomes=outcomes,
+                round_tokens=before.round_tokens | tokens,
+            )
             self.store.save(self.engine, state)
             return state, outcome
 
         self.ports.submit(Priority.CONTROL, job, partial(self._finished_step, step))
+
+    def _passes(self, step: StepState) -> dict[str, list[Pass]]:
+        """Everything that the step's gradient is made of, by client."""
+        return {
+            name: [
+                (slot, self._entry(name, member.forwards[slot]), only_tensor(member.gradients[slot]))
+                for slot in member.propagated
+                if slot in member.gradients
+            ]
+            for name, member in {**step.members, **step.dropped}.items()
+            if member.propagated
+        }
 
     def _finished_step(self, step: StepState, result: tuple[RunState, Outcome]) -> None:
         self.state, outcome = result
@@ -436,7 +463,7 @@ class Coordinator:
         if message.round < self.state.rounds_done:
             self.replies.result(name, self.state)
         else:
-            self.rounds.add(name, message, self.state)
+            self.rounds.add(name, message, self.state, strict=self.wait_s is None)
 
     def _advance_round(self) -> None:
         if self.rounds.complete(self._expected()):
@@ -456,7 +483,8 @@ class Coordinator:
         updates, before = dict(self.rounds.updates), self.state
 
         def job() -> RunState:
-            state = replace(before, result=self.engine.average(updates), rounds_done=before.rounds_done + 1)
+            result = self.engine.average(updates)
+            state = replace(before, result=result, rounds_done=before.rounds_done + 1, round_tokens={})
             self.store.save_round(self.engine, state)
             return state
 

@@ -15,11 +15,19 @@ from fedsea.errors import NonFiniteError
 from fedsea.federation.aggregation import Contribution, aggregate, sum_gradients
 from fedsea.model import adapters
 from fedsea.model.optim import SegmentOptimizer, clip_coefficient
-from fedsea.model.passes import TrunkPasses
+from fedsea.model.passes import Entry, TrunkPasses, check_gradient
 from fedsea.model.segments import Trunk
 from fedsea.plan import FederationPlan
 
 Tensors = Mapping[str, torch.Tensor]
+Pass = tuple[int, Entry, torch.Tensor]
+"""Slot, what entered the trunk, and the gradient that came back for it."""
+
+_MUCH_LARGER = 1e3
+
+
+class TrunkOverflow(NonFiniteError):  # noqa: N818 (a signal to whoever knows the clients' shares)
+    """The trunk's own gradient is not finite, and it is not known yet whose share made it so."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,7 +69,7 @@ class Engine:
         step: int,
         num_target_tokens: int,
         clients_squared_norm: float,
-        client_gradients: Sequence[Tensors],
+        client_gradients: Mapping[str, Tensors],
     ) -> Outcome:
         """Apply the optimizer step.
 
@@ -72,22 +80,22 @@ class Engine:
             client_gradients: With `sync = "step"`, the clients' gradients of summed losses, in the plan's order.
 
         Raises:
-            NonFiniteError: A gradient is not finite; nothing was changed but the gradients, which are cleared.
+            NonFiniteError: A gradient is not finite, or far too large: the trunk's own, or a client's, whom the error
+                then names. No parameter was changed; call `reset` before the step is tried again.
         """
         scale, settings = 1.0 / max(1, num_target_tokens), self.plan.optimizer
         summed: dict[str, torch.Tensor] = {}
+        trunk_norm = self._own_squared_norm(step, scale)
         if self.plan.aggregation.sync == "step":
+            check_gradients(client_gradients)
             own = {name: gradient.cpu() for name, gradient in self.optimizer.gradients().items()}
-            summed = sum_gradients([own, *client_gradients])
+            summed = sum_gradients([own, *client_gradients.values()])
             self.optimizer.set_gradients({name: summed[name] for name in own})
             total = float(sum(g.double().pow(2).sum() for g in summed.values())) * scale * scale
             if not math.isfinite(total):
-                raise NonFiniteError(
-                    "The gradients of the step, summed over its clients, are not finite; the step was not applied. "
-                    "Lower optimizer.learning_rate, or use a wider model.dtype or wire codec."
-                )
+                raise NonFiniteError(_overflowed(f"The gradients of step {step}, summed over trunk and clients,"))
         else:
-            total = self.optimizer.squared_norm(scale)
+            total = trunk_norm
             if settings.clip_scope == "global":
                 total += clients_squared_norm
         coefficient = clip_coefficient(total, settings.max_norm) if settings.max_norm > 0 else 1.0
@@ -96,6 +104,40 @@ class Engine:
         self.passes.reset()
         shared = coefficient if settings.clip_scope == "global" else 1.0
         return Outcome(step, num_target_tokens, shared, summed)
+
+    def _own_squared_norm(self, step: int, scale: float) -> float:
+        try:
+            return self.optimizer.squared_norm(scale)
+        except NonFiniteError:
+            raise TrunkOverflow(_overflowed(f"The trunk's gradient of step {step}")) from None
+
+    def shares(self, step: int, passes: Mapping[str, Sequence[Pass]]) -> dict[str, float]:
+        """What each client alone does to the trunk's gradient; only to find out who made it overflow.
+
+        All gradients and graphs of the step are lost.
+
+        Args:
+            step: Step of the run.
+            passes: Client to its micro-batches, as they came.
+
+        Returns:
+            Client to the norm of its share, infinite if that overflows already.
+
+        Raises:
+            NonFiniteError: As `TrunkPasses`, with the client's name.
+        """
+        norms = {}
+        for name, batches in passes.items():
+            self.reset()
+            for slot, entry, gradient in batches:
+                self.passes.forward(step, slot, [entry])
+                self.passes.backward(slot, {name: gradient})
+            try:
+                norms[name] = math.sqrt(self.optimizer.squared_norm(1.0))
+            except NonFiniteError:
+                norms[name] = math.inf
+        self.reset()
+        return norms
 
     def average(self, contributions: Mapping[str, Contribution]) -> dict[str, torch.Tensor]:
         """Aggregate a round; where the trunk holds a parameter that a client also holds, the trunk takes part.
@@ -129,3 +171,44 @@ class Engine:
         prefix = "parameter."
         adapters.load(self.trunk, {n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)})
         self.optimizer.load_tensors({n: t for n, t in tensors.items() if not n.startswith(prefix)})
+
+
+def _overflowed(what: str) -> str:
+    return (
+        f"{what} overflowed; the step was not applied. Lower optimizer.learning_rate, or use a wider model.dtype or "
+        "wire codec, and start the run again."
+    )
+
+
+def check_gradients(client_gradients: Mapping[str, Tensors]) -> None:
+    """Whether every client's gradients are such that their sum can be one.
+
+    Raises:
+        NonFiniteError: Names the first client whose are not.
+    """
+    for client, tensors in client_gradients.items():
+        for tensor in tensors.values():
+            check_gradient(client, tensor)
+
+
+def at_fault(step: int, shares: Mapping[str, float]) -> NonFiniteError:
+    """The error for a trunk's gradient that overflowed, by what each client alone contributes.
+
+    It names a client if that one's share dwarfs what another one contributes, or if the step had no other client:
+    the step can then be tried without it.
+
+    >>> at_fault(3, {"a": 1.0, "b": float("inf")}).client
+    'b'
+    >>> at_fault(3, {"a": 2e38, "b": 3e38}).client
+    ''
+    """
+    worst = max(shares, key=lambda name: shares[name])
+    if len(shares) == 1 or shares[worst] > _MUCH_LARGER * min(shares.values()):
+        return NonFiniteError(
+            f"The trunk's gradient overflowed in step {step}, by what client {worst} sent: the step was not applied. "
+            "Look for a NaN or an overflow at that client, or lower optimizer.learning_rate.",
+            worst,
+        )
+    return NonFiniteError(
+        _overflowed(f"The trunk's gradient of step {step} (the largest contribution is that of client {worst})")
+    )

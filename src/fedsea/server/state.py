@@ -28,6 +28,7 @@ class RunState:
         rounds_done: Rounds whose aggregation is durable.
         outcomes: Client to the outcome of the last step it took part in, for a client that missed the message.
         result: Aggregated parameters of the last round.
+        round_tokens: Client to the target tokens of its steps since the last aggregation, as counted here.
     """
 
     run_id: str
@@ -35,6 +36,7 @@ class RunState:
     rounds_done: int = 0
     outcomes: dict[str, Outcome] = field(default_factory=dict)
     result: dict[str, torch.Tensor] = field(default_factory=dict)
+    round_tokens: dict[str, int] = field(default_factory=dict)
 
     def check_standing(self, name: str, join: Join, *, strict: bool) -> None:
         """Whether what a client holds and what the server holds belong together.
@@ -125,6 +127,7 @@ class ServerStore:
             for name, item in values["outcomes"].items()
         }
         state = RunState(values["run_id"], values["next_step"], values["rounds_done"], outcomes)
+        state.round_tokens = values["round_tokens"]
         if state.rounds_done in self._rounds.steps():
             state.result = self._rounds.load(state.rounds_done)[0]
         return state
@@ -153,6 +156,7 @@ class ServerStore:
             "next_step": state.next_step,
             "rounds_done": state.rounds_done,
             "outcomes": outcomes,
+            "round_tokens": state.round_tokens,
             "plan": self.plan.to_json(),
             "plan_sha256": self.plan.sha256(),
         }

@@ -42,11 +42,6 @@ class MemberStep:
         return len(self.propagated) == self.num_micro_batches
 
     @property
-    def answered(self) -> bool:
-        """Whether the server owes this client nothing at the moment."""
-        return len(self.outputs) == len(self.forwards) and len(self.propagated) >= len(self.gradients)
-
-    @property
     def num_target_tokens(self) -> int:
         """Target tokens whose gradients are in the trunk."""
         return sum(self.forwards[slot].num_target_tokens for slot in self.propagated)
@@ -111,12 +106,12 @@ class StepState:
             )
         if not 0 <= message.micro_batch < member.num_micro_batches:
             raise ProtocolError(f"Client {name} sent micro-batch {message.micro_batch}, which the plan does not have.")
-        before = member.forwards.get(message.micro_batch)
+        hidden, before = only_tensor(message), member.forwards.get(message.micro_batch)
         if before is None:
             member.forwards[message.micro_batch] = message
             return True
         same = before.lengths == message.lengths and before.blocks == message.blocks
-        if not same or not torch.equal(only_tensor(before), only_tensor(message)):
+        if not same or not torch.equal(only_tensor(before), hidden):
             raise ChangedInput
         return False
 
@@ -174,8 +169,21 @@ class StepState:
         return all(member.all_propagated and member.ready for member in self.members.values())
 
     def waiting_for(self) -> tuple[str, ...]:
-        """Members whose turn it is to send something."""
-        return tuple(name for name, member in self.members.items() if member.answered and member.ready is None)
+        """Members whose turn it is to send something that the step needs next."""
+        return tuple(name for name in self.members if self._has_turn(name))
+
+    def _has_turn(self, name: str) -> bool:
+        member = self.members[name]
+        if member.ready is not None:
+            return False
+        slots = range(member.num_micro_batches)
+        unanswered = next((slot for slot in slots if slot not in member.outputs), None)
+        if unanswered is not None and unanswered not in member.forwards:
+            return True
+        if name in self.silent:
+            return unanswered is None
+        slot = self.next_backward
+        return member.all_propagated or (slot in member.outputs and slot not in member.gradients)
 
     def drop(self, name: str) -> None:
         """Go on without a member; what the trunk has of it already stays and counts."""

@@ -13,7 +13,7 @@ import torch
 from fedsea.errors import FedseaError
 from fedsea.plan import FederationPlan, parse_plan
 from fedsea.server.coordinator import Coordinator
-from fedsea.server.engine import Outcome
+from fedsea.server.engine import Outcome, TrunkOverflow
 from fedsea.server.executor.local import Priority
 from fedsea.server.ports import Member
 from fedsea.server.state import RunState, ServerStore
@@ -57,16 +57,27 @@ class FakeEngine:
     def __init__(self) -> None:
         self.calls: list[tuple[Any, ...]] = []
         self.passes = FakePasses(self.calls)
+        self.weights: dict[str, float] = {}
+        self.contributed: dict[str, float] = {}
+        self.overflows = False
 
     def reset(self) -> None:
         self.calls.append(("reset",))
 
     def finish(self, step: int, tokens: int, norm: float, gradients: Any) -> Outcome:
         self.calls.append(("finish", step, tokens, norm, len(gradients)))
-        return Outcome(step, tokens, 0.5, {NAME: torch.ones(2, 2)} if any(gradients) else {})
+        if self.overflows:
+            self.overflows = False
+            raise TrunkOverflow("The trunk's gradient overflowed.")
+        return Outcome(step, tokens, 0.5, {NAME: torch.ones(2, 2)} if any(gradients.values()) else {})
+
+    def shares(self, step: int, passes: Any) -> dict[str, float]:
+        self.calls.append(("shares", step, {name: [slot for slot, _, _ in ps] for name, ps in passes.items()}))
+        return self.contributed
 
     def average(self, contributions: Any) -> dict[str, torch.Tensor]:
         self.calls.append(("average", tuple(contributions)))
+        self.weights = {name: c.weight for name, c in contributions.items()}
         total = sum(c.weight for c in contributions.values())
         return {NAME: sum(c.tensors[NAME] * (c.weight / total) for c in contributions.values())}
 
@@ -174,11 +185,13 @@ class World:
         self.coordinator.receive(name, m.Backward(**(fields | changes)))
         self.run()
 
-    def ready(self, name: str, step: int | None = None, tokens: int | None = None, tensors: Any = None) -> None:
+    def ready(
+        self, name: str, step: int | None = None, tokens: int | None = None, tensors: Any = None, norm: float = 1.0
+    ) -> None:
         now, attempt = self._now()
         if tokens is None:
             tokens = 2 * self.plan.micro_batches_of(name)[0]
-        message = m.StepReady(now if step is None else step, attempt, tokens, 1.0, tensors or {})
+        message = m.StepReady(now if step is None else step, attempt, tokens, norm, tensors or {})
         self.coordinator.receive(name, message)
         self.run()
 
@@ -196,7 +209,9 @@ class World:
         for name in names:
             self.ready(name, self.coordinator.state.next_step)
 
-    def update(self, name: str, value: float, tokens: int = 10, round: int = 0) -> None:
+    def update(self, name: str, value: float, tokens: int | None = None, round: int = 0) -> None:
+        if tokens is None:
+            tokens = self.coordinator.state.round_tokens.get(name, 0)
         self.coordinator.receive(name, m.RoundUpdate(round, tokens, {NAME: torch.full((2, 2), value)}))
         self.run()
 

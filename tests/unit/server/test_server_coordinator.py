@@ -205,8 +205,6 @@ def test_ready_sent_again_after_the_step_is_answered_from_the_record(world):
 def test_a_forward_that_does_not_fit_the_plan_is_refused(world, changes, sentence):
     w = world("a", **ONE_ROUND)
     w.join("a")
-    if "tensors" in changes:
-        w.forward("a")
     with pytest.raises(ProtocolError, match=sentence):
         w.forward("a", **changes)
 
@@ -233,6 +231,20 @@ def test_another_number_of_target_tokens_than_was_sent_is_refused(world):
     w.work("a")
     with pytest.raises(ProtocolError, match="another number of target tokens"):
         w.ready("a", tokens=99)
+
+
+@pytest.mark.parametrize("norm", [float("nan"), float("inf"), -1.0, 1e41])
+def test_a_norm_that_gradients_cannot_have_sends_its_client_away_and_others_go_on(world, norm):
+    w = world(**waits())
+    w.join("a", "b")
+    w.work("a", "b")
+    w.ready("b", norm=norm)
+    assert w.ended.keys() == {"b"}
+    assert isinstance(w.ended["b"], NonFiniteError)
+    assert "client b" in w.ended["b"].message
+    w.whole_step("a")
+    assert w.ran("finish") == [("finish", 0, 2, 1.0, 1)], "nothing of b is left in the step"
+    assert w.coordinator.failure is None
 
 
 def test_ready_for_a_step_that_is_not_open_is_refused(world):
@@ -404,6 +416,41 @@ def test_a_straggler_is_left_behind_after_the_wait_and_joins_the_next_step(world
     assert w.to("b", m.StepOpen) == [m.StepOpen(0, 0), m.StepOpen(1, 0)]
 
 
+def test_the_wait_begins_when_others_begin_to_wait_however_ticks_fall(world):
+    w = world(**waits())
+    w.join("a", "b")
+    w.now = 100.0
+    w.forward("a")  # nobody has looked at the clock since the step began
+    w.now = 104.9
+    w.coordinator.tick()
+    assert not w.ran("forward")
+    w.now = 105.1
+    w.coordinator.tick()
+    w.run()
+    assert w.ran("forward") == [("forward", 0, 0, ("a",))]
+
+
+def test_every_straggler_has_its_own_time(world):
+    w = world("a", "b", "c", **waits())
+    w.join("a", "b")
+    w.forward("a")
+    w.pass_time(4.0)
+    w.join("c")
+    w.pass_time(1.5)
+    assert w.coordinator.step.members.keys() == {"a", "c"}, "the time of b is up; c has just come"
+    w.pass_time(3.6)
+    assert w.ran("forward") == [("forward", 0, 0, ("a",))]
+
+
+def test_what_is_sent_out_of_turn_does_not_hide_what_is_missing(world):
+    w = world(**waits(micro_batches=2))
+    w.join("a", "b")
+    w.forward("a", 0)
+    w.forward("b", 1)
+    w.pass_time(6.0)
+    assert w.ran("forward") == [("forward", 0, 0, ("a",))]
+
+
 def test_nobody_is_left_behind_while_all_are_late(world):
     w = world(**waits())
     w.join("a", "b")
@@ -493,12 +540,12 @@ def end_of_round(w: World, *names: str) -> None:
 
 
 def test_a_round_is_aggregated_when_all_have_sent_their_parameters(world):
-    w = world(**ONE_ROUND)
+    w = world(clients={"a": {"micro_batches": 3}}, **ONE_ROUND)
     end_of_round(w, "a", "b")
     assert w.to("b", m.RoundOpen) == [m.RoundOpen(0)]
-    w.update("a", 1.0, tokens=30)
+    w.update("a", 1.0)
     assert not w.ran("average")
-    w.update("b", 5.0, tokens=10)
+    w.update("b", 5.0)
     [result] = w.to("a", m.RoundResult)
     assert torch.equal(result.tensors.tensors[NAME], torch.full((2, 2), 2.0))
     assert w.to("a", m.Finished) == w.to("b", m.Finished) == [m.Finished(3)]
@@ -545,6 +592,51 @@ def test_an_update_that_is_not_due_is_refused(world):
     end_of_round(w, "a", "b")
     with pytest.raises(ProtocolError, match="not due"):
         w.update("a", 1.0, round=1)
+
+
+@pytest.mark.parametrize("claimed", [5, 7, 10**9])
+def test_another_weight_than_the_server_counted_is_refused(world, claimed):
+    w = world(**ONE_ROUND)
+    end_of_round(w, "a", "b")
+    with pytest.raises(ProtocolError, match=f"trained on {claimed} target tokens in round 0; this server counted 6"):
+        w.update("a", 1.0, tokens=claimed)
+    w.update("a", 1.0)
+    w.update("b", 1.0)
+    assert w.engine.weights == {"a": 6.0, "b": 6.0}
+
+
+def test_where_clients_may_begin_anew_they_weigh_what_they_still_have(world):
+    w = world(**waits(rounds=1))
+    end_of_round(w, "a", "b")
+    with pytest.raises(ProtocolError, match="this server counted 4"):
+        w.update("a", 1.0, tokens=5)
+    w.update("a", 1.0, tokens=1)
+    w.update("b", 1.0)
+    assert w.engine.weights == {"a": 1.0, "b": 4.0}
+
+
+def test_a_straggler_weighs_only_the_steps_that_it_was_ready_in(world):
+    w = world(**waits(rounds=1))
+    w.join("a", "b")
+    w.whole_step("a", "b")
+    w.work("a", "b")
+    w.ready("a")
+    w.pass_time(6.0)
+    w.update("a", 1.0, tokens=4)
+    w.update("b", 1.0, tokens=2)
+    assert w.engine.weights == {"a": 4.0, "b": 2.0}
+
+
+def test_the_counts_of_a_round_survive_a_restart_and_begin_anew_with_the_next(world):
+    plan = {"training": {"rounds": 2, "steps_per_round": 1}}
+    w = world(**plan)
+    end_of_round(w, "a", "b")
+    again = world(**plan)
+    again.join("a", "b", next_step=1)
+    again.update("a", 1.0, tokens=2)
+    again.update("b", 1.0, tokens=2)
+    assert again.coordinator.state.rounds_done == 1
+    assert again.coordinator.state.round_tokens == {}
 
 
 def test_a_round_does_not_wait_for_ever_for_a_silent_client(world):
@@ -603,6 +695,18 @@ def test_personal_parameters_are_never_asked_for(world):
     assert w.to("a", m.Finished) == [m.Finished(3)]
 
 
+def test_rounds_count_although_nothing_is_aggregated(world):
+    w = world("a", aggregation={"sync": "personal"}, training={"rounds": 2, "steps_per_round": 2})
+    w.join("a")
+    counts = []
+    for _ in range(4):
+        w.whole_step("a")
+        counts.append(w.coordinator.state.rounds_done)
+    assert counts == [0, 1, 1, 2]
+    w.join("a", next_step=4)
+    assert not w.to("a", m.RoundResult)
+
+
 def test_who_joins_a_finished_run_is_told_so(world):
     w = world("a", **PERSONAL)
     w.join("a")
@@ -635,6 +739,30 @@ def test_a_client_with_values_that_are_not_finite_is_sent_away_and_others_go_on(
     w.whole_step("a")
     assert w.coordinator.state.next_step == 1
     assert w.coordinator.failure is None
+
+
+def test_a_client_whose_share_overflows_the_trunks_gradient_is_sent_away_and_others_go_on(world):
+    w = world(**waits())
+    w.join("a", "b")
+    w.engine.overflows, w.engine.contributed = True, {"a": 1.0, "b": float("inf")}
+    w.whole_step("a", "b")
+    assert w.ran("shares") == [("shares", 0, {"a": [0], "b": [0]})]
+    assert w.ended.keys() == {"b"}
+    assert "in step 0, by what client b sent" in w.ended["b"].message
+    w.whole_step("a")
+    assert w.coordinator.state.next_step == 1
+    assert w.coordinator.failure is None
+
+
+def test_an_overflow_that_no_one_client_caused_ends_the_run_in_one_sentence(world):
+    w = world(**waits())
+    w.join("a", "b")
+    w.engine.overflows, w.engine.contributed = True, {"a": 2e38, "b": 3e38}
+    w.whole_step("a", "b")
+    assert isinstance(w.coordinator.failure, NonFiniteError)
+    assert "The trunk's gradient of step 0" in w.coordinator.failure.message
+    assert "Lower optimizer.learning_rate" in w.coordinator.failure.message
+    assert w.ended.keys() == {"a", "b"}
 
 
 def test_a_fault_without_a_name_ends_the_run_for_everybody(world):

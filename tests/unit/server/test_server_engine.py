@@ -11,7 +11,7 @@ from fedsea.federation.aggregation import Contribution
 from fedsea.model.checkpoint import open_checkpoint
 from fedsea.model.passes import Entry
 from fedsea.plan import FederationPlan, parse_plan
-from fedsea.server.engine import Engine
+from fedsea.server.engine import Engine, TrunkOverflow, at_fault
 from fedsea.server.run import load_engine, make_roster, resolve, trunk_blocks
 from fedsea.types import BlockRange
 from tests.support.assets import HIDDEN
@@ -72,14 +72,46 @@ def test_the_clip_is_shared_only_if_it_is_over_all_segments(base_model):
         optimizer = {"max_norm": 0.01, "clip_scope": scope}
         engine = make_engine(make_plan(base_model, optimizer=optimizer))
         run_slot(engine)
-        outcome = engine.finish(0, 3, 100.0, [])
+        outcome = engine.finish(0, 3, 100.0, {})
         assert (outcome.clip_coefficient < 1e-2) == (scope == "global")
 
 
 def test_no_clipping_with_max_norm_zero(base_model):
     engine = make_engine(make_plan(base_model, optimizer={"max_norm": 0.0}))
     run_slot(engine)
-    assert engine.finish(0, 3, 1e12, []).clip_coefficient == 1.0
+    assert engine.finish(0, 3, 1e12, {}).clip_coefficient == 1.0
+
+
+@pytest.mark.parametrize("value", [3e38, float("inf"), float("nan")])
+def test_summed_gradients_name_the_client_whose_are_none(base_model, value):
+    engine = make_engine(make_plan(base_model, aggregation={"sync": "step"}))
+    run_slot(engine)
+    before = engine.parameters()
+    gradients = {"a": {"x": torch.ones(2)}, "b": {"x": torch.tensor([1.0, value])}}
+    with pytest.raises(NonFiniteError, match="client b") as caught:
+        engine.finish(0, 3, 0.0, gradients)
+    assert caught.value.client == "b"
+    assert all(torch.equal(tensor, before[name]) for name, tensor in engine.parameters().items())
+
+
+def test_the_trunks_own_overflow_is_found_in_the_share_of_one_client(base_model):
+    engine = make_engine(make_plan(base_model, adapter={"rank": 2, "alpha": 1e20}))  # it multiplies the gradients
+    hidden = torch.ones(3, HIDDEN).cumsum(1)
+    entry = {name: Entry(name, hidden, (3,), engine.trunk.range, False) for name in "ab"}
+    gradients = {"a": torch.ones(3, HIDDEN), "b": torch.full((3, HIDDEN), 5e19)}
+    engine.passes.forward(4, 0, [entry["a"], entry["b"]])
+    engine.passes.backward(0, gradients)
+    with pytest.raises(TrunkOverflow, match="The trunk's gradient of step 4 overflowed"):
+        engine.finish(4, 6, 0.0, {})
+    shares = engine.shares(4, {name: [(0, entry[name], gradients[name])] for name in "ab"})
+    assert at_fault(4, shares).client == "b"
+    assert all(parameter.grad is None for parameter in engine.optimizer.parameters.values())
+
+
+def test_an_overflow_that_nobody_caused_alone_names_the_trunk_and_the_largest():
+    error = at_fault(4, {"a": 1e38, "b": 3e38, "c": 2e38})
+    assert error.client == ""
+    assert "trunk's gradient of step 4 (the largest contribution is that of client b)" in error.message
 
 
 @pytest.mark.parametrize("sync", ["round", "step"])
@@ -90,7 +122,7 @@ def test_gradients_that_are_not_finite_change_nothing(base_model, sync):
     for parameter in engine.optimizer.parameters.values():
         parameter.grad[...] = float("inf")
     with pytest.raises(NonFiniteError):
-        engine.finish(0, 3, 0.0, [])
+        engine.finish(0, 3, 0.0, {})
     assert all(torch.equal(tensor, before[name]) for name, tensor in engine.parameters().items())
 
 
@@ -109,18 +141,18 @@ def test_a_reset_forgets_graphs_and_gradients(base_model):
     before = engine.parameters()
     run_slot(engine)
     engine.reset()
-    engine.finish(0, 3, 0.0, [])
+    engine.finish(0, 3, 0.0, {})
     assert all(torch.equal(tensor, before[name]) for name, tensor in engine.parameters().items())
 
 
 def test_the_engine_goes_on_from_its_tensors(base_model):
     first, second = (make_engine(make_plan(base_model)) for _ in range(2))
     run_slot(first)
-    first.finish(0, 3, 0.0, [])
+    first.finish(0, 3, 0.0, {})
     second.load_tensors({name: tensor.clone() for name, tensor in first.tensors().items()})
     for engine in (first, second):
         run_slot(engine, 2.0)
-        engine.finish(1, 3, 0.0, [])
+        engine.finish(1, 3, 0.0, {})
     expected = first.tensors()
     assert second.tensors().keys() == expected.keys()
     assert all(torch.equal(tensor, expected[name]) for name, tensor in second.tensors().items())

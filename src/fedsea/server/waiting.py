@@ -1,0 +1,52 @@
+"""For whom others wait, and since when: the clock of bounded waiting.
+
+Everybody in a step (or at a round's end) either has its turn, or waits for those who have. Others wait for a client
+since it has its turn and somebody else does not: both moments are noted when they come, so that it does not matter
+when somebody looks, nor who else is late.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Hashable
+
+
+class Patience:
+    """Notes who has its turn since when.
+
+    Args:
+        wait_s: Seconds that others wait for one client; None waits for ever.
+        clock: Monotonic seconds.
+    """
+
+    def __init__(self, wait_s: float | None, clock: Callable[[], float]) -> None:
+        self._wait_s = wait_s
+        self._clock = clock
+        self._state: Hashable = None
+        self._has_turn: dict[str, tuple[bool, float]] = {}
+
+    def note(self, state: Hashable, turn: Collection[str], others: Collection[str]) -> None:
+        """Say how things stand, after everything that may have changed it.
+
+        Args:
+            state: What they are at (an attempt of a step, a round's end); another one begins anew.
+            turn: Clients from whom something is to come.
+            others: Clients that wait for them.
+        """
+        if self._wait_s is None:
+            return
+        if state != self._state:
+            self._state, self._has_turn = state, {}
+        now, before = self._clock(), self._has_turn
+        both = [*((name, True) for name in turn), *((name, False) for name in others)]
+        self._has_turn = {
+            name: before[name] if name in before and before[name][0] is mine else (mine, now) for name, mine in both
+        }
+
+    def exhausted(self) -> tuple[str, ...]:
+        """Clients for whom others have waited long enough; none while nobody waits."""
+        waiting = [since for mine, since in self._has_turn.values() if not mine]
+        if self._wait_s is None or not waiting:
+            return ()
+        began, now = min(waiting), self._clock()
+        late = [(name, since) for name, (mine, since) in self._has_turn.items() if mine]
+        return tuple(name for name, since in late if now - max(began, since) >= self._wait_s)
