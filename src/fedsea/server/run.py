@@ -7,7 +7,7 @@ import logging
 import secrets
 import signal
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Coroutine, Mapping
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -201,19 +201,45 @@ async def _serve(
     log.info("listening on %s", address)
     if options.ready_file is not None:
         write_bytes_atomic(options.ready_file, address.encode())
-    tasks = [asyncio.create_task(service.tick()), asyncio.create_task(_stay_valid(server, identity, options))]
+    chores: list[Coroutine[Any, Any, None]] = [service.tick(), _stay_valid(server, identity, options)]
     if watch is not None:
-        tasks.append(asyncio.create_task(_watch(service, watch)))
+        chores.append(_watch(service, watch))
     try:
-        await _until_over(service, stopped, options.exit_when_finished)
+        await _beside(_until_over(service, stopped, options.exit_when_finished), *chores)
+    except FedseaError:
+        watch = None  # it may be what failed
+        raise
     finally:
-        for task in tasks:
-            task.cancel()
         await _close(server)
         if watch is not None:
             watch(service.status())
     if service.coordinator.failure is not None:
         raise service.coordinator.failure
+
+
+async def _beside(work: Coroutine[Any, Any, None], *chores: Coroutine[Any, Any, None]) -> None:
+    """Run `work` to its end while endless chores run beside it; one that fails ends everything.
+
+    Raises:
+        FedseaError: A chore failed; the log has what is not for the user.
+    """
+    main, *others = tasks = [asyncio.create_task(one) for one in (work, *chores)]
+    try:
+        await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+        for task in others:
+            if task.done() and (error := task.exception()) is not None:
+                log.error("The server stops: a task that it cannot do without has failed.", exc_info=error)
+                if isinstance(error, FedseaError):
+                    raise error
+                raise FedseaError(
+                    "The server stopped because of an error of its own, which is in its log; what was applied is on "
+                    "disk. Report it, and start the server again."
+                )
+        await main
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
 
 
 async def _until_over(service: Service, stopped: asyncio.Event, exit_when_finished: bool) -> None:

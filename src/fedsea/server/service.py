@@ -136,10 +136,13 @@ class Service:
     def _deliver(self, future: asyncio.Future[Any], then: Callable[[Any], None]) -> None:
         if future.cancelled():
             return
-        if (error := future.exception()) is not None:
+        if (error := future.exception()) is None:
+            try:
+                then(future.result())
+            except Exception as raised:  # noqa: BLE001 (the event loop would log it and go on, and clients would wait)
+                error = raised
+        if error is not None:
             self.coordinator.engine_failed(error)
-        else:
-            then(future.result())
         if self.coordinator.failure is not None:
             self.over.set()
 

@@ -1,0 +1,93 @@
+"""One stream's answers: few questions at once, few messages that wait, and an end when one cannot be sent."""
+
+from __future__ import annotations
+
+import asyncio
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from fedsea.errors import FedseaError, NonFiniteError, ProtocolError
+from fedsea.server.service import _MOST_QUESTIONS, _MOST_WAITING, _Link
+from fedsea.wire import messages as m
+
+ANSWER = m.Failure("PROTOCOL", "", 0.0, -1, False)
+
+
+class FakeSession:
+    """A stream that sends when it is let, or fails."""
+
+    def __init__(self, error: BaseException | None = None) -> None:
+        self.peer = SimpleNamespace(name="a")
+        self.error = error
+        self.sent: list[m.Message] = []
+        self.has_sent = asyncio.Event()
+        self.ended = asyncio.get_running_loop().create_future()
+
+    async def send(self, message: m.Message) -> None:
+        if self.error is not None:
+            raise self.error
+        self.sent.append(message)
+        self.has_sent.set()
+
+    def end(self, error: FedseaError) -> None:
+        if not self.ended.done():
+            self.ended.set_result(error)
+
+
+def make(error: BaseException | None = None) -> tuple[_Link, Any]:
+    session = FakeSession(error)
+    return _Link(session), session  # type: ignore[arg-type]
+
+
+def pumped(link: _Link) -> asyncio.Task[None]:
+    pump = asyncio.create_task(link.pump())
+    pump.add_done_callback(link.pump_ended)
+    return pump
+
+
+def test_a_client_that_asks_on_without_reading_answers_is_not_read_from():
+    async def work() -> None:
+        link, session = make()
+        for _ in range(_MOST_QUESTIONS):
+            await asyncio.wait_for(link.may_ask(), 1.0)
+        next_one = asyncio.ensure_future(link.may_ask())
+        link.put(ANSWER)  # not an answer to a question
+        pump = pumped(link)
+        await asyncio.wait_for(session.has_sent.wait(), 5.0)
+        assert not next_one.done()
+        link.answer(ANSWER)
+        await asyncio.wait_for(next_one, 5.0)
+        pump.cancel()
+
+    asyncio.run(work())
+
+
+def test_a_client_that_lets_answers_pile_up_is_cut_off():
+    async def work() -> None:
+        link, session = make()
+        for _ in range(_MOST_WAITING):
+            link.put(ANSWER)
+        assert not session.ended.done()
+        link.put(ANSWER)
+        assert isinstance(session.ended.result(), ProtocolError)
+
+    asyncio.run(work())
+
+
+@pytest.mark.parametrize(
+    ("raised", "kind", "sentence"),
+    [(NonFiniteError("beyond 65504"), NonFiniteError, "65504"), (RuntimeError("private"), FedseaError, "logged why")],
+)
+def test_an_answer_that_cannot_be_sent_ends_the_stream(raised, kind, sentence):
+    async def work() -> None:
+        link, session = make(raised)
+        pumped(link)
+        link.put(ANSWER)
+        error = await asyncio.wait_for(session.ended, 5.0)
+        assert type(error) is kind
+        assert sentence in error.message
+        assert "private" not in error.message
+
+    asyncio.run(work())
