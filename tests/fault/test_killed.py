@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
+import torch
 
 from tests.support.federation import Federation, assert_same_bits
 from tests.support.processes import Fault
@@ -20,6 +21,7 @@ MODES: dict[str, dict[str, Any]] = {
     "round": {"adapter": {"dropout": 0.2}, "training": {"micro_batches": 2}, "clients": {"b": {"input_blocks": 2}}},
     "step": {"aggregation": {"sync": "step"}, "clients": {"b": {"output_blocks": 2, "micro_batches": 2}}},
     "personal": {"aggregation": {"sync": "personal"}, "adapter": {"dropout": 0.2}},
+    "bounded": {"training": {"wait": 2.0, "min_clients": 2, "steps_per_round": 2}},
 }
 
 Make = Callable[..., Federation]
@@ -142,3 +144,25 @@ def test_server_and_client_killed_at_once_change_no_bit(federation, undisturbed,
     for child in children:
         child.finish()
     assert_same_bits(fed, undisturbed("round"))
+
+
+BOUNDED_FAULTS = {
+    "client-in-the-last-step": ("b", Fault(f"{STORE}.prepare", 4, after=True)),
+    "client-asked-for-its-parameters": ("b", Fault("fedsea.client.segments:ClientSegments.parameters", 1)),
+    "client-takes-the-round": ("b", Fault(f"{TRAINER}._take_round", 1)),
+    "client-before-its-goodbye": ("b", Fault("fedsea.client.remote_trunk:RemoteTrunk.close", 1)),
+    "server-in-the-last-step": ("server", Fault(f"{COORDINATOR}._finish", 4)),
+    "server-averages": ("server", Fault(f"{SERVER_STORE}.save_round", 1)),
+    "server-averaged-the-last": ("server", Fault(f"{SERVER_STORE}.save_round", 2, after=True)),
+}
+
+
+@pytest.mark.parametrize("point", BOUNDED_FAULTS)
+def test_a_kill_while_others_wait_for_a_bounded_time_lets_everybody_finish(federation, point):
+    who, fault = BOUNDED_FAULTS[point]
+    durable = disturbed(federation, "bounded", who, fault).durable()
+    assert durable["server"][1]["next_step"] == 4
+    assert durable["server"][1]["rounds_done"] == 2
+    assert durable["a"][1]["state"]["rounds_done"] == durable["b"][1]["state"]["rounds_done"] == 2
+    name = next(n for n in durable["a"][0] if n.startswith("parameter."))
+    assert torch.equal(durable["a"][0][name], durable["b"][0][name]), "both end with the last round's average"
