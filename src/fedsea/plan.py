@@ -354,11 +354,25 @@ class FederationPlan(_Section):
 
     def to_json(self) -> str:
         """Canonical JSON: sorted keys, no spaces, defaults written out."""
-        return json.dumps(self.model_dump(mode="json"), sort_keys=True, separators=(",", ":"))
+        return _canonical(self.model_dump(mode="json"))
+
+    def agreed(self) -> dict[str, Any]:
+        """What both sides must agree on, as plain values.
+
+        Once the fingerprint says which model it is, it does not matter where the server keeps it.
+        """
+        values = self.model_dump(mode="json")
+        if self.model.fingerprint:
+            del values["model"]["path"], values["model"]["revision"]
+        return values
 
     def sha256(self) -> str:
-        """Hash of the canonical JSON, in hex."""
-        return hashlib.sha256(self.to_json().encode()).hexdigest()
+        """Hash of the canonical JSON of what both sides must agree on, in hex."""
+        return hashlib.sha256(_canonical(self.agreed()).encode()).hexdigest()
+
+
+def _canonical(values: dict[str, Any]) -> str:
+    return json.dumps(values, sort_keys=True, separators=(",", ":"))
 
 
 class ClientLimits(_Section):
@@ -524,7 +538,7 @@ def load_limits(path: Path) -> ClientLimits:
 
 
 def differences(ours: FederationPlan, theirs: FederationPlan) -> list[str]:
-    """Field by field, where two plans differ: `["training.rounds: 3 here, 5 there", …]`."""
+    """Field by field, where two plans differ in what is agreed on: `["training.rounds: 3 here, 5 there", …]`."""
 
     def flat(value: Any, prefix: str) -> dict[str, Any]:
         if isinstance(value, dict):
@@ -533,7 +547,7 @@ def differences(ours: FederationPlan, theirs: FederationPlan) -> list[str]:
             return {k: v for i, item in enumerate(value) for k, v in flat(item, f"{prefix}[{i}]").items()}
         return {re.sub(r"^\.", "", prefix): value}
 
-    here, there = flat(ours.model_dump(mode="json"), ""), flat(theirs.model_dump(mode="json"), "")
+    here, there = flat(ours.agreed(), ""), flat(theirs.agreed(), "")
     return [
         f"{key}: {here.get(key, 'absent')} here, {there.get(key, 'absent')} there"
         for key in sorted(here.keys() | there.keys())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import shutil
 from dataclasses import replace
 
 import pytest
@@ -103,6 +104,18 @@ def test_a_finished_run_alone_is_told_from_its_folder(federation):
     assert client_run.train_alone(fed.plan_file, "a", replace(options, data=())) == replace(
         summary, finished_before=True
     )
+
+
+def test_a_run_goes_on_with_a_base_model_that_was_moved(federation, base_model, tmp_path):
+    fed = federation("a")
+    fed.train()
+    alone = fed.client_options("a", run=fed.folder / "alone")
+    client_run.train_alone(fed.plan_file, "a", alone)
+    moved = shutil.copytree(base_model, tmp_path / "moved")
+    fed.plan_file.write_text(fed.plan_file.read_text().replace(str(base_model), str(moved)))
+    fed.start_server()
+    assert fed.start_client("a").finish().finished_before
+    assert client_run.train_alone(fed.plan_file, "a", alone).finished_before
 
 
 def test_results_of_another_run_are_refused(federation):
