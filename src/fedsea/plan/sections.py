@@ -1,0 +1,228 @@
+"""The tables of the plan, key by key. Docstrings of the keys are the reference page's text."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, WrapValidator
+
+from fedsea.types import Partition
+
+CodecName = Literal["fp32", "bf16", "fp16", "int8"]
+DtypeName = Literal["float32", "bfloat16", "float16"]
+SegmentTraining = Literal["adapter", "full", "frozen"]
+ClientName = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9._-]{0,62}$")]
+
+
+def either(sentence: str) -> WrapValidator:
+    """Of a field that takes one of several things: one sentence, where pydantic has one for each of them."""
+
+    def validate(value: Any, handler: Any) -> Any:
+        try:
+            return handler(value)
+        except ValidationError:
+            raise ValueError(sentence) from None
+
+    return WrapValidator(validate)
+
+
+class Section(BaseModel):
+    """A table: what is in it is fixed, and other keys are refused."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class ModelSection(Section):
+    """The base model.
+
+    Attributes:
+        path: Local folder or hub id; a client may point to its own copy, the fingerprint decides.
+        revision: Hub revision; ignored for a local folder.
+        dtype: Type of the frozen weights. Trained parameters are always float32.
+        autocast: "bfloat16" runs the blocks under bf16 autocast; "none" computes in `dtype`.
+        activation_checkpointing: Recompute activations in the backward pass to save memory.
+        fingerprint: Unit ("config", "embedding", "block.3", "norm", "head") to SHA-256; the server fills it in.
+    """
+
+    path: str
+    revision: str = "main"
+    dtype: DtypeName = "float32"
+    autocast: Literal["none", "bfloat16"] = "none"
+    activation_checkpointing: bool = False
+    fingerprint: dict[str, str] = {}
+
+
+class PartitionSection(Section):
+    """Default cut; a client may have another one in its `[[clients]]` entry.
+
+    Attributes:
+        input_blocks: Blocks behind the embedding that stay at the client.
+        output_blocks: Blocks before the final norm and head that stay at the client.
+    """
+
+    input_blocks: int = Field(1, ge=0)
+    output_blocks: int = Field(1, ge=0)
+
+    def partition(self) -> Partition:
+        """As the type that `model` takes."""
+        return Partition(self.input_blocks, self.output_blocks)
+
+
+class AdapterSection(Section):
+    """LoRA, and what is trained in each segment.
+
+    Attributes:
+        rank: Rank of the LoRA factors.
+        alpha: The update is scaled by alpha / rank.
+        dropout: Dropout on LoRA's input, in training.
+        targets: Module names as in peft's `target_modules`, or "all-linear" (every linear layer of the blocks).
+        input: Training of the client's input segment: "adapter", "full" or "frozen".
+        trunk: Training of the server's trunk: "adapter" or "frozen".
+        output: Training of the client's output segment.
+    """
+
+    rank: int = Field(8, ge=1)
+    alpha: float = Field(16.0, gt=0)
+    dropout: float = Field(0.0, ge=0, lt=1)
+    targets: Annotated[
+        tuple[str, ...] | Literal["all-linear"], either('give "all-linear", or a list of module names')
+    ] = "all-linear"
+    input: SegmentTraining = "adapter"
+    trunk: Literal["adapter", "frozen"] = "adapter"
+    output: SegmentTraining = "adapter"
+
+
+class OptimizerSection(Section):
+    """AdamW, its schedule, and gradient clipping.
+
+    Attributes:
+        learning_rate: Peak rate, for all segments.
+        betas: AdamW's decay of the two moments.
+        eps: AdamW's epsilon.
+        weight_decay: AdamW's decay; acts on all trained parameters.
+        max_norm: Largest gradient norm; 0 switches clipping off.
+        clip_scope: "segment" clips every segment by its own norm; "global" by the norm over all segments of the step.
+        schedule: Shape after warm-up, over all steps of the run.
+        warmup_steps: Steps over which the rate rises from 0 to its peak.
+    """
+
+    learning_rate: float = Field(1e-3, gt=0)
+    betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = (0.9, 0.999)
+    eps: float = Field(1e-8, gt=0)
+    weight_decay: float = Field(0.0, ge=0)
+    max_norm: float = Field(1.0, ge=0)
+    clip_scope: Literal["segment", "global"] = "global"
+    schedule: Literal["constant", "linear", "cosine"] = "cosine"
+    warmup_steps: int = Field(0, ge=0)
+
+
+class TrainingSection(Section):
+    """How steps are made.
+
+    Attributes:
+        mode: "sequential": clients take turns; "batched": their micro-batches run as one batch, one step for all.
+        rounds: Rounds of the run.
+        steps_per_round: Steps of a round in "batched"; steps of every client's turn in "sequential".
+        micro_batches: Micro-batches that a client accumulates in a step.
+        micro_batch_sequences: Sequences of a micro-batch.
+        in_flight: Micro-batches that a client has under way at once, to hide the latency of the link.
+        max_batch_tokens: Most tokens that the trunk runs as one batch; a larger union is run in several.
+        wait: In "batched": "all" waits for every client of the plan in every step; a number is how many seconds
+            a step waits for stragglers after its first client is there; they join the next step.
+        min_clients: With a number in `wait`: clients that must be there before a step begins.
+    """
+
+    mode: Literal["sequential", "batched"] = "batched"
+    rounds: int = Field(1, ge=1)
+    steps_per_round: int = Field(100, ge=1)
+    micro_batches: int = Field(1, ge=1)
+    micro_batch_sequences: int = Field(8, ge=1)
+    in_flight: int = Field(2, ge=1)
+    max_batch_tokens: int = Field(16384, ge=1)
+    wait: Annotated[
+        Literal["all"] | Annotated[float, Field(gt=0)], either('give "all", or a number of seconds above 0')
+    ] = "all"
+    min_clients: int = Field(1, ge=1)
+
+
+class AggregationSection(Section):
+    """What happens to the trained parameters of the clients' segments.
+
+    Attributes:
+        sync: "round": averaged at the end of every round; "step": gradients are summed in every step, which
+            equals central training exactly; "personal": they stay at their client.
+        method: How "round" averages. Each LoRA factor is averaged by itself, which is not the average of the products.
+        trim_fraction: Share cut off at each end by "trimmed_mean".
+    """
+
+    sync: Literal["round", "step", "personal"] = "round"
+    method: Literal["mean", "median", "trimmed_mean"] = "mean"
+    trim_fraction: float = Field(0.1, ge=0, lt=0.5)
+
+
+class DataSection(Section):
+    """What the clients agree on about their text.
+
+    Attributes:
+        max_tokens: Longest sequence; longer plain text is cut into pieces, other formats are truncated at the end.
+        loss_on: "completion" takes no loss on prompts; "all" takes it everywhere.
+        holdout: Share of each silo kept for validation.
+    """
+
+    max_tokens: int = Field(512, ge=2)
+    loss_on: Literal["completion", "all"] = "completion"
+    holdout: float = Field(0.1, ge=0, lt=1)
+
+
+class WireSection(Section):
+    """Codecs of the two channels, and the largest tensor that a peer may announce.
+
+    Attributes:
+        hidden: Codec of hidden states, in both directions; "int8" has a scale per token.
+        gradient: Codec of gradients, in both directions.
+        max_tensor_mb: Largest tensor, in MiB as float32; a larger announcement ends the connection.
+    """
+
+    hidden: CodecName = "fp32"
+    gradient: CodecName = "fp32"
+    max_tensor_mb: int = Field(256, ge=1)
+
+
+class TrustSection(Section):
+    """What the federation relies on; said at every start.
+
+    Attributes:
+        mode: "trusted-server": connections are encrypted, but the server can reconstruct the clients' text.
+    """
+
+    mode: Literal["trusted-server"] = "trusted-server"
+
+
+class DurabilitySection(Section):
+    """What is kept on disk, and what of the server's state clients may have.
+
+    Attributes:
+        keep: Newest checkpoints that stay, on both sides.
+        share_trunk: Whether clients may fetch the trunk's trained parameters, for `fedsea export`.
+    """
+
+    keep: int = Field(2, ge=2)
+    share_trunk: bool = True
+
+
+class ClientEntry(Section):
+    """A client of the federation. A key that is left out has the plan's value.
+
+    Attributes:
+        name: Common name of its certificate: lower-case letters, digits, dots, dashes, underscores; at most 63.
+        input_blocks: Its own cut.
+        output_blocks: Its own cut.
+        micro_batch_sequences: Its own size of a micro-batch.
+        micro_batches: Its own number of micro-batches in a step.
+    """
+
+    name: ClientName
+    input_blocks: int | None = Field(None, ge=0)
+    output_blocks: int | None = Field(None, ge=0)
+    micro_batch_sequences: int | None = Field(None, ge=1)
+    micro_batches: int | None = Field(None, ge=1)
