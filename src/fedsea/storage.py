@@ -38,6 +38,8 @@ _ADVICE = {
     errno.EPERM: "permission denied; choose a folder that this user may write, or change its permissions",
     errno.ENOENT: "the folder does not exist; create it, or choose another one",
     errno.ENOTDIR: "a part of the path is a file; choose another folder",
+    errno.EEXIST: "a file is there; choose another folder",
+    errno.EISDIR: "it is a folder; name a file",
 }
 
 

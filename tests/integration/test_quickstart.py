@@ -7,7 +7,7 @@ import re
 
 import pytest
 
-from fedsea.errors import ConfigError
+from fedsea.errors import ConfigError, FedseaError
 from fedsea.evaluation.quickstart import CLIENTS, QuickstartOptions, prepare, run
 from fedsea.plan import load_plan
 
@@ -52,3 +52,10 @@ def test_a_folder_with_something_in_it_is_left_alone(tmp_path):
     with pytest.raises(ConfigError, match="not empty"):
         run(QuickstartOptions(tmp_path))
     assert [path.name for path in tmp_path.iterdir()] == ["mine.txt"]
+
+
+@pytest.mark.parametrize(("name", "says"), [("mine.txt", "is a file"), ("mine.txt/inside", "a part of the path")])
+def test_a_file_in_the_way_is_one_sentence(tmp_path, name, says):
+    (tmp_path / "mine.txt").write_text("keep")
+    with pytest.raises(FedseaError, match=says):
+        run(QuickstartOptions(tmp_path / name))

@@ -142,7 +142,7 @@ def _show_request(asked: SigningRequest, name: str, valid: list[Entry]) -> None:
 
 @app.command("revoke")
 def revoke(
-    name: Annotated[str, typer.Argument(help="A client's name, or one certificate's serial number.")],
+    name: Annotated[str, typer.Argument(metavar="NAME", help="A client's name, or one certificate's serial number.")],
     folder: Folder = _FOLDER,
     reason: Annotated[str, typer.Option(help="Kept in the authority's journal.")] = "",
     as_json: Json = False,

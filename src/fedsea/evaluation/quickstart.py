@@ -31,7 +31,7 @@ from fedsea.observe.run_log import read_lines
 from fedsea.plan import FederationPlan, load_plan
 from fedsea.privacy.boundary import STATEMENTS
 from fedsea.server.state import ServerStore
-from fedsea.storage import CheckpointStore
+from fedsea.storage import CheckpointStore, storage_error
 from fedsea.wire.identity.authority import Authority
 from fedsea.wire.identity.enrollment import enroll, install
 
@@ -130,14 +130,16 @@ def prepare(folder: Path, steps: int | None) -> None:
 
     Raises:
         ConfigError: The folder holds something already.
+        StorageError: The disk refused.
     """
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise ConfigError(f"{folder} is not empty: remove it, or choose another folder with --folder.")
-    assets = resources.files("fedsea") / "assets"
-    with resources.as_file(assets) as source:
-        for part in ("model", "silos"):
-            shutil.copytree(source / part, folder / part)
-        text = (source / "plan.toml").read_text()
+    if folder.exists() and not folder.is_dir():
+        raise ConfigError(f"{folder} is a file: choose another folder with --folder.")
+    try:
+        if folder.exists() and any(folder.iterdir()):
+            raise ConfigError(f"{folder} is not empty: remove it, or choose another folder with --folder.")
+        text = _copy_assets(folder)
+    except OSError as error:
+        raise storage_error("write to", folder, error) from None
     if steps is not None:
         rounds = min(4, steps)
         text = _set(_set(text, "rounds", rounds), "steps_per_round", max(1, steps // rounds))
@@ -150,6 +152,16 @@ def prepare(folder: Path, steps: int | None) -> None:
         certificate = authority.approve(request.csr_pem)
         ca_pem = (folder / "ca" / "ca.pem").read_bytes()
         install(folder / "clients" / name, certificate.pem, ca_pem, authority.fingerprint)
+
+
+def _copy_assets(folder: Path) -> str:
+    """Copy model and silos; the text of the shipped plan."""
+    with resources.as_file(resources.files("fedsea") / "assets") as source:
+        for part in ("model", "silos"):
+            (folder / part).mkdir(parents=True)
+            for file in (source / part).iterdir():
+                shutil.copyfile(file, folder / part / file.name)
+        return (source / "plan.toml").read_text(encoding="utf-8")
 
 
 def _set(text: str, key: str, value: float) -> str:

@@ -17,16 +17,27 @@ from fedsea.plan.limits import ClientLimits, ClientSettings
 
 
 def _explain(error: ValidationError, source: str, model: type[BaseModel]) -> ConfigError:
-    lines = []
-    for item in error.errors():
+    lines, found = [], error.errors()
+    for item in found:
+        if any(len(other["loc"]) > len(item["loc"]) == _common(item["loc"], other["loc"]) for other in found):
+            continue  # a list is too short only because what is in it is wrong
         where = ".".join(str(part) for part in item["loc"]) or "plan"
         text = item["msg"].removeprefix("Value error, ")
         if item["type"] == "extra_forbidden":
             text = _unknown(item["loc"], model)
         elif item["type"] == "missing":
             text = "is missing; add it"
+        elif item["type"] == "string_pattern_mismatch":
+            text = (
+                "use 1 to 63 lower-case letters, digits, dots, dashes or underscores, beginning with a letter or digit"
+            )
         lines.append(f"{where}: {text}")
     return ConfigError(f"{source} is not usable: " + "; ".join(lines))
+
+
+def _common(one: tuple[int | str, ...], other: tuple[int | str, ...]) -> int:
+    """Length of the beginning that two places share."""
+    return next((i for i, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), min(len(one), len(other)))
 
 
 def _unknown(loc: tuple[int | str, ...], model: type[BaseModel]) -> str:

@@ -26,6 +26,7 @@ def refusal(values: dict[str, Any]) -> str:
         ({"rank": 8}, "`rank` belongs to the table [adapter]"),
         ({"wire": {"zzz": 8}}, "known here: hidden, gradient, max_tensor_mb"),
         ({"model": {}}, "model.path: is missing; add it"),
+        ({"clients": [{"name": "A B"}]}, "is not usable: clients.0.name: use 1 to 63 lower-case letters"),
     ],
 )
 def test_a_key_that_is_none_is_pointed_to_the_one_that_was_meant(values: dict[str, Any], says: str) -> None:
@@ -41,6 +42,10 @@ def test_a_wrong_wait_is_one_sentence(wait: Any) -> None:
 
 def test_wrong_targets_are_one_sentence() -> None:
     assert refusal({"adapter": {"targets": "all"}}).endswith('give "all-linear", or a list of module names')
+
+
+def test_what_only_follows_from_another_error_is_not_told() -> None:
+    assert "clients: " not in refusal({"clients": [{"name": "A B"}]})
 
 
 def test_both_forms_of_wait_and_of_targets_are_taken() -> None:

@@ -74,6 +74,24 @@ def test_a_question_that_nobody_can_answer_says_what_a_script_gives(fedsea):
     assert [row["role"] for row in listed(fedsea)["certificates"]] == ["server"]
 
 
+@pytest.mark.parametrize(
+    ("command", "says"),
+    [
+        ("ca approve folder", "is a folder: give the path of the request"),
+        ("enroll --install folder --ca-fingerprint AB", "is a folder: give the path of the file"),
+        ("enroll --name clinic --folder file", "a file is there; choose another folder"),
+        ("ca init --folder file", "a file is there; choose another folder"),
+        ("ca list --folder file", "a part of the path is a file"),
+    ],
+)
+def test_a_folder_in_place_of_a_file_and_the_other_way_round(fedsea, tmp_path, command, says):
+    fedsea("ca init")
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(FedseaError, match=says):
+        fedsea(command)
+
+
 def test_a_request_that_was_approved_before_is_said_to_be(fedsea):
     fedsea("ca init")
     fedsea("enroll --name clinic")

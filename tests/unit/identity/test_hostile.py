@@ -17,6 +17,7 @@ from fedsea.wire.identity import Authority, PeerGate, enroll, install
 from fedsea.wire.identity.requests import read_request
 
 SETTINGS = settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+pytestmark = pytest.mark.filterwarnings("ignore:Parsed a serial number")  # cryptography's, of a changed one
 CHANGES = st.lists(st.tuples(st.integers(0, 10_000), st.integers(0, 255)), min_size=1, max_size=4)
 
 

@@ -73,6 +73,8 @@ def read_file(path: Path, missing: str) -> bytes:
             return path.read_bytes()
         except FileNotFoundError:
             raise ConfigError(f"There is no file {path}: {missing}") from None
+        except IsADirectoryError:
+            raise ConfigError(f"{path} is a folder: {missing}") from None
 
 
 def read_private(path: Path, missing: str) -> bytes:
