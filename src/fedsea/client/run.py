@@ -19,7 +19,7 @@ from fedsea.client.state import ClientStore, Ended
 from fedsea.client.trainer import EvaluationReport, Observer, StepReport, Trainer
 from fedsea.client.trunk import Connected, Trunk
 from fedsea.data.silo import Silo
-from fedsea.errors import TransportError
+from fedsea.errors import FedseaError
 from fedsea.model.fingerprint import fingerprint
 from fedsea.model.loading import trainable_trunk
 from fedsea.plan import FederationPlan, load_plan
@@ -118,8 +118,8 @@ def train(options: ClientOptions, observer: Observer | None = None) -> TrainSumm
     ended = ClientStore.ended(options.run)
     try:
         invited = setup.accept(options if ended is None else replace(options, retry_for_s=0.0))
-    except TransportError:
-        if ended is None or ended.run_id == ALONE:
+    except FedseaError as error:
+        if ended is None or ended.run_id == ALONE or not error.retryable:
             raise
         log.warning("The run in %s is finished, and %s cannot be asked for another one.", options.run, options.server)
         return _as_before(ended)
