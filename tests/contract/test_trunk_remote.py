@@ -137,7 +137,7 @@ def test_a_new_attempt_interrupts_what_was_asked_for_the_old_one(bench):
     server = bench.federation.server
     with Blocked(server):
         future = trunk.forward(where(), sealed)
-        on_loop(server, server.service.coordinator._restart)
+        on_loop(server, server.service.coordinator.steps.restart)
     with pytest.raises(StepInterrupted):
         get(future)
     assert trunk.next_event() == m.StepOpen(0, 1)

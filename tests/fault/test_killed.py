@@ -15,6 +15,7 @@ STORE = "fedsea.client.state:ClientStore"
 TRAINER = "fedsea.client.trainer:Trainer"
 SERVER_STORE = "fedsea.server.state:ServerStore"
 COORDINATOR = "fedsea.server.coordinator:Coordinator"
+STEPS = "fedsea.server.steps:StepRunner"
 
 MODES: dict[str, dict[str, Any]] = {
     "sequential": {"training": {"mode": "sequential", "steps_per_round": 2, "micro_batches": 2}},
@@ -56,12 +57,12 @@ CLIENT_FAULTS = {
 }
 
 SERVER_FAULTS = {
-    "forward-sent": Fault(f"{COORDINATOR}._forward_done", 2, after=True),
-    "before-finish": Fault(f"{COORDINATOR}._finish", 2),
+    "forward-sent": Fault(f"{STEPS}._forward_done", 2, after=True),
+    "before-finish": Fault(f"{STEPS}._finish", 2),
     "applied-not-durable": Fault("fedsea.server.engine:Engine.finish", 2, after=True),
     "half-written": Fault("fedsea.storage:_sync", 9),
     "durable-not-told": Fault(f"{SERVER_STORE}.save", 3, after=True),
-    "told": Fault(f"{COORDINATOR}._finished_step", 2, after=True),
+    "told": Fault(f"{COORDINATOR}.applied", 2, after=True),
 }
 
 ROUND_FAULTS = {
@@ -117,7 +118,7 @@ def test_a_server_killed_in_other_modes_changes_no_bit(federation, undisturbed, 
 
 
 def test_a_server_killed_after_a_later_clients_first_step_changes_no_bit(federation, undisturbed):
-    fault = Fault(f"{COORDINATOR}._finished_step", 3)  # steps 0 and 1 were the other client's turn
+    fault = Fault(f"{COORDINATOR}.applied", 3)  # steps 0 and 1 were the other client's turn
     assert_same_bits(disturbed(federation, "sequential", "server", fault), undisturbed("sequential"))
 
 
@@ -129,7 +130,7 @@ def test_killing_the_same_client_again_after_its_restart_changes_no_bit(federati
 @pytest.mark.parametrize(
     ("at_server", "at_client"),
     [
-        (f"{COORDINATOR}._finish", f"{TRAINER}._apply"),
+        (f"{STEPS}._finish", f"{TRAINER}._apply"),
         (f"{SERVER_STORE}.save", f"{STORE}.prepare"),
     ],
 )
@@ -151,7 +152,7 @@ BOUNDED_FAULTS = {
     "client-asked-for-its-parameters": ("b", Fault("fedsea.client.segments:ClientSegments.parameters", 1)),
     "client-takes-the-round": ("b", Fault(f"{TRAINER}._take_round", 1)),
     "client-before-its-goodbye": ("b", Fault("fedsea.client.remote_trunk:RemoteTrunk.close", 1)),
-    "server-in-the-last-step": ("server", Fault(f"{COORDINATOR}._finish", 4)),
+    "server-in-the-last-step": ("server", Fault(f"{STEPS}._finish", 4)),
     "server-averages": ("server", Fault(f"{SERVER_STORE}.save_round", 1)),
     "server-averaged-the-last": ("server", Fault(f"{SERVER_STORE}.save_round", 2, after=True)),
 }

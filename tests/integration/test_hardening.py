@@ -91,7 +91,8 @@ def test_an_answer_that_the_codec_cannot_carry_ends_that_stream_and_others_finis
 @pytest.mark.parametrize("sync", ["round", "personal"])
 def test_a_straggler_that_was_left_behind_in_the_last_step_ends_well(federation, held, sync):
     there, may_go_on = held("b", NUM_STEPS - 1)
-    fed = federation("a", "b", training=WAITING, aggregation={"sync": sync})
+    training = {**WAITING, "wait": 1.0, "min_clients": 2}  # no step begins before both are there
+    fed = federation("a", "b", training=training, aggregation={"sync": sync})
     fed.start_server()
     first, late = fed.start_client("a"), fed.start_client("b")
     assert there.wait(DEADLINE_S)

@@ -164,7 +164,7 @@ def test_jobs_of_an_attempt_that_was_given_up_do_not_run(world):
     w.join("a")
     message = m.Forward(0, 0, 0, 1, BlockRange(1, 4), (2,), 2, False, {"": torch.ones(2, 3)})
     w.coordinator.receive("a", message)
-    w.coordinator._restart()
+    w.coordinator.steps.restart()
     w.run()
     assert not w.ran("forward")
     assert not w.to("a", m.Output)
@@ -173,7 +173,7 @@ def test_jobs_of_an_attempt_that_was_given_up_do_not_run(world):
 def test_values_of_an_attempt_that_was_given_up_are_ignored(world):
     w = world("a", **ONE_ROUND)
     w.join("a")
-    w.coordinator._restart()
+    w.coordinator.steps.restart()
     w.run()
     w.forward("a", attempt=0)
     assert not w.ran("forward")
@@ -245,6 +245,18 @@ def test_a_norm_that_gradients_cannot_have_sends_its_client_away_and_others_go_o
     w.whole_step("a")
     assert w.ran("finish") == [("finish", 0, 2, 1.0, 1)], "nothing of b is left in the step"
     assert w.coordinator.failure is None
+
+
+def test_what_is_said_again_while_the_step_is_applied_changes_nothing(world):
+    w = world("a", **ONE_ROUND)
+    w.join("a")
+    w.work("a")
+    w.coordinator.receive("a", m.StepReady(0, 0, 2, 1.0))
+    w.coordinator.receive("a", m.StepReady(0, 0, 2, float("inf")))
+    w.run()
+    assert not w.ended
+    assert w.coordinator.state.next_step == 1
+    assert w.to("a", m.StepOpen) == [m.StepOpen(0, 0), m.StepOpen(1, 0)]
 
 
 def test_ready_for_a_step_that_is_not_open_is_refused(world):
