@@ -28,7 +28,8 @@ Tell every client the authority's fingerprint by telephone or in person.
 
     fedsea enroll --name {first}
 
-Send the request to the operator, who compares the fingerprint and runs `fedsea ca approve` on it. With the answer:
+Send `identity/{first}.request.pem` to the operator, who compares the fingerprint, runs
+`fedsea ca approve {first}.request.pem` and sends `{first}.certificate.pem` back. With that answer:
 
     fedsea enroll --install {first}.certificate.pem --ca-fingerprint …
     fedsea doctor --server fedsea.example.org:7443

@@ -77,7 +77,6 @@ def server(
         run=run,
         threads=threads,
         device=o.need_device(device),
-        metrics=metrics,
         exit_when_finished=exit_when_finished,
         ready_file=ready_file,
     )

@@ -58,7 +58,6 @@ class ServerOptions:
         run: Run folder.
         threads: CPU threads of the engine; None leaves torch's choice.
         device: Where the trunk runs.
-        metrics: `HOST:PORT` of the Prometheus endpoint, or None.
         exit_when_finished: End when the run is finished and every client has left.
         ready_file: Gets `HOST:PORT` as soon as clients may connect.
     """
@@ -70,7 +69,6 @@ class ServerOptions:
     run: Path
     threads: int | None = None
     device: str = "cpu"
-    metrics: str | None = None
     exit_when_finished: bool = False
     ready_file: Path | None = None
 

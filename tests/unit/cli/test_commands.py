@@ -120,7 +120,6 @@ def test_server_hands_every_option_on(
         run=tmp_path / "run",
         threads=3,
         device="cpu",
-        metrics=None,
         exit_when_finished=True,
         ready_file=Path("ready"),
     )
