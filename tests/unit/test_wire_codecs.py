@@ -8,7 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fedsea.errors import ConfigError, NonFiniteError
-from fedsea.wire.codecs import CODECS, all_finite, check_codec
+from fedsea.tensors import all_finite
+from fedsea.wire.codecs import CODECS, check_codec
 
 NAMES = sorted(CODECS)
 

@@ -15,6 +15,7 @@ from fedsea.errors import NonFiniteError
 from fedsea.model import adapters
 from fedsea.model.segments import Trunk
 from fedsea.model.trunk import TrunkPart
+from fedsea.tensors import all_finite
 from fedsea.types import BlockRange
 
 LARGEST_GRADIENT = 1e20
@@ -99,7 +100,7 @@ class TrunkPasses:
             with adapters.seeded(seed), torch.set_grad_enabled(self.trains or any(e.needs_gradient for e in batch)):
                 outputs = self.trunk.forward_group(parts)
             for entry, output in zip(batch, outputs, strict=True):
-                if not torch.isfinite(output.detach().sum()) and not torch.isfinite(output.detach()).all():
+                if not all_finite(output):
                     raise NonFiniteError(
                         f"The trunk's output for client {entry.client} is not finite: the step was not applied. Lower "
                         "the learning rate, or use bf16 or fp32 instead of fp16.",
@@ -140,7 +141,7 @@ class TrunkPasses:
             return None
         gradient = hidden_TH.grad if hidden_TH.grad is not None else torch.zeros_like(hidden_TH)
         hidden_TH.grad = None
-        if not torch.isfinite(gradient).all():
+        if not all_finite(gradient):
             raise NonFiniteError(
                 f"The gradient that passed back through the trunk for client {entry.client} is not finite: the step "
                 "was not applied. Lower the learning rate, or use bf16 or fp32 instead of fp16.",

@@ -11,6 +11,7 @@ from collections.abc import Mapping
 import torch
 
 from fedsea.errors import NonFiniteError
+from fedsea.tensors import all_finite
 from fedsea.types import Channel, Release
 
 STATEMENTS = {
@@ -59,18 +60,10 @@ class Boundary:
     def _release(self, tensors: Mapping[str, torch.Tensor], channel: Channel) -> Release:
         detached = {name: tensor.detach() for name, tensor in tensors.items()}
         for name, tensor in detached.items():
-            if not _finite(tensor):
+            if not all_finite(tensor):
                 what = f"parameter {name}" if name else f"{channel} values"
                 raise NonFiniteError(
                     f"The {what} about to leave this client are not finite: nothing was sent and the step was not "
                     "applied. Lower the learning rate, check this silo's data, or use bf16 or fp32 instead of fp16."
                 )
         return Release(detached, channel)
-
-
-def _finite(tensor: torch.Tensor) -> bool:
-    """Whether every value is finite: a finite sum has finite terms, so the mask is made only when it is not."""
-    if tensor.numel() == 0:
-        return True
-    total = tensor.float().sum()
-    return bool(torch.isfinite(total)) or bool(torch.isfinite(tensor).all())

@@ -8,9 +8,10 @@ import numpy as np
 import torch
 
 from fedsea.errors import ProtocolError
+from fedsea.tensors import all_finite
 from fedsea.wire.buffers import BufferPool
 from fedsea.wire.checks import place
-from fedsea.wire.codecs import CODECS, all_finite
+from fedsea.wire.codecs import CODECS
 from fedsea.wire.errors import NonFiniteMessage
 from fedsea.wire.frames import Frame
 from fedsea.wire.messages import Message

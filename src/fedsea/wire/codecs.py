@@ -18,6 +18,7 @@ import torch
 
 from fedsea.errors import ConfigError, NonFiniteError
 from fedsea.plan import CodecName
+from fedsea.tensors import all_finite
 from fedsea.wire.proto import messages_pb2 as pb
 
 assert sys.byteorder == "little", "tensors travel as they lie in memory"
@@ -45,11 +46,6 @@ class Codec(Protocol):
     def decode(self, raw: torch.Tensor, out: torch.Tensor) -> None:
         """Write the values of `raw` (uint8, one axis) into `out` (float32, of the tensor's shape)."""
         ...
-
-
-def all_finite(tensor: torch.Tensor) -> bool:
-    """Whether no value is NaN or infinite; one pass and no temporary, as long as the sum does not overflow."""
-    return math.isfinite(tensor.sum(dtype=torch.float32).item()) or bool(torch.isfinite(tensor).all())
 
 
 @dataclass(frozen=True, slots=True)
