@@ -9,9 +9,12 @@ from typing import Any
 
 import pytest
 
+import fedsea
 from fedsea.cli import main
 from fedsea.observe.run_log import read_lines
 from tests.support.federation import Federation
+
+SILO = Path(fedsea.__file__).parent / "assets" / "silos" / "clinic.jsonl"
 
 
 @pytest.fixture(autouse=True)
@@ -110,8 +113,8 @@ def test_training_alone_needs_no_server(
     ("arguments", "says"),
     [
         (["train", "--data", "x.jsonl"], "--server HOST:PORT"),
-        (["train", "--alone", "--data", __file__], "--plan"),
-        (["train", "--server", "h:1", "--plan", "p.toml", "--data", __file__], "--alone"),
+        (["train", "--alone", "--data", str(SILO)], "--plan"),
+        (["train", "--server", "h:1", "--plan", "p.toml", "--data", str(SILO)], "--alone"),
         (["train", "--server", "h:1", "--field", "response"], "ROLE=COLUMN"),
         (["train", "--server", "h:1", "--field", "text=a", "--field", "text=b"], "twice"),
         (["train", "--server", "h:1", "--device", "tpu"], "cuda"),

@@ -138,7 +138,10 @@ def client_options(
         load_limits(settings)
     from fedsea.client.setup import ClientOptions
     from fedsea.data.formats import DataFormat
+    from fedsea.data.opening import check_names
 
+    if files:
+        check_names(files)
     DataFormat(format_name, fields)  # type: ignore[arg-type]
     return ClientOptions(
         server=server,

@@ -83,7 +83,12 @@ def open_silo(
     return silo
 
 
-def _open_files(paths: list[Path]) -> tuple[RowFile, ...]:
+def check_names(paths: Sequence[Path]) -> None:
+    """What the names of a silo's files alone can tell, before anything is read.
+
+    Raises:
+        DataError: There is none, one comes twice, or one is of no known kind.
+    """
     if not paths:
         raise DataError("A silo needs at least one data file; name one.")
     if len({path.absolute() for path in paths}) < len(paths):
@@ -94,6 +99,10 @@ def _open_files(paths: list[Path]) -> tuple[RowFile, ...]:
                 f"{path}: the ending {path.suffix!r} says no known kind of file; use {', '.join(_OPENERS)} "
                 "(a .json list becomes lines with `jq -c '.[]' rows.json > rows.jsonl`)."
             )
+
+
+def _open_files(paths: list[Path]) -> tuple[RowFile, ...]:
+    check_names(paths)
     return tuple(_OPENERS.get(path.suffix.lower(), JsonLines)(path) for path in paths)
 
 

@@ -84,6 +84,8 @@ def test_train_leaves_defaults_as_the_python_call_has_them(stubbed: dict[str, An
         ([], 2, "--data"),
         (["--data", "none.csv"], 3, "no file none.csv"),
         (["--data", "."], 3, "is a folder"),
+        (["--data", "s.toml"], 3, "no known kind of file"),
+        (["--data", "a.csv", "a.csv"], 3, "named twice"),
         (["--data", "a.csv", "--settings", "none.toml"], 2, "no file none.toml"),
         (["--data", "a.csv", "--format", "odd"], 2, "no data format 'odd'"),
         (["--data", "a.csv", "--format", "text", "--field", "response=x"], 2, "no role response"),
