@@ -9,6 +9,7 @@ buffers.py    memory for received tensors, used again
 assembly.py   a payload on its way into that memory
 encoding.py   Encoder and Decoder: messages to chunks and back
 stream.py     messages over anything that carries chunks
+end.py        what both ends can do with theirs
 transport.py  method names, gRPC options and deadlines of both ends
 calls.py      the client's channel, and why a call ended
 channel.py    the client's stream: `connect`

@@ -11,19 +11,20 @@ import grpc
 
 from fedsea.errors import FedseaError, TransportError
 from fedsea.wire.calls import Ending, examine, open_channel
-from fedsea.wire.encoding import Decoder, Encoded, Encoder
+from fedsea.wire.encoding import Decoder, Encoder
+from fedsea.wire.end import StreamEnd
 from fedsea.wire.errors import error_of
 from fedsea.wire.identity.identity import Identity
 from fedsea.wire.limits import WireLimits
 from fedsea.wire.messages import Failure, Message
 from fedsea.wire.status import call_renew, call_status
-from fedsea.wire.stream import LinkStats, MessageStream
+from fedsea.wire.stream import MessageStream
 from fedsea.wire.transport import ADMITTED, DEFAULT_TIMING, SESSION, Timing, aio
 
 __all__ = ["ClientStream", "call_renew", "call_status", "connect"]
 
 
-class ClientStream:
+class ClientStream(StreamEnd):
     """An open session with a server; made by `connect`, closed by `close` or by leaving its `async with`."""
 
     def __init__(
@@ -41,41 +42,16 @@ class ClientStream:
         self._call = call
         self._timing = timing
         self._ending = ending
-        self._stream = MessageStream(
-            self._read,
-            self._write,
-            encoder,
-            Decoder(limits, "client"),
-            send_timeout_s=timing.send_timeout_s,
-            broken=self._broken,
+        super().__init__(
+            MessageStream(
+                self._read,
+                self._write,
+                encoder,
+                Decoder(limits, "client"),
+                send_timeout_s=timing.send_timeout_s,
+                broken=self._broken,
+            )
         )
-
-    @property
-    def stats(self) -> LinkStats:
-        """Bytes so far."""
-        return self._stream.stats
-
-    @property
-    def limits(self) -> WireLimits:
-        """What the server may announce; replace them when the plan is agreed on."""
-        return self._stream.limits
-
-    @limits.setter
-    def limits(self, limits: WireLimits) -> None:
-        self._stream.limits = limits
-
-    @property
-    def encoder(self) -> Encoder:
-        """Replace it when the codecs are agreed on."""
-        return self._stream.encoder
-
-    @encoder.setter
-    def encoder(self, encoder: Encoder) -> None:
-        self._stream.encoder = encoder
-
-    async def send(self, message: Message | Encoded) -> Encoded:
-        """See `MessageStream.send`: keep a receiver running meanwhile."""
-        return await self._stream.send(message)
 
     async def receive(self) -> Message:
         """The next message.

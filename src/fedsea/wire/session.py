@@ -10,16 +10,17 @@ import grpc
 
 from fedsea.errors import FedseaError, TransportError
 from fedsea.wire.buffers import BufferPool
-from fedsea.wire.encoding import Decoder, Encoded, Encoder
+from fedsea.wire.encoding import Decoder, Encoder
+from fedsea.wire.end import StreamEnd
 from fedsea.wire.errors import PeerClosed
 from fedsea.wire.identity.peers import PeerIdentity
 from fedsea.wire.limits import WireLimits
 from fedsea.wire.messages import Message
-from fedsea.wire.stream import LinkStats, MessageStream
+from fedsea.wire.stream import MessageStream
 from fedsea.wire.transport import Timing, aio
 
 
-class PeerSession:
+class PeerSession(StreamEnd):
     """One stream of one client. Its handler is cancelled when the stream ends: clean up in `finally`.
 
     Attributes:
@@ -33,41 +34,16 @@ class PeerSession:
         self.certificate_pem = certificate_pem
         self._context = context
         self._ended: asyncio.Future[FedseaError] = asyncio.get_running_loop().create_future()
-        self._stream = MessageStream(
-            self._read,
-            self._write,
-            Encoder("server", {}),
-            Decoder(limits, "server", pool),
-            send_timeout_s=t.send_timeout_s,
-            broken=self.end,
+        super().__init__(
+            MessageStream(
+                self._read,
+                self._write,
+                Encoder("server", {}),
+                Decoder(limits, "server", pool),
+                send_timeout_s=t.send_timeout_s,
+                broken=self.end,
+            )
         )
-
-    @property
-    def stats(self) -> LinkStats:
-        """Bytes so far."""
-        return self._stream.stats
-
-    @property
-    def limits(self) -> WireLimits:
-        """What the client may announce; replace them when the plan is agreed on."""
-        return self._stream.limits
-
-    @limits.setter
-    def limits(self, limits: WireLimits) -> None:
-        self._stream.limits = limits
-
-    @property
-    def encoder(self) -> Encoder:
-        """Replace it when the codecs are agreed on."""
-        return self._stream.encoder
-
-    @encoder.setter
-    def encoder(self, encoder: Encoder) -> None:
-        self._stream.encoder = encoder
-
-    async def send(self, message: Message | Encoded) -> Encoded:
-        """See `MessageStream.send`: keep a receiver running meanwhile."""
-        return await self._stream.send(message)
 
     async def receive(self) -> Message:
         """See `MessageStream.receive`."""
