@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from fedsea.client.remote_trunk import fetch_invitation
+from fedsea.client.invitation import fetch_invitation
 from fedsea.errors import ConfigError, FedseaError, ProtocolError, TransportError
 from fedsea.wire import messages as m
 from fedsea.wire.channel import ClientStream, connect

@@ -11,8 +11,9 @@ from typing import Any
 import torch
 
 from fedsea.client import setup
+from fedsea.client.invitation import fetch_invitation
 from fedsea.client.local_trunk import LocalTrunk
-from fedsea.client.remote_trunk import RemoteTrunk, fetch_invitation
+from fedsea.client.remote_trunk import RemoteTrunk
 from fedsea.client.retry import RetryPolicy
 from fedsea.client.trunk import MicroBatch, Standing, Trunk
 from fedsea.model import adapters

@@ -14,7 +14,7 @@ import torch
 from hypothesis import HealthCheck, Phase, given, settings
 
 import fedsea
-from fedsea.client.remote_trunk import fetch_invitation
+from fedsea.client.invitation import fetch_invitation
 from fedsea.privacy.boundary import Boundary
 from fedsea.types import BlockRange, Channel
 from fedsea.wire import messages as m

@@ -85,7 +85,7 @@ def plan(path: Path | None, address: str | None, settings: Path | None, found: F
     if path is not None:
         agreed, source = load_plan(path), str(path)
     elif address is not None and found.identity is not None and found.server_answers:
-        from fedsea.client.remote_trunk import fetch_invitation
+        from fedsea.client.invitation import fetch_invitation
 
         agreed, source = asyncio.run(fetch_invitation(address, found.identity)).plan, "the server's"
     else:

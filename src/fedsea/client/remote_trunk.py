@@ -13,93 +13,28 @@ import logging
 import queue
 import threading
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import Future
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 
-import fedsea
+from fedsea.client.invitation import Invitation, greet, pause_before
+from fedsea.client.questions import Key, OpenQuestions
 from fedsea.client.retry import RetryPolicy
-from fedsea.client.trunk import Connected, Event, MicroBatch, Sealed, Standing, StepInterrupted
+from fedsea.client.trunk import Connected, Event, MicroBatch, Sealed, Standing
 from fedsea.errors import FedseaError, ProtocolError, TransportError
-from fedsea.plan import FederationPlan, parse_plan_json
 from fedsea.types import Channel, Release
 from fedsea.wire import messages as m
 from fedsea.wire.channel import ClientStream, connect
 from fedsea.wire.encoding import Encoded, Encoder
 from fedsea.wire.errors import PeerClosed
-from fedsea.wire.frames import PROTOCOL_VERSION
 from fedsea.wire.identity.identity import Identity
 from fedsea.wire.limits import HANDSHAKE, WireLimits
 
 log = logging.getLogger(__name__)
 
-Key = tuple[str, int, int, int]
 _GREETING_S = 60.0
-
-
-@dataclass(frozen=True, slots=True)
-class Invitation:
-    """What a server says of itself before anything is agreed on."""
-
-    plan: FederationPlan
-    run_id: str
-
-
-async def _greet(stream: ClientStream) -> m.Welcome:
-    await stream.send(m.Hello(PROTOCOL_VERSION, fedsea.__version__))
-    message = await stream.receive()
-    if not isinstance(message, m.Welcome):
-        raise ProtocolError("The server did not begin with its plan: both sides need compatible versions of fedsea.")
-    return message
-
-
-async def fetch_invitation(address: str, identity: Identity, timeout_s: float = 30.0) -> Invitation:
-    """Ask a server for its plan, and check that both sides read the same in it.
-
-    Raises:
-        ConfigError: The plan cannot be read here, or its hash differs.
-        FedseaError: The server cannot be reached or refuses.
-    """
-    try:
-        async with asyncio.timeout(timeout_s), await connect(address, identity, limits=HANDSHAKE) as stream:
-            welcome = await _greet(stream)
-    except TimeoutError:
-        raise TransportError(f"{address} did not answer in {timeout_s:g} s; try again later.") from None
-    plan = parse_plan_json(welcome.plan_json)
-    if plan.sha256() != welcome.plan_sha256:
-        raise ProtocolError(
-            f"This side's version of fedsea ({fedsea.__version__}) reads another plan than the server sent: install "
-            "the server's version on both sides."
-        )
-    return Invitation(plan, welcome.run_id)
-
-
-async def seek_invitation(address: str, identity: Callable[[], Identity], retry: RetryPolicy) -> Invitation:
-    """`fetch_invitation`, tried again while the server cannot be reached.
-
-    Raises:
-        FedseaError: The server refuses, or the policy's time is used up.
-    """
-    pauses = retry.pauses()
-    while True:
-        try:
-            return await fetch_invitation(address, identity())
-        except FedseaError as error:
-            if not await _pause(error, pauses):
-                raise
-
-
-async def _pause(error: FedseaError, pauses: Iterator[float]) -> bool:
-    """Wait before the next try; False if there is to be none."""
-    pause = next(pauses, None)
-    if pause is None or not error.retryable:
-        return False
-    log.warning("%s Trying again in %.1f s.", error.message, pause)
-    await asyncio.sleep(pause)
-    return True
 
 
 class RemoteTrunk:
@@ -140,17 +75,13 @@ class RemoteTrunk:
         wire = invitation.plan.wire
         self._encoder = Encoder("client", {Channel.HIDDEN: wire.hidden, Channel.GRADIENT: wire.gradient})
         self._events: queue.SimpleQueue[Event | FedseaError] = queue.SimpleQueue()
-        self._lock = threading.Lock()
-        self._pending: dict[Key, Future[Any]] = {}
-        self._lasting: dict[Key, Encoded] = {}
-        self._epoch = (-1, -1)
+        self._questions = OpenQuestions()
         self._outgoing: asyncio.Queue[Encoded] = asyncio.Queue()
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._work, name="fedsea-wire", daemon=True)
         self._main: asyncio.Task[None] | None = None
         self._closing = threading.Event()
         self._farewell: Encoded | None = None
-        self._error: FedseaError | None = None
 
     def start(self) -> RemoteTrunk:
         """Connect in the background."""
@@ -244,19 +175,10 @@ class RemoteTrunk:
     # --- from the trainer's thread ----------------------------------------------------------------------------------
 
     def _ask(self, key: Key, message: m.Message, *, lasting: bool = False) -> Future[Any]:
-        future: Future[Any] = Future()
         encoded = self._encoder.encode(message)
-        with self._lock:
-            if self._error is not None:
-                future.set_exception(self._error)
-                return future
-            if not lasting and key[1:3] != self._epoch:
-                future.set_exception(StepInterrupted())
-                return future
-            self._pending[key] = future
-            if lasting:
-                self._lasting[key] = encoded
-        self._queue(encoded)
+        future, sendable = self._questions.add(key, encoded, lasting=lasting)
+        if sendable:
+            self._queue(encoded)
         return future
 
     def _send(self, message: m.Message) -> None:
@@ -295,10 +217,10 @@ class RemoteTrunk:
                     await self._converse(stream)
                     return
             except FedseaError as error:
-                self._interrupt((-1, -1))
+                self._questions.begin((-1, -1))
                 if self._closing.is_set() and (self._farewell is None or isinstance(error, PeerClosed)):
                     return
-                if not await _pause(error, pauses):
+                if not await pause_before(error, pauses):
                     self._give_up(error)
                     return
 
@@ -306,17 +228,13 @@ class RemoteTrunk:
         if isinstance(error, TransportError):
             error = TransportError(f"{error.message} Gave up after {self._retry.retry_for_s:g} s of trying.")
         self._closing.set()
-        with self._lock:
-            self._error = error
-            pending, self._pending = self._pending, {}
-        for future in pending.values():
-            future.set_exception(error)
+        self._questions.fail(error)
         self._events.put(error)
 
     async def _join(self, stream: ClientStream) -> None:
         try:
             async with asyncio.timeout(_GREETING_S):
-                welcome = await _greet(stream)
+                welcome = await greet(stream)
         except TimeoutError:
             raise TransportError(f"{self.address} did not answer in {_GREETING_S:g} s.") from None
         if (welcome.plan_sha256, welcome.run_id) != (self.invitation.plan.sha256(), self.invitation.run_id):
@@ -330,9 +248,7 @@ class RemoteTrunk:
         await stream.send(
             m.Join(welcome.plan_sha256, standing.next_step, standing.prepared_step, standing.round, self._role)
         )
-        with self._lock:
-            lasting = list(self._lasting.values())
-        for encoded in lasting:
+        for encoded in self._questions.lasting():
             self._outgoing.put_nowait(encoded)
         if self._closing.is_set():
             self._outgoing.put_nowait(_GOODBYE)
@@ -370,20 +286,20 @@ class RemoteTrunk:
     def _deliver(self, message: m.Message) -> None:
         match message:
             case m.Output(evaluate=True):
-                self._resolve(("evaluation", message.step, -1, message.micro_batch), _single(message.tensors))
+                self._questions.resolve(("evaluation", message.step, -1, message.micro_batch), _single(message.tensors))
             case m.Output():
                 key = ("output", message.step, message.attempt, message.micro_batch)
-                self._resolve(key, _single(message.tensors))
+                self._questions.resolve(key, _single(message.tensors))
             case m.InputGradient():
                 key = ("gradient", message.step, message.attempt, message.micro_batch)
-                self._resolve(key, _single(message.tensors) if message.tensors else None)
+                self._questions.resolve(key, _single(message.tensors) if message.tensors else None)
             case m.TrunkState():
-                self._resolve(("trunk", 0, -1, 0), message)
+                self._questions.resolve(("trunk", 0, -1, 0), message)
             case m.StepOpen():
-                self._interrupt((message.step, message.attempt))
+                self._questions.begin((message.step, message.attempt))
                 self._events.put(message)
             case m.RoundOpen() | m.Finished():
-                self._interrupt((-1, -1))  # a straggler may still be at a step that went on without it
+                self._questions.begin((-1, -1))  # a straggler may still be at a step that went on without it
                 self._events.put(message)
             case m.StepDone() | m.RoundResult():
                 self._events.put(message)
@@ -393,22 +309,6 @@ class RemoteTrunk:
                 log.warning("The server reports: %s", message.message)
             case _:
                 raise ProtocolError(f"The server sent an unexpected {type(message).__name__}.")
-
-    def _resolve(self, key: Key, value: Any) -> None:
-        with self._lock:
-            future = self._pending.pop(key, None)
-            self._lasting.pop(key, None)
-        if future is not None:
-            future.set_result(value)
-
-    def _interrupt(self, epoch: tuple[int, int]) -> None:
-        """Begin a new step or attempt: whatever was asked for an older one will not be answered."""
-        with self._lock:
-            self._epoch = epoch
-            given_up = [key for key in self._pending if key not in self._lasting]
-            futures = [self._pending.pop(key) for key in given_up]
-        for future in futures:
-            future.set_exception(StepInterrupted())
 
 
 _GOODBYE = Encoded((), 0, 0, "")

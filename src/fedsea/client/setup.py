@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from fedsea.client.remote_trunk import Invitation, seek_invitation
+from fedsea.client.invitation import Invitation, seek_invitation
 from fedsea.client.renewal import IdentityKeeper
 from fedsea.client.retry import RetryPolicy
 from fedsea.client.run_key import RunKey

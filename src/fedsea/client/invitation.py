@@ -1,0 +1,87 @@
+"""The first words with a server: what it says of itself before anything is agreed on."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import fedsea
+from fedsea.client.retry import RetryPolicy
+from fedsea.errors import FedseaError, ProtocolError, TransportError
+from fedsea.plan import FederationPlan, parse_plan_json
+from fedsea.wire import messages as m
+from fedsea.wire.channel import ClientStream, connect
+from fedsea.wire.frames import PROTOCOL_VERSION
+from fedsea.wire.identity.identity import Identity
+from fedsea.wire.limits import HANDSHAKE
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Invitation:
+    """What a server says of itself before anything is agreed on."""
+
+    plan: FederationPlan
+    run_id: str
+
+
+async def greet(stream: ClientStream) -> m.Welcome:
+    """Begin a session: say hello, and hear the server's plan.
+
+    Raises:
+        FedseaError: The server answers something else, or the stream broke.
+    """
+    await stream.send(m.Hello(PROTOCOL_VERSION, fedsea.__version__))
+    message = await stream.receive()
+    if not isinstance(message, m.Welcome):
+        raise ProtocolError("The server did not begin with its plan: both sides need compatible versions of fedsea.")
+    return message
+
+
+async def fetch_invitation(address: str, identity: Identity, timeout_s: float = 30.0) -> Invitation:
+    """Ask a server for its plan, and check that both sides read the same in it.
+
+    Raises:
+        ConfigError: The plan cannot be read here, or its hash differs.
+        FedseaError: The server cannot be reached or refuses.
+    """
+    try:
+        async with asyncio.timeout(timeout_s), await connect(address, identity, limits=HANDSHAKE) as stream:
+            welcome = await greet(stream)
+    except TimeoutError:
+        raise TransportError(f"{address} did not answer in {timeout_s:g} s; try again later.") from None
+    plan = parse_plan_json(welcome.plan_json)
+    if plan.sha256() != welcome.plan_sha256:
+        raise ProtocolError(
+            f"This side's version of fedsea ({fedsea.__version__}) reads another plan than the server sent: install "
+            "the server's version on both sides."
+        )
+    return Invitation(plan, welcome.run_id)
+
+
+async def seek_invitation(address: str, identity: Callable[[], Identity], retry: RetryPolicy) -> Invitation:
+    """`fetch_invitation`, tried again while the server cannot be reached.
+
+    Raises:
+        FedseaError: The server refuses, or the policy's time is used up.
+    """
+    pauses = retry.pauses()
+    while True:
+        try:
+            return await fetch_invitation(address, identity())
+        except FedseaError as error:
+            if not await pause_before(error, pauses):
+                raise
+
+
+async def pause_before(error: FedseaError, pauses: Iterator[float]) -> bool:
+    """Wait before the next try; False if there is to be none."""
+    pause = next(pauses, None)
+    if pause is None or not error.retryable:
+        return False
+    log.warning("%s Trying again in %.1f s.", error.message, pause)
+    await asyncio.sleep(pause)
+    return True

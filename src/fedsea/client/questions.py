@@ -1,0 +1,75 @@
+"""What was asked of a trunk and is not answered yet; asked on one thread, answered on another."""
+
+from __future__ import annotations
+
+import threading
+from concurrent.futures import Future
+from typing import Any
+
+from fedsea.client.trunk import StepInterrupted
+from fedsea.errors import FedseaError
+from fedsea.wire.encoding import Encoded
+
+Key = tuple[str, int, int, int]
+"""Kind, step, attempt (-1 outside any step), micro-batch."""
+
+
+class OpenQuestions:
+    """Futures by key. Those of a step end with it; lasting ones are asked again after a lost connection."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._pending: dict[Key, Future[Any]] = {}
+        self._lasting: dict[Key, Encoded] = {}
+        self._epoch = (-1, -1)
+        self._error: FedseaError | None = None
+
+    def add(self, key: Key, encoded: Encoded, *, lasting: bool) -> tuple[Future[Any], bool]:
+        """Note a question.
+
+        Returns:
+            Its future, and whether it is to be sent: not if its step is over or the trunk is lost, which the future
+            then says.
+        """
+        future: Future[Any] = Future()
+        with self._lock:
+            if self._error is not None:
+                future.set_exception(self._error)
+                return future, False
+            if not lasting and key[1:3] != self._epoch:
+                future.set_exception(StepInterrupted())
+                return future, False
+            self._pending[key] = future
+            if lasting:
+                self._lasting[key] = encoded
+        return future, True
+
+    def resolve(self, key: Key, value: Any) -> None:
+        """An answer came; one that nobody waits for is dropped."""
+        with self._lock:
+            future = self._pending.pop(key, None)
+            self._lasting.pop(key, None)
+        if future is not None:
+            future.set_result(value)
+
+    def begin(self, epoch: tuple[int, int]) -> None:
+        """Begin a new step or attempt: whatever was asked for an older one will not be answered."""
+        with self._lock:
+            self._epoch = epoch
+            given_up = [key for key in self._pending if key not in self._lasting]
+            futures = [self._pending.pop(key) for key in given_up]
+        for future in futures:
+            future.set_exception(StepInterrupted())
+
+    def lasting(self) -> list[Encoded]:
+        """What is to be sent again on a new connection, as the very same bytes."""
+        with self._lock:
+            return list(self._lasting.values())
+
+    def fail(self, error: FedseaError) -> None:
+        """The trunk is lost for good: every question, also a later one, ends with this error."""
+        with self._lock:
+            self._error = error
+            pending, self._pending = self._pending, {}
+        for future in pending.values():
+            future.set_exception(error)
