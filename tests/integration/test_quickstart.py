@@ -8,7 +8,8 @@ import re
 import pytest
 
 from fedsea.errors import ConfigError, FedseaError
-from fedsea.evaluation.quickstart import CLIENTS, QuickstartOptions, prepare, run
+from fedsea.evaluation.preparation import CLIENTS, prepare
+from fedsea.evaluation.quickstart import QuickstartOptions, run
 from fedsea.plan import load_plan
 
 
