@@ -66,7 +66,8 @@ def median(values: Sequence[torch.Tensor], weights: Sequence[float]) -> torch.Te
     """
     ordered = torch.stack(list(values)).sort(dim=0).values
     count = len(values)
-    return (ordered[(count - 1) // 2] + ordered[count // 2]) / 2
+    middle = ordered[(count - 1) // 2].double() + ordered[count // 2].double()  # in float32 the sum may overflow
+    return (middle / 2).to(values[0].dtype)
 
 
 def trimmed_mean(trim_fraction: float) -> Aggregator:

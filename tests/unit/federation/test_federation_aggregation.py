@@ -28,6 +28,10 @@ def test_the_mean_sums_in_float64():
     assert mean(values(huge, small, -huge), [1, 1, 1]).item() == pytest.approx(1 / 3)
 
 
+def test_a_median_of_two_large_values_does_not_overflow():
+    assert median(values(3e38, 3.2e38), [1, 1]).item() == pytest.approx(3.1e38)
+
+
 @given(st.lists(st.floats(-1e6, 1e6, width=32), min_size=1, max_size=9))
 @settings(max_examples=50, deadline=None)
 def test_the_median_is_numpys(numbers):
