@@ -25,6 +25,7 @@ from transformers.masking_utils import eager_mask, sdpa_mask
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from fedsea.errors import ConfigError
+from fedsea.model.cache import EXTENDING, Extension
 
 SDPA = "fedsea_segments"
 EAGER = "fedsea_segments_eager"
@@ -90,6 +91,9 @@ def _by_segment(
     attention_mask: torch.Tensor | None,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
+    extension = EXTENDING.get()
+    if extension is not None:
+        return _by_sequence(inner, extension, module, query_1NTD, key_1NTD, value_1NTD, attention_mask, **kwargs)
     segments = _CURRENT.get()
     if segments is None:
         return inner(module, query_1NTD, key_1NTD, value_1NTD, attention_mask, **kwargs)
@@ -106,6 +110,30 @@ def _by_segment(
         out_BLND, _ = inner(module, query, key, value, mask, **kwargs)
         out_1TND.append(out_BLND.reshape(1, count * length, *out_BLND.shape[2:]))
     return torch.cat(out_1TND, dim=1), None
+
+
+def _by_sequence(
+    inner: _Attention,
+    extension: Extension,
+    module: nn.Module,
+    query_1NTD: torch.Tensor,
+    key_1NTD: torch.Tensor,
+    value_1NTD: torch.Tensor,
+    mask_S1TC: torch.Tensor | None,
+    **kwargs: Any,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """New tokens of several sequences, each with its own past."""
+    block: int = module.layer_idx  # type: ignore[assignment]
+    lengths = list(extension.lengths)
+    if mask_S1TC is not None and mask_S1TC.shape[0] != len(lengths):
+        raise OwnMaskError(f"{type(module).__name__} makes an attention mask of its own.")
+    parts = zip(*(torch.split(tensor[0], lengths, dim=1) for tensor in (query_1NTD, key_1NTD, value_1NTD)), strict=True)
+    out_1TND = []
+    for number, (cache, (query, key, value)) in enumerate(zip(extension.caches, parts, strict=True)):
+        keys, values = cache.write(block, key, value)
+        mask = None if mask_S1TC is None else mask_S1TC[number : number + 1, :, : query.shape[1], : keys.shape[1]]
+        out_1TND.append(inner(module, query[None], keys[None], values[None], mask, **kwargs)[0])
+    return (out_1TND[0] if len(out_1TND) == 1 else torch.cat(out_1TND, dim=1)), None
 
 
 def _sdpa_by_segment(module: nn.Module, *args: Any, **kwargs: Any) -> tuple[torch.Tensor, torch.Tensor | None]:
@@ -128,6 +156,10 @@ def _corner(
     **kwargs: Any,
 ) -> torch.Tensor | None:
     """Mask of the longest sequence, which comes first: every other one's is the corner of it."""
+    extension = EXTENDING.get()
+    if extension is not None:
+        kwargs.pop("q_offset", None), kwargs.pop("kv_offset", None), kwargs.pop("attention_mask", None)
+        return _masks_of(extension, make, allow_is_causal_skip, use_vmap=use_vmap, **kwargs)
     segments = _CURRENT.get()
     if segments is not None:
         # transformers sees positions that start again, and asks for a mask over the pack; apart, none is needed.
@@ -140,6 +172,32 @@ def _corner(
         use_vmap=use_vmap,
         **kwargs,
     )
+
+
+def _masks_of(
+    extension: Extension, make: Callable[..., torch.Tensor | None], may_skip: bool, **kwargs: Any
+) -> torch.Tensor | None:
+    """A mask [T, C] for each sequence, in the corners of one tensor [S, 1, T, C]; None if none is needed."""
+    pairs = [(new, cache.length) for new, cache in zip(extension.lengths, extension.caches, strict=True)]
+
+    def one(new: int, past: int, skip: bool) -> torch.Tensor | None:
+        kwargs["batch_size"] = 1
+        sizes = {"q_length": new, "kv_length": past + new, "q_offset": past, "kv_offset": 0}
+        return make(**sizes, attention_mask=None, allow_is_causal_skip=skip, **kwargs)
+
+    if may_skip and all(one(new, past, True) is None for new, past in pairs):
+        return None
+    masks = [one(new, past, False) for new, past in pairs]
+    if any(mask is None for mask in masks):
+        return None
+    width, height = max(new + past for new, past in pairs), max(extension.lengths)
+    first = masks[0]
+    assert first is not None
+    together = first.new_zeros(len(masks), 1, height, width)
+    for row, mask in zip(together, masks, strict=True):
+        assert mask is not None
+        row[:, : mask.shape[2], : mask.shape[3]] = mask[0]
+    return together
 
 
 def _sdpa_corner(**kwargs: Any) -> torch.Tensor | None:

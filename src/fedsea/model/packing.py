@@ -13,12 +13,14 @@ import functools
 import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
 
 from fedsea.errors import ConfigError
 from fedsea.model.attention import Segments, attend_within
+from fedsea.model.cache import EXTENDING, Extension, ExtensionCache
 
 _LEAK = 0.25
 """Share of a block's contribution that another sequence would have to change to be noticed; rounding stays below."""
@@ -125,11 +127,35 @@ def _run_padded(decoder: nn.Module, hidden_TH: torch.Tensor, way: Packing) -> to
     return out_BLH.flatten(0, 1).index_select(0, way.slots_T)
 
 
+def extend(decoder: nn.Module, hidden_TH: torch.Tensor, extension: Extension) -> torch.Tensor:
+    """Run a decoder on new tokens of several sequences; their caches take the new keys and values.
+
+    Nothing counts until `Extension.commit`: a run that fails leaves the sequences as they were.
+
+    Args:
+        decoder: As for `run`; its attention must be one of `model.attention`.
+        hidden_TH: Rows of all sequences, end to end.
+        extension: How many are whose, and what came before.
+    """
+    token = EXTENDING.set(extension)
+    try:
+        positions = extension.positions(hidden_TH.device)
+        return _call(decoder, hidden_TH[None], positions, None, ExtensionCache())[0]
+    finally:
+        EXTENDING.reset(token)
+
+
 def _call(
-    decoder: nn.Module, hidden_BLH: torch.Tensor, positions: torch.Tensor, mask: torch.Tensor | None
+    decoder: nn.Module,
+    hidden_BLH: torch.Tensor,
+    positions: torch.Tensor,
+    mask: torch.Tensor | None,
+    cache: ExtensionCache | None = None,
 ) -> torch.Tensor:
-    arguments = {"position_ids": positions} if _takes_positions(type(decoder).forward) else {}
-    out = decoder(inputs_embeds=hidden_BLH, attention_mask=mask, use_cache=False, **arguments)
+    arguments: dict[str, Any] = {"position_ids": positions} if _takes_positions(type(decoder).forward) else {}
+    if cache is not None:
+        arguments["past_key_values"] = cache
+    out = decoder(inputs_embeds=hidden_BLH, attention_mask=mask, use_cache=cache is not None, **arguments)
     last: torch.Tensor = out[0]
     return last
 

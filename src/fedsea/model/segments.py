@@ -11,6 +11,7 @@ T  tokens of all sequences end to end, H  hidden size, V  vocabulary size, B  se
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, ClassVar
 
@@ -19,10 +20,12 @@ from torch import nn
 
 from fedsea.errors import ConfigError
 from fedsea.model.attention import OwnMaskError
+from fedsea.model.cache import CacheArena, Extension, Frozen, SequenceCache
 from fedsea.model.head import head_of, summed_cross_entropy
-from fedsea.model.packing import keeps_apart, run
+from fedsea.model.lean import LeanBlocks, lean_blocks
+from fedsea.model.packing import extend, keeps_apart, run
 from fedsea.model.partition import Layout
-from fedsea.model.trunk import TrunkPart, run_group, stage_of
+from fedsea.model.trunk import CachedPart, TrunkPart, extend_group, run_group, stage_of
 from fedsea.types import IGNORE, BlockRange, SegmentKind
 
 if TYPE_CHECKING:
@@ -118,6 +121,69 @@ class Segment:
                 self._padded = True
                 return run(decoder, hidden_TH, lengths, padded=True)
 
+    # --- decoding with caches ---------------------------------------------------------------------------------------
+
+    @property
+    def caches(self) -> bool:
+        """Whether the blocks can run on new tokens alone: all they keep of a sequence are keys and values."""
+        return not self._padded
+
+    @property
+    def lean(self) -> bool:
+        """Whether new tokens run through `model.lean` instead of the family's own layers."""
+        return self._lean_blocks is not None
+
+    @functools.cached_property
+    def _lean_blocks(self) -> LeanBlocks | None:
+        if self._autocast is not None or not self.caches:
+            return None
+        layers: nn.ModuleList = getattr(self._decoder, self._layout.blocks)
+        return lean_blocks(self._decoder, list(layers))
+
+    def open_cache(self, max_tokens: int) -> SequenceCache:
+        """An empty cache for one sequence.
+
+        Raises:
+            ConfigError: The family keeps something else than keys and values.
+        """
+        if not self.caches:
+            raise ConfigError(
+                f"Models of type {self.model.config.model_type!r} cannot decode with a cache here: their blocks do not "
+                "keep sequences of one batch apart. Training and evaluation work."
+            )
+        return self.arena.open(max_tokens)
+
+    @functools.cached_property
+    def arena(self) -> CacheArena:
+        """Where this segment's caches are."""
+        return CacheArena(len(self.blocks))
+
+    def freeze(self) -> Frozen:
+        """The adapters as they are now, to decode with while training goes on.
+
+        Weights that are trained in full are not copied: they stay what training makes of them.
+        """
+        if self._lean_blocks is not None:
+            return Frozen(lean=self._lean_blocks.adapters())
+        return Frozen(tensors={n: p.detach().clone() for n, p in self.model.named_parameters() if "lora_" in n})
+
+    def _extend(
+        self, decoder: nn.Module, hidden_TH: torch.Tensor, extension: Extension, frozen: Frozen, blocks: range | None = None
+    ) -> torch.Tensor:
+        if hidden_TH.dim() != 2 or hidden_TH.shape[0] != extension.num_tokens:
+            given = tuple(hidden_TH.shape)
+            raise ConfigError(f"{extension.num_tokens} tokens were announced, but the tensor has shape {given}.")
+        hidden_TH = hidden_TH.to(self.dtype)
+        self.model.eval()
+        if self._lean_blocks is not None and frozen.lean is not None:
+            indices = range(len(self.blocks)) if blocks is None else blocks
+            return self._lean_blocks.run(hidden_TH, extension, indices, frozen.lean)
+        with self._precision(hidden_TH.device), frozen.swapped_into(self.model):
+            try:
+                return extend(decoder, hidden_TH, extension)
+            except OwnMaskError as error:
+                raise ConfigError(f"{error} Such models cannot decode with a cache here.") from error
+
     def _precision(self, device: torch.device) -> contextlib.AbstractContextManager[object]:
         if self._autocast is None:
             return contextlib.nullcontext()
@@ -146,6 +212,18 @@ class InputBlocks(Segment):
         with self._precision(input_ids_T.device):
             hidden_TH = self._embedding(input_ids_T)
         return self._run(self._decoder, hidden_TH, lengths)
+
+    def extend(self, input_ids_T: torch.Tensor, extension: Extension, frozen: Frozen) -> torch.Tensor:
+        """Hidden states [T, H] at the first cut of new tokens; `Extension.commit` is left to the caller.
+
+        Args:
+            input_ids_T: Ids of the new tokens of all sequences, end to end.
+            extension: Whose they are, with caches of this segment.
+            frozen: This segment's adapters.
+        """
+        with self._precision(input_ids_T.device):
+            hidden_TH = self._embedding(input_ids_T)
+        return self._extend(self._decoder, hidden_TH, extension, frozen)
 
     @property
     def _embedding(self) -> nn.Module:
@@ -198,12 +276,37 @@ class Trunk(Segment):
             ConfigError: As `forward`.
         """
         for part in parts:
-            if not self.range.covers(part.blocks):
-                raise ConfigError(
-                    f"Blocks {part.blocks.start}:{part.blocks.stop} were asked of a trunk that has "
-                    f"{self.blocks.start}:{self.blocks.stop}."
-                )
+            self._check_range(part.blocks)
         return run_group(parts, self._run_stage)
+
+    def extend_group(self, parts: Sequence[CachedPart], frozen: Frozen) -> list[torch.Tensor]:
+        """Run new tokens of members with different block ranges; where ranges overlap, as one batch.
+
+        Args:
+            parts: Members in a fixed order.
+            frozen: The trunk's adapters.
+
+        Returns:
+            Each member's hidden states after its own last block; `Extension.commit` is left to the caller.
+
+        Raises:
+            ConfigError: A member asks for blocks that the trunk has not.
+        """
+        for part in parts:
+            self._check_range(part.blocks)
+        def through(blocks: BlockRange, hidden_TH: torch.Tensor, extension: Extension) -> torch.Tensor:
+            decoder = stage_of(self._decoder, self._layout.blocks, self.range, blocks)
+            indices = range(blocks.start - self.blocks.start, blocks.stop - self.blocks.start)
+            return self._extend(decoder, hidden_TH, extension, frozen, indices)
+
+        return extend_group(parts, through)
+
+    def _check_range(self, blocks: BlockRange) -> None:
+        if not self.range.covers(blocks):
+            raise ConfigError(
+                f"Blocks {blocks.start}:{blocks.stop} were asked of a trunk that has "
+                f"{self.blocks.start}:{self.blocks.stop}."
+            )
 
     def _run_stage(self, blocks: BlockRange, hidden_TH: torch.Tensor, lengths: Sequence[int]) -> torch.Tensor:
         decoder = stage_of(self._decoder, self._layout.blocks, self.range, blocks)
@@ -232,6 +335,22 @@ class OutputBlocks(Segment):
         out_TH = self._run(self._decoder, hidden_TH, lengths)
         last_B = torch.tensor(lengths, device=out_TH.device).cumsum(0) - 1
         return self._logits(out_TH.index_select(0, last_B))
+
+    def extend(
+        self, hidden_TH: torch.Tensor, extension: Extension, frozen: Frozen, rows_R: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """Logits [R, V] of new tokens; `Extension.commit` is left to the caller.
+
+        Args:
+            hidden_TH: Hidden states from the trunk, of all sequences end to end.
+            extension: Whose they are, with caches of this segment.
+            frozen: This segment's adapters.
+            rows_R: Rows whose logits are wanted; None takes the last one of each sequence.
+        """
+        out_TH = self._extend(self._decoder, hidden_TH, extension, frozen)
+        if rows_R is None:
+            rows_R = torch.tensor(extension.lengths, device=out_TH.device).cumsum(0) - 1
+        return self._logits(out_TH.index_select(0, rows_R))
 
     def loss(self, hidden_TH: torch.Tensor, lengths: Sequence[int], targets_T: torch.Tensor) -> torch.Tensor:
         """Sum, in float32, of the cross entropy over rows with a target.

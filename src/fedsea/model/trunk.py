@@ -12,10 +12,12 @@ import torch
 from torch import nn
 
 from fedsea.errors import ConfigError
+from fedsea.model.cache import Extension
 from fedsea.model.partition import BlockList, cut_config, cut_per_layer_lists
 from fedsea.types import BlockRange
 
 RunStage: TypeAlias = Callable[[BlockRange, torch.Tensor, Sequence[int]], torch.Tensor]
+ExtendStage: TypeAlias = Callable[[BlockRange, torch.Tensor, Extension], torch.Tensor]
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,6 +32,21 @@ class TrunkPart:
 
     hidden_TH: torch.Tensor
     lengths: Sequence[int]
+    blocks: BlockRange
+
+
+@dataclass(frozen=True, slots=True)
+class CachedPart:
+    """New tokens of one member of a group.
+
+    Attributes:
+        hidden_TH: Their hidden states.
+        extension: How many are of which sequence, and what came before.
+        blocks: Blocks of the full model that they run through.
+    """
+
+    hidden_TH: torch.Tensor
+    extension: Extension
     blocks: BlockRange
 
 
@@ -69,6 +86,39 @@ def run_group(parts: Sequence[TrunkPart], run: RunStage) -> list[torch.Tensor]:
     Returns:
         Each member's hidden states after its own last block. Their gradients are independent of one another.
     """
+
+    def through(stage: BlockRange, hidden_TH: torch.Tensor, members: Sequence[int]) -> torch.Tensor:
+        return run(stage, hidden_TH, [length for i in members for length in parts[i].lengths])
+
+    return _by_stages(parts, through)
+
+
+def extend_group(parts: Sequence[CachedPart], extend: ExtendStage) -> list[torch.Tensor]:
+    """As `run_group`, for new tokens of sequences that have caches.
+
+    Args:
+        parts: The members.
+        extend: Runs new tokens through some blocks.
+    """
+
+    def through(stage: BlockRange, hidden_TH: torch.Tensor, members: Sequence[int]) -> torch.Tensor:
+        return extend(stage, hidden_TH, together([parts[i].extension for i in members]))
+
+    return _by_stages(parts, through)
+
+
+def together(extensions: Sequence[Extension]) -> Extension:
+    """The sequences of several extensions as one batch."""
+    if len(extensions) == 1:
+        return extensions[0]
+    lengths = tuple(length for extension in extensions for length in extension.lengths)
+    return Extension(lengths, tuple(cache for extension in extensions for cache in extension.caches))
+
+
+def _by_stages(
+    parts: Sequence[TrunkPart] | Sequence[CachedPart],
+    through: Callable[[BlockRange, torch.Tensor, Sequence[int]], torch.Tensor],
+) -> list[torch.Tensor]:
     if not parts:
         raise ConfigError("A group needs at least one member.")
     hidden = [part.hidden_TH for part in parts]
@@ -79,10 +129,9 @@ def run_group(parts: Sequence[TrunkPart], run: RunStage) -> list[torch.Tensor]:
         if not members:
             continue
         if len(members) == 1:
-            hidden[members[0]] = run(stage, hidden[members[0]], parts[members[0]].lengths)
+            hidden[members[0]] = through(stage, hidden[members[0]], members)
             continue
-        lengths = [length for i in members for length in parts[i].lengths]
-        out_TH = run(stage, torch.cat([hidden[i] for i in members]), lengths)
+        out_TH = through(stage, torch.cat([hidden[i] for i in members]), members)
         for i, own_TH in zip(members, torch.split(out_TH, [hidden[i].shape[0] for i in members]), strict=True):
             hidden[i] = own_TH
     return hidden
