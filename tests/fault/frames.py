@@ -31,6 +31,9 @@ def codecs(name: str) -> dict[Channel, str]:
     return {Channel.HIDDEN: name, Channel.GRADIENT: name}
 
 
+SOURCES = tuple(range(len(LENGTHS)))[::-1]
+
+
 def limits(codec: str = "fp32", *, max_tokens: int = 64, hidden_size: int = HIDDEN_SIZE) -> WireLimits:
     return WireLimits(
         hidden_size=hidden_size,
@@ -68,6 +71,11 @@ def client_messages() -> list[m.Message]:
         m.StepReady(3, 1, 6, 0.25),
         m.RoundUpdate(2, 100, boundary.update(bundle())),
         m.FetchTrunk(),
+        m.SessionOpen(3, 2**52, 2, 100, BlockRange(1, 3)),
+        m.SessionForward(
+            3, 0, (0,) * len(LENGTHS), LENGTHS, tuple(range(len(LENGTHS)))[::-1], False, boundary.hidden(hidden())
+        ),
+        m.SessionClose(3),
         m.Finished(9),
         m.Failure("CONFIG", "Say what to do.", 0.0, -1, True),
     ]
@@ -85,6 +93,10 @@ def server_messages() -> list[m.Message]:
         m.RoundOpen(2),
         m.RoundResult(2, Reply(bundle())),
         m.TrunkState(4, Reply(bundle())),
+        m.SessionOpened(3, (0, 7), 12, 60.0),
+        m.SessionOutput(3, 5, Reply({"": hidden()})),
+        m.SessionOutput(3, 6),
+        m.SessionFailed(3, "CAPACITY", "Try later.", 2.5),
         m.Waiting(4, ("bank", "law-office")),
         m.Finished(9),
         m.Failure("CAPACITY", "Try later.", 2.5, 3, False),
@@ -146,7 +158,7 @@ def built(draw: st.DrawFn) -> list[bytes]:
     for field in part.DESCRIPTOR.fields:
         if field.message_type is not None:
             part.blocks.start, part.blocks.stop = draw(_INTEGERS), draw(_INTEGERS)
-        elif field.name in ("lengths", "waiting_for"):
+        elif field.is_repeated:
             getattr(part, field.name).extend(draw(st.lists(_value(field), max_size=10)))
         else:
             setattr(part, field.name, draw(_value(field)))

@@ -109,9 +109,14 @@ def test_failed_run_and_a_fork_leave_a_sequence_as_it_was(zoo, tmp_path):
     client = Client(checkpoint, trunk, CUTS[0], ids[0])
     with torch.no_grad():
         _together(trunk, [client], (4,))
-        forks = [_copy(cache, segment) for cache, segment in zip(client.caches, (client.input_blocks, trunk, client.output_blocks), strict=True)]
+        forks = [
+            _copy(cache, segment)
+            for cache, segment in zip(client.caches, (client.input_blocks, trunk, client.output_blocks), strict=True)
+        ]
         with pytest.raises(ConfigError, match="5 tokens were announced"):
-            trunk.extend_group([CachedPart(torch.zeros(4, 32), Extension((5,), (client.caches[1],)), client.range)], trunk.freeze())
+            trunk.extend_group(
+                [CachedPart(torch.zeros(4, 32), Extension((5,), (client.caches[1],)), client.range)], trunk.freeze()
+            )
         _together(trunk, [client], (6,))
         client.done, client.caches = 4, forks
         rest = _together(trunk, [client], (9,))[0]
@@ -119,7 +124,7 @@ def test_failed_run_and_a_fork_leave_a_sequence_as_it_was(zoo, tmp_path):
 
 
 def test_sequence_longer_than_its_room_is_refused_before_anything_runs(zoo, tmp_path):
-    checkpoint, trunk, *_ = _setup(zoo, "llama_gqa", tmp_path)
+    _, trunk, *_ = _setup(zoo, "llama_gqa", tmp_path)
     cache = trunk.open_cache(20)
     assert cache.capacity == 32
     with pytest.raises(CapacityError, match="33 tokens and has room for 32"):
@@ -133,7 +138,7 @@ def test_sequence_longer_than_its_room_is_refused_before_anything_runs(zoo, tmp_
 
 @pytest.mark.parametrize("name", ["llama_gqa", "mistral_sliding", "qwen2", "qwen3", "glm4"])
 def test_adapters_frozen_before_training_goes_on_decode_as_they_were(name, zoo, tmp_path):
-    checkpoint, trunk, ids, _ = _setup(zoo, name, tmp_path)
+    _, trunk, *_ = _setup(zoo, name, tmp_path)
     settings = AdapterSection(rank=2, alpha=8.0)
     adapters.attach(trunk, settings, "adapter", 0)
     with torch.no_grad():

@@ -29,7 +29,7 @@ _SLAB_TOKENS = 64 << 10
 
 
 def pages_for(num_tokens: int) -> int:
-    """Pages that are set aside for a sequence of so many tokens: the next power of two, so that rooms can be used again.
+    """Pages that are set aside for a sequence of so many tokens: a power of two, so that rooms can be used again.
 
     >>> pages_for(1), pages_for(32), pages_for(33), pages_for(300)
     (1, 1, 2, 16)
@@ -64,9 +64,7 @@ class Slab:
     def _made_like(self, part_NTD: torch.Tensor) -> torch.Tensor:
         heads, _, size = part_NTD.shape
         # Zeros, because masked values are still multiplied, and garbage may be NaN; the system's pages are zero anyway.
-        return torch.zeros(
-            self.num_slots, heads, self.capacity, size, dtype=part_NTD.dtype, device=part_NTD.device
-        )
+        return torch.zeros(self.num_slots, heads, self.capacity, size, dtype=part_NTD.dtype, device=part_NTD.device)
 
     def copy(self, source: int, target: int, length: int) -> None:
         """Copy one slot's first tokens to another slot of this slab."""

@@ -1,6 +1,6 @@
 """Which sequences of a batch are attended to in one call: those of one slab that bring equally many new tokens.
 
-    S  sequences of a group, M  new tokens of each, T = S M  rows, N  key/value heads, C  longest so far, D  head size
+S  sequences of a group, M  new tokens of each, T = S M  rows, N  key/value heads, C  longest so far, D  head size
 """
 
 from __future__ import annotations
@@ -13,7 +13,6 @@ import torch
 from fedsea.model.cache import Extension, SequenceCache, Slab
 
 
-
 class Group:
     """Sequences of one slab with equally many new tokens, in the order of their slots.
 
@@ -22,7 +21,9 @@ class Group:
         new: M.
     """
 
-    def __init__(self, caches: Sequence[SequenceCache], new: int, rows: torch.Tensor | None, device: torch.device) -> None:
+    def __init__(
+        self, caches: Sequence[SequenceCache], new: int, rows: torch.Tensor | None, device: torch.device
+    ) -> None:
         self.rows = rows
         self.new = new
         self.num_sequences = len(caches)
@@ -39,9 +40,7 @@ class Group:
             self._slots_S1 = torch.tensor(self._slots, device=device)[:, None]
             self._at_SM = torch.tensor(self._pasts, device=device)[:, None] + torch.arange(new, device=device)
 
-    def write(
-        self, block: int, keys_TND: torch.Tensor, values_TND: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    def write(self, block: int, keys_TND: torch.Tensor, values_TND: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Put new keys and values into their slots.
 
         Returns:

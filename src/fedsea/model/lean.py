@@ -69,7 +69,7 @@ class _Group:
             downs.append(layer.lora_A[name].weight.data)
             ups.append(layer.lora_B[name].weight.data * layer.scaling[name])
         dtype = self.weight_OH.dtype
-        return LowRank(torch.cat(downs).to(dtype), torch.block_diag(*ups).to(dtype))
+        return LowRank(torch.cat(downs).to(dtype), torch.block_diag(*ups).to(dtype))  # type: ignore[no-untyped-call]
 
     def __call__(self, x_TH: torch.Tensor, adapters: LowRank | None) -> torch.Tensor:
         out_TO = F.linear(x_TH, self.weight_OH, self.bias_O)
@@ -121,12 +121,12 @@ class _Block:
         heads = qkv_TO.view(rows, -1, size)
         turned = heads[:, : self.num_queries + self.num_keys]
         if self.query_norm is not None and self.key_norm is not None:
-            queries, keys = turned.split([self.num_queries, self.num_keys], dim=1)
+            queries, keys = torch.split(turned, [self.num_queries, self.num_keys], dim=1)
             turned = torch.cat([self.query_norm(queries), self.key_norm(keys)], dim=1)
         cos_T1D, sin_T1D = turn
         half = size // 2
         turned = turned * cos_T1D + torch.cat((turned[..., half:], turned[..., :half]), dim=-1) * sin_T1D
-        queries_TQD, keys_TND = turned.split([self.num_queries, self.num_keys], dim=1)
+        queries_TQD, keys_TND = torch.split(turned, [self.num_queries, self.num_keys], dim=1)
         values_TND = heads[:, self.num_queries + self.num_keys :]
         mixed_TO = self._attend(queries_TQD, keys_TND, values_TND, way, index)
         x_TH = x_TH + self.out(mixed_TO, adapters[1])
@@ -151,7 +151,7 @@ class _Block:
         keys_SNCD, values_SNCD = group.write(index, keys_TND, values_TND)
         mask, causal = group.mask(self.window)
         mixed_SQMD = F.scaled_dot_product_attention(
-            queries_TQD.unflatten(0, (group.num_sequences, group.new)).transpose(1, 2),
+            queries_TQD.reshape(group.num_sequences, group.new, -1, self.head_size).transpose(1, 2),
             keys_SNCD,
             values_SNCD,
             attn_mask=mask,
@@ -232,7 +232,7 @@ def lean_blocks(decoder: nn.Module, layers: Sequence[nn.Module]) -> LeanBlocks |
         return None
     if not all(type(layer).__name__ in _LAYERS and _plain(layer) for layer in layers):
         return None
-    return LeanBlocks(layers, rotary, decoder.norm)
+    return LeanBlocks(layers, rotary, decoder.get_submodule("norm"))
 
 
 def _plain(layer: Any) -> bool:

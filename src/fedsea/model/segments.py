@@ -168,7 +168,12 @@ class Segment:
         return Frozen(tensors={n: p.detach().clone() for n, p in self.model.named_parameters() if "lora_" in n})
 
     def _extend(
-        self, decoder: nn.Module, hidden_TH: torch.Tensor, extension: Extension, frozen: Frozen, blocks: range | None = None
+        self,
+        decoder: nn.Module,
+        hidden_TH: torch.Tensor,
+        extension: Extension,
+        frozen: Frozen,
+        blocks: range | None = None,
     ) -> torch.Tensor:
         if hidden_TH.dim() != 2 or hidden_TH.shape[0] != extension.num_tokens:
             given = tuple(hidden_TH.shape)
@@ -294,6 +299,7 @@ class Trunk(Segment):
         """
         for part in parts:
             self._check_range(part.blocks)
+
         def through(blocks: BlockRange, hidden_TH: torch.Tensor, extension: Extension) -> torch.Tensor:
             decoder = stage_of(self._decoder, self._layout.blocks, self.range, blocks)
             indices = range(blocks.start - self.blocks.start, blocks.stop - self.blocks.start)

@@ -116,7 +116,7 @@ def together(extensions: Sequence[Extension]) -> Extension:
 
 
 def _by_stages(
-    parts: Sequence[TrunkPart] | Sequence[CachedPart],
+    parts: Sequence[TrunkPart | CachedPart],
     through: Callable[[BlockRange, torch.Tensor, Sequence[int]], torch.Tensor],
 ) -> list[torch.Tensor]:
     if not parts:

@@ -42,6 +42,10 @@ def check_fields(kind: Kind, fields: Mapping[str, Any]) -> None:
             _check_value(kind, name, item, fields)
     if kind.name == "Forward":
         _check_micro_batch(fields)
+    elif kind.name == "SessionForward":
+        _check_extension(fields)
+    elif kind.name == "SessionOpen" and not (fields["num_sequences"] and fields["max_tokens"]):
+        raise ProtocolError("A SessionOpen asks for no sequence, or for sequences without tokens.")
 
 
 def _check_value(kind: Kind, name: str, value: Any, fields: Mapping[str, Any]) -> None:
@@ -72,6 +76,14 @@ def _check_micro_batch(fields: Mapping[str, Any]) -> None:
         raise ProtocolError("A Forward claims more target tokens than it has tokens.")
 
 
+def _check_extension(fields: Mapping[str, Any]) -> None:
+    count, sources = len(fields["lengths"]), fields["sources"]
+    if not sum(fields["lengths"]) or len(fields["positions"]) != count:
+        raise ProtocolError("A SessionForward needs a position and a length for every sequence, and a new token.")
+    if sources and (len(sources) != count or max(sources) >= count):
+        raise ProtocolError("A SessionForward's sources name sequences that the session has not.")
+
+
 def place(fields: Mapping[str, Any]) -> dict[str, int]:
     """Step, attempt and micro-batch of a message, as far as it has them."""
     step = fields.get("step", fields.get("round", -1))
@@ -97,8 +109,10 @@ def check_frame(frame: Frame, limits: WireLimits) -> None:
     else:
         _check_rows(kind, specs, limits)
     _check_payload(frame)
-    if kind.name == "Forward":
-        _check_forward(frame, limits)
+    if kind.name in ("Forward", "SessionForward"):
+        _check_lengths(frame, limits)
+    if "blocks" in frame.fields:
+        _check_blocks(frame, limits)
     check_fields(kind, frame.fields)
 
 
@@ -114,16 +128,21 @@ def _check_payload(frame: Frame) -> None:
         )
 
 
-def _check_forward(frame: Frame, limits: WireLimits) -> None:
-    lengths, blocks = frame.fields["lengths"], frame.fields["blocks"]
+def _check_lengths(frame: Frame, limits: WireLimits) -> None:
+    name, lengths = frame.kind.name, frame.fields["lengths"]
     if len(lengths) > limits.max_sequences:
-        raise ProtocolError(f"A Forward has {len(lengths)} sequences; {limits.max_sequences} are allowed.")
+        raise ProtocolError(f"A {name} has {len(lengths)} sequences; {limits.max_sequences} are allowed.")
     num_rows = frame.specs[0].shape[0]
     if sum(lengths) != num_rows:
-        raise ProtocolError(f"A Forward's lengths sum to {sum(lengths)}, but its hidden state has {num_rows} rows.")
+        raise ProtocolError(f"A {name}'s lengths sum to {sum(lengths)}, but its hidden state has {num_rows} rows.")
+
+
+def _check_blocks(frame: Frame, limits: WireLimits) -> None:
+    blocks = frame.fields["blocks"]
     if blocks.stop > limits.num_blocks:
         raise ProtocolError(
-            f"A Forward asks for blocks {blocks.start}:{blocks.stop} of a model of {limits.num_blocks} blocks."
+            f"A {frame.kind.name} asks for blocks {blocks.start}:{blocks.stop} of a model of {limits.num_blocks} "
+            "blocks."
         )
 
 

@@ -27,7 +27,7 @@ from fedsea.wire.proto import messages_pb2 as pb
 
 Role: TypeAlias = Literal["client", "server"]
 
-PROTOCOL_VERSION = 1
+PROTOCOL_VERSION = 2
 """Meaning of the messages; compared in the handshake."""
 
 FRAME_VERSION = 1
@@ -115,6 +115,12 @@ def _kinds() -> dict[type[Any], Kind]:
         Kind(m.RoundResult, "round_result", server, update, optional=True),
         Kind(m.FetchTrunk, "fetch_trunk", client),
         Kind(m.TrunkState, "trunk_state", server, update, optional=True),
+        Kind(m.SessionOpen, "session_open", client),
+        Kind(m.SessionOpened, "session_opened", server),
+        Kind(m.SessionForward, "session_forward", client, hidden),
+        Kind(m.SessionOutput, "session_output", server, hidden, optional=True),
+        Kind(m.SessionClose, "session_close", client),
+        Kind(m.SessionFailed, "session_failed", server),
         Kind(m.Waiting, "waiting", server),
         Kind(m.Finished, "finished", client | server),
         Kind(m.Failure, "failure", client | server),
@@ -126,6 +132,7 @@ KINDS: Mapping[type[Any], Kind] = _kinds()
 _KIND_OF_FIELD: Mapping[str, Kind] = {kind.field: kind for kind in KINDS.values()}
 _IN_PAYLOAD = frozenset({"tensors", "plan_json"})
 """Attributes that travel behind the header."""
+_REPEATED = frozenset({"lengths", "waiting_for", "held", "positions", "sources"})
 _FIELDS: Mapping[type[Any], tuple[str, ...]] = {
     cls: tuple(f.name for f in dataclasses.fields(cls) if f.name not in _IN_PAYLOAD) for cls in KINDS
 }
@@ -214,7 +221,7 @@ def _read_fields(kind: Kind, part: Any) -> dict[str, Any]:
                 value = BlockRange(value.start, value.stop)
             except ConfigError:
                 raise ProtocolError(f"A {kind.name} asks for an empty or negative range of blocks.") from None
-        elif name in ("lengths", "waiting_for"):
+        elif name in _REPEATED:
             value = tuple(value)
         fields[name] = value
     return fields

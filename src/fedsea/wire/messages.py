@@ -193,6 +193,89 @@ class TrunkState:
 
 
 @dataclass(frozen=True, slots=True)
+class SessionOpen:
+    """Client: wants to decode; also sent again after a lost connection, for the session it had.
+
+    Attributes:
+        session: Number of the client's own, counted up.
+        owner: Random number of the client's process; with the certificate's name it tells whose session it is.
+        num_sequences: Sequences that share the session's messages.
+        max_tokens: Most tokens of each sequence, prompt and answer together.
+        blocks: Blocks to run.
+    """
+
+    session: int
+    owner: int
+    num_sequences: int
+    max_tokens: int
+    blocks: BlockRange
+
+
+@dataclass(frozen=True, slots=True)
+class SessionOpened:
+    """Server: memory for the session is set aside.
+
+    Attributes:
+        held: Tokens of each sequence that the server has in its cache; more than 0 if it still knew the session.
+        version: Step of the run after which the trunk's adapters were as this session sees them.
+        lease_s: Without a message for so long, the session ends.
+    """
+
+    session: int
+    held: tuple[int, ...]
+    version: int
+    lease_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class SessionForward:
+    """Client: hidden states of new tokens.
+
+    Attributes:
+        number: Counts the session's messages.
+        positions: Where each sequence's new tokens begin; what the server holds from there on is forgotten.
+        lengths: New tokens of each sequence; 0 leaves it as it is.
+        sources: For each sequence, the one whose past it takes over before anything else; empty keeps its own.
+        silent: The output is not wanted: the message rebuilds a cache that was lost.
+        tensors: One tensor [T, H], named "", of all sequences end to end.
+    """
+
+    session: int
+    number: int
+    positions: tuple[int, ...]
+    lengths: tuple[int, ...]
+    sources: tuple[int, ...]
+    silent: bool
+    tensors: Release | Reply | Tensors
+
+
+@dataclass(frozen=True, slots=True)
+class SessionOutput:
+    """Server: hidden states that leave the trunk, for one `SessionForward`; no tensor if that was silent."""
+
+    session: int
+    number: int
+    tensors: Release | Reply | Tensors = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class SessionClose:
+    """Client: is done with a session."""
+
+    session: int
+
+
+@dataclass(frozen=True, slots=True)
+class SessionFailed:
+    """Server: a session was not opened, or has ended; other sessions of the stream are not concerned."""
+
+    session: int
+    code: str
+    message: str
+    retry_after_s: float
+
+
+@dataclass(frozen=True, slots=True)
 class Waiting:
     """Server: why nothing happens at the moment; shown by the client's progress display."""
 
@@ -239,6 +322,12 @@ Message: TypeAlias = (
     | RoundResult
     | FetchTrunk
     | TrunkState
+    | SessionOpen
+    | SessionOpened
+    | SessionForward
+    | SessionOutput
+    | SessionClose
+    | SessionFailed
     | Waiting
     | Finished
     | Failure

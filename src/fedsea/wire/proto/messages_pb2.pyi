@@ -210,8 +210,76 @@ class Failure(_message.Message):
     fatal: bool
     def __init__(self, code: _Optional[str] = ..., message: _Optional[str] = ..., retry_after_s: _Optional[float] = ..., step: _Optional[int] = ..., fatal: bool = ...) -> None: ...
 
+class SessionOpen(_message.Message):
+    __slots__ = ("session", "owner", "num_sequences", "max_tokens", "blocks")
+    SESSION_FIELD_NUMBER: _ClassVar[int]
+    OWNER_FIELD_NUMBER: _ClassVar[int]
+    NUM_SEQUENCES_FIELD_NUMBER: _ClassVar[int]
+    MAX_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    BLOCKS_FIELD_NUMBER: _ClassVar[int]
+    session: int
+    owner: int
+    num_sequences: int
+    max_tokens: int
+    blocks: BlockRange
+    def __init__(self, session: _Optional[int] = ..., owner: _Optional[int] = ..., num_sequences: _Optional[int] = ..., max_tokens: _Optional[int] = ..., blocks: _Optional[_Union[BlockRange, _Mapping]] = ...) -> None: ...
+
+class SessionOpened(_message.Message):
+    __slots__ = ("session", "held", "version", "lease_s")
+    SESSION_FIELD_NUMBER: _ClassVar[int]
+    HELD_FIELD_NUMBER: _ClassVar[int]
+    VERSION_FIELD_NUMBER: _ClassVar[int]
+    LEASE_S_FIELD_NUMBER: _ClassVar[int]
+    session: int
+    held: _containers.RepeatedScalarFieldContainer[int]
+    version: int
+    lease_s: float
+    def __init__(self, session: _Optional[int] = ..., held: _Optional[_Iterable[int]] = ..., version: _Optional[int] = ..., lease_s: _Optional[float] = ...) -> None: ...
+
+class SessionForward(_message.Message):
+    __slots__ = ("session", "number", "positions", "lengths", "sources", "silent")
+    SESSION_FIELD_NUMBER: _ClassVar[int]
+    NUMBER_FIELD_NUMBER: _ClassVar[int]
+    POSITIONS_FIELD_NUMBER: _ClassVar[int]
+    LENGTHS_FIELD_NUMBER: _ClassVar[int]
+    SOURCES_FIELD_NUMBER: _ClassVar[int]
+    SILENT_FIELD_NUMBER: _ClassVar[int]
+    session: int
+    number: int
+    positions: _containers.RepeatedScalarFieldContainer[int]
+    lengths: _containers.RepeatedScalarFieldContainer[int]
+    sources: _containers.RepeatedScalarFieldContainer[int]
+    silent: bool
+    def __init__(self, session: _Optional[int] = ..., number: _Optional[int] = ..., positions: _Optional[_Iterable[int]] = ..., lengths: _Optional[_Iterable[int]] = ..., sources: _Optional[_Iterable[int]] = ..., silent: bool = ...) -> None: ...
+
+class SessionOutput(_message.Message):
+    __slots__ = ("session", "number")
+    SESSION_FIELD_NUMBER: _ClassVar[int]
+    NUMBER_FIELD_NUMBER: _ClassVar[int]
+    session: int
+    number: int
+    def __init__(self, session: _Optional[int] = ..., number: _Optional[int] = ...) -> None: ...
+
+class SessionClose(_message.Message):
+    __slots__ = ("session",)
+    SESSION_FIELD_NUMBER: _ClassVar[int]
+    session: int
+    def __init__(self, session: _Optional[int] = ...) -> None: ...
+
+class SessionFailed(_message.Message):
+    __slots__ = ("session", "code", "message", "retry_after_s")
+    SESSION_FIELD_NUMBER: _ClassVar[int]
+    CODE_FIELD_NUMBER: _ClassVar[int]
+    MESSAGE_FIELD_NUMBER: _ClassVar[int]
+    RETRY_AFTER_S_FIELD_NUMBER: _ClassVar[int]
+    session: int
+    code: str
+    message: str
+    retry_after_s: float
+    def __init__(self, session: _Optional[int] = ..., code: _Optional[str] = ..., message: _Optional[str] = ..., retry_after_s: _Optional[float] = ...) -> None: ...
+
 class Header(_message.Message):
-    __slots__ = ("tensors", "hello", "welcome", "join", "step_open", "forward", "output", "backward", "input_gradient", "step_ready", "step_done", "round_update", "round_result", "fetch_trunk", "trunk_state", "waiting", "finished", "failure", "round_open")
+    __slots__ = ("tensors", "hello", "welcome", "join", "step_open", "forward", "output", "backward", "input_gradient", "step_ready", "step_done", "round_update", "round_result", "fetch_trunk", "trunk_state", "waiting", "finished", "failure", "round_open", "session_open", "session_opened", "session_forward", "session_output", "session_close", "session_failed")
     TENSORS_FIELD_NUMBER: _ClassVar[int]
     HELLO_FIELD_NUMBER: _ClassVar[int]
     WELCOME_FIELD_NUMBER: _ClassVar[int]
@@ -231,6 +299,12 @@ class Header(_message.Message):
     FINISHED_FIELD_NUMBER: _ClassVar[int]
     FAILURE_FIELD_NUMBER: _ClassVar[int]
     ROUND_OPEN_FIELD_NUMBER: _ClassVar[int]
+    SESSION_OPEN_FIELD_NUMBER: _ClassVar[int]
+    SESSION_OPENED_FIELD_NUMBER: _ClassVar[int]
+    SESSION_FORWARD_FIELD_NUMBER: _ClassVar[int]
+    SESSION_OUTPUT_FIELD_NUMBER: _ClassVar[int]
+    SESSION_CLOSE_FIELD_NUMBER: _ClassVar[int]
+    SESSION_FAILED_FIELD_NUMBER: _ClassVar[int]
     tensors: _containers.RepeatedCompositeFieldContainer[TensorHeader]
     hello: Hello
     welcome: Welcome
@@ -250,4 +324,10 @@ class Header(_message.Message):
     finished: Finished
     failure: Failure
     round_open: RoundOpen
-    def __init__(self, tensors: _Optional[_Iterable[_Union[TensorHeader, _Mapping]]] = ..., hello: _Optional[_Union[Hello, _Mapping]] = ..., welcome: _Optional[_Union[Welcome, _Mapping]] = ..., join: _Optional[_Union[Join, _Mapping]] = ..., step_open: _Optional[_Union[StepOpen, _Mapping]] = ..., forward: _Optional[_Union[Forward, _Mapping]] = ..., output: _Optional[_Union[Output, _Mapping]] = ..., backward: _Optional[_Union[Backward, _Mapping]] = ..., input_gradient: _Optional[_Union[InputGradient, _Mapping]] = ..., step_ready: _Optional[_Union[StepReady, _Mapping]] = ..., step_done: _Optional[_Union[StepDone, _Mapping]] = ..., round_update: _Optional[_Union[RoundUpdate, _Mapping]] = ..., round_result: _Optional[_Union[RoundResult, _Mapping]] = ..., fetch_trunk: _Optional[_Union[FetchTrunk, _Mapping]] = ..., trunk_state: _Optional[_Union[TrunkState, _Mapping]] = ..., waiting: _Optional[_Union[Waiting, _Mapping]] = ..., finished: _Optional[_Union[Finished, _Mapping]] = ..., failure: _Optional[_Union[Failure, _Mapping]] = ..., round_open: _Optional[_Union[RoundOpen, _Mapping]] = ...) -> None: ...
+    session_open: SessionOpen
+    session_opened: SessionOpened
+    session_forward: SessionForward
+    session_output: SessionOutput
+    session_close: SessionClose
+    session_failed: SessionFailed
+    def __init__(self, tensors: _Optional[_Iterable[_Union[TensorHeader, _Mapping]]] = ..., hello: _Optional[_Union[Hello, _Mapping]] = ..., welcome: _Optional[_Union[Welcome, _Mapping]] = ..., join: _Optional[_Union[Join, _Mapping]] = ..., step_open: _Optional[_Union[StepOpen, _Mapping]] = ..., forward: _Optional[_Union[Forward, _Mapping]] = ..., output: _Optional[_Union[Output, _Mapping]] = ..., backward: _Optional[_Union[Backward, _Mapping]] = ..., input_gradient: _Optional[_Union[InputGradient, _Mapping]] = ..., step_ready: _Optional[_Union[StepReady, _Mapping]] = ..., step_done: _Optional[_Union[StepDone, _Mapping]] = ..., round_update: _Optional[_Union[RoundUpdate, _Mapping]] = ..., round_result: _Optional[_Union[RoundResult, _Mapping]] = ..., fetch_trunk: _Optional[_Union[FetchTrunk, _Mapping]] = ..., trunk_state: _Optional[_Union[TrunkState, _Mapping]] = ..., waiting: _Optional[_Union[Waiting, _Mapping]] = ..., finished: _Optional[_Union[Finished, _Mapping]] = ..., failure: _Optional[_Union[Failure, _Mapping]] = ..., round_open: _Optional[_Union[RoundOpen, _Mapping]] = ..., session_open: _Optional[_Union[SessionOpen, _Mapping]] = ..., session_opened: _Optional[_Union[SessionOpened, _Mapping]] = ..., session_forward: _Optional[_Union[SessionForward, _Mapping]] = ..., session_output: _Optional[_Union[SessionOutput, _Mapping]] = ..., session_close: _Optional[_Union[SessionClose, _Mapping]] = ..., session_failed: _Optional[_Union[SessionFailed, _Mapping]] = ...) -> None: ...
