@@ -16,6 +16,7 @@ from fedsea.plan.sections import (
     ClientEntry,
     DataSection,
     DurabilitySection,
+    InferenceSection,
     ModelSection,
     OptimizerSection,
     PartitionSection,
@@ -45,6 +46,7 @@ class FederationPlan(Section):
     aggregation: AggregationSection = AggregationSection()
     data: DataSection = DataSection()
     wire: WireSection = WireSection()
+    inference: InferenceSection = InferenceSection()
     trust: TrustSection = TrustSection()
     durability: DurabilitySection = DurabilitySection()
     clients: tuple[ClientEntry, ...] = Field(min_length=1)

@@ -188,6 +188,28 @@ class WireSection(Section):
     max_tensor_mb: int = Field(256, ge=1)
 
 
+class InferenceSection(Section):
+    """Decoding with the trained model, during the run and after it.
+
+    Attributes:
+        enabled: Whether the server opens sessions at all.
+        max_tokens: Longest sequence, prompt and answer together.
+        kv_memory_mb: Memory of the server for keys and values, in MiB; a session that does not fit waits or is refused.
+        max_sequences: Sequences that one client may have open at once.
+        lease_s: A session without a message for so long ends.
+        prefill_tokens: Most new tokens of a message; longer prompts travel, and run, in several.
+        batch_tokens: Most new tokens that the server runs as one batch.
+    """
+
+    enabled: bool = True
+    max_tokens: int = Field(4096, ge=2)
+    kv_memory_mb: int = Field(1024, ge=1)
+    max_sequences: int = Field(64, ge=1, le=4096)
+    lease_s: float = Field(300.0, ge=1)
+    prefill_tokens: int = Field(256, ge=1)
+    batch_tokens: int = Field(512, ge=1)
+
+
 class TrustSection(Section):
     """What the federation relies on; said at every start.
 

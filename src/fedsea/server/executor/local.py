@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import heapq
 import itertools
-import queue
 import threading
 import time
 from collections import defaultdict
@@ -12,14 +12,63 @@ from collections.abc import Callable
 from enum import IntEnum
 from typing import Any
 
+_TURN_S = 0.25
+"""So long decoding may keep other work waiting before one job of that is run."""
+
 
 class Priority(IntEnum):
-    """Lower runs first: a waiting backward pass frees memory and lets a client go on."""
+    """Lower runs first: somebody waits for every token; a backward pass frees memory and lets a client go on."""
 
     CONTROL = 0
-    BACKWARD = 1
-    FORWARD = 2
-    EVALUATE = 3
+    DECODE = 1
+    BACKWARD = 2
+    FORWARD = 3
+    EVALUATE = 4
+
+
+Job = tuple[int, int, Callable[[], None]]
+
+
+class _Jobs:
+    """Waiting jobs: by priority, except that decoding lets one other job through now and then."""
+
+    def __init__(self) -> None:
+        self._news = threading.Condition()
+        self._decoding: list[Job] = []
+        self._others: list[Job] = []
+        self._order = itertools.count()
+        self._kept_waiting_s = 0.0
+        self._closed = False
+
+    def put(self, priority: Priority, run: Callable[[], None]) -> None:
+        with self._news:
+            queue = self._decoding if priority is Priority.DECODE else self._others
+            heapq.heappush(queue, (priority, next(self._order), run))
+            self._news.notify()
+
+    def close(self) -> None:
+        with self._news:
+            self._closed = True
+            self._news.notify()
+
+    def take(self) -> Job | None:
+        """The next job; None when closed."""
+        with self._news:
+            self._news.wait_for(lambda: self._closed or self._decoding or self._others)
+            if self._closed:
+                return None
+            decode = bool(self._decoding)
+            if decode and self._others:
+                decode = self._others[0][0] > Priority.DECODE and self._kept_waiting_s < _TURN_S
+            return heapq.heappop(self._decoding if decode else self._others)
+
+    def ran(self, priority: int, seconds: float) -> None:
+        """Note how long a job took."""
+        with self._news:
+            if priority != Priority.DECODE or not self._others:
+                self._kept_waiting_s = 0.0
+            else:
+                self._kept_waiting_s += seconds
 
 
 class EngineThread:
@@ -29,12 +78,13 @@ class EngineThread:
 
     Attributes:
         busy_s: Priority's name in lower case to seconds that its jobs have run.
+        cpu_s: Likewise, CPU seconds of the engine thread.
     """
 
     def __init__(self) -> None:
         self.busy_s: defaultdict[str, float] = defaultdict(float)
-        self._jobs: queue.PriorityQueue[tuple[int, int, Callable[[], None] | None]] = queue.PriorityQueue()
-        self._order = itertools.count()
+        self.cpu_s: defaultdict[str, float] = defaultdict(float)
+        self._jobs = _Jobs()
         self._thread = threading.Thread(target=self._work, name="fedsea-engine", daemon=True)
 
     def __enter__(self) -> EngineThread:
@@ -42,7 +92,7 @@ class EngineThread:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._jobs.put((-1, next(self._order), None))
+        self._jobs.close()
         self._thread.join()
 
     def submit(self, priority: Priority, job: Callable[[], Any]) -> asyncio.Future[Any]:
@@ -63,21 +113,23 @@ class EngineThread:
                 future.set_exception(error)
 
         def run() -> None:
-            began = time.perf_counter()
             try:
                 result, error = job(), None
             except BaseException as caught:  # noqa: BLE001 (delivered to whoever waits for the job)
                 result, error = None, caught
-            self.busy_s[priority.name.lower()] += time.perf_counter() - began
             if not loop.is_closed():
                 loop.call_soon_threadsafe(deliver, result, error)
 
-        self._jobs.put((priority, next(self._order), run))
+        self._jobs.put(priority, run)
         return future
 
     def _work(self) -> None:
-        while True:
-            _, _, run = self._jobs.get()
-            if run is None:
-                return
+        while (taken := self._jobs.take()) is not None:
+            priority, _, run = taken
+            began, began_cpu = time.perf_counter(), time.thread_time()
             run()
+            seconds = time.perf_counter() - began
+            self._jobs.ran(priority, seconds)
+            name = Priority(priority).name.lower()
+            self.busy_s[name] += seconds
+            self.cpu_s[name] += time.thread_time() - began_cpu

@@ -1,0 +1,210 @@
+"""Sessions that decode through a trunk: their caches, and one batch of new tokens of many of them.
+
+Used by the server's sessions and by a trunk in the client's own process.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+
+from fedsea.errors import CapacityError, FedseaError, NonFiniteError, ProtocolError
+from fedsea.model.cache import PAGE_TOKENS, Extension, Frozen, SequenceCache, pages_for
+from fedsea.model.segments import Trunk
+from fedsea.model.trunk import CachedPart
+from fedsea.types import BlockRange
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(slots=True)
+class Memory:
+    """What a trunk keeps for one session.
+
+    Attributes:
+        caches: One for each sequence.
+        blocks: Blocks that it runs through.
+        max_tokens: Most tokens of each sequence, as it was agreed on.
+        frozen: The trunk's adapters as this session sees them.
+    """
+
+    caches: list[SequenceCache]
+    blocks: BlockRange
+    max_tokens: int
+    frozen: Frozen = field(repr=False)
+
+    @property
+    def held(self) -> tuple[int, ...]:
+        """Tokens of each sequence."""
+        return tuple(cache.length for cache in self.caches)
+
+    def close(self) -> None:
+        """Give the pages back."""
+        for cache in self.caches:
+            cache.close()
+
+
+@dataclass(frozen=True, slots=True)
+class Turn:
+    """New tokens of one session; see `wire.messages.SessionForward` for the fields."""
+
+    memory: Memory
+    positions: tuple[int, ...]
+    lengths: tuple[int, ...]
+    sources: tuple[int, ...]
+    hidden_TH: torch.Tensor
+
+    @property
+    def num_tokens(self) -> int:
+        """T."""
+        return sum(self.lengths)
+
+    def check(self) -> None:
+        """Whether this can be done to what the session holds now; nothing is changed.
+
+        Raises:
+            ProtocolError: It is for other sequences, or leaves out tokens.
+            CapacityError: The session would grow longer than it may.
+        """
+        memory, count = self.memory, len(self.memory.caches)
+        if len(self.lengths) != count or len(self.positions) != count or len(self.sources) not in (0, count):
+            raise ProtocolError(f"A message of a session with {count} sequences is for {len(self.lengths)}.")
+        if any(source >= count for source in self.sources):
+            raise ProtocolError("A sequence cannot take over from one that the session does not have.")
+        for number, (position, length) in enumerate(zip(self.positions, self.lengths, strict=True)):
+            held = memory.caches[self.sources[number] if self.sources else number].length
+            if position > held:
+                raise ProtocolError(
+                    f"A message begins at token {position} of a sequence of which {held} are held: it came out of "
+                    "order."
+                )
+            if position + length > memory.max_tokens:
+                raise CapacityError(
+                    f"A sequence would have {position + length} tokens, and its session was opened for "
+                    f"{memory.max_tokens}: open it with more max_tokens, or ask for a shorter answer."
+                )
+
+    def settle(self) -> CachedPart:
+        """Go back to the positions, with what other sequences hold if so asked; call `check` before."""
+        memory = self.memory
+        if self.sources:
+            memory.caches = _rearranged(memory.caches, self.sources)
+        for cache, position in zip(memory.caches, self.positions, strict=True):
+            cache.rollback(position)
+        pairs = [(n, cache) for n, cache in zip(self.lengths, memory.caches, strict=True) if n]
+        extension = Extension(tuple(n for n, _ in pairs), tuple(cache for _, cache in pairs))
+        return CachedPart(self.hidden_TH, extension, memory.blocks)
+
+
+def _rearranged(caches: Sequence[SequenceCache], sources: Sequence[int]) -> list[SequenceCache]:
+    """Who goes on with whose past: the first claimant of a cache gets it, further ones a copy in an unclaimed one."""
+    spare = [cache for number, cache in enumerate(caches) if number not in sources]
+    taken: set[int] = set()
+    arranged = []
+    for source in sources:
+        cache = caches[source]
+        if source in taken:
+            copy = spare.pop()
+            copy.take_over(cache)
+            cache = copy
+        taken.add(source)
+        arranged.append(cache)
+    return arranged
+
+
+class TrunkDecoder:
+    """Decodes through a trunk; to be used by one thread at a time, except for `open` and `bytes_for`.
+
+    Args:
+        trunk: The trunk segment, adapters attached.
+    """
+
+    def __init__(self, trunk: Trunk) -> None:
+        self.trunk = trunk
+        self._token_bytes = 0
+
+    @property
+    def token_bytes(self) -> int:
+        """Memory for one token of one sequence in all blocks; found by running one."""
+        if not self._token_bytes:
+            trunk = self.trunk
+            cache = trunk.open_cache(1)
+            hidden_TH = torch.zeros(1, trunk.hidden_size, device=trunk.device)
+            with torch.inference_mode():
+                trunk.extend_group([CachedPart(hidden_TH, Extension((1,), (cache,)), trunk.range)], trunk.freeze())
+            self._token_bytes = trunk.arena.num_bytes // (cache.slab.num_slots * cache.capacity)
+            cache.close()
+        return self._token_bytes
+
+    def bytes_for(self, num_sequences: int, max_tokens: int) -> int:
+        """Memory that a session will have set aside."""
+        return num_sequences * pages_for(max_tokens) * PAGE_TOKENS * self.token_bytes
+
+    def open(self, num_sequences: int, max_tokens: int, blocks: BlockRange, frozen: Frozen) -> Memory:
+        """An empty session.
+
+        Raises:
+            ConfigError: The family cannot decode with a cache.
+        """
+        caches = [self.trunk.open_cache(max_tokens) for _ in range(num_sequences)]
+        return Memory(caches, blocks, max_tokens, frozen)
+
+    def run(self, turns: Sequence[Turn]) -> list[torch.Tensor | FedseaError]:
+        """New tokens of several sessions, as one batch for each state of the adapters.
+
+        Args:
+            turns: At most one of each session.
+
+        Returns:
+            For each, hidden states [T, H] at the end of its blocks, or why there are none; a session that failed is to
+            be closed, the others are not concerned.
+        """
+        results: dict[int, torch.Tensor | FedseaError] = {}
+        batches: dict[int, list[int]] = {}
+        for number, turn in enumerate(turns):
+            try:
+                turn.check()
+            except FedseaError as error:
+                results[number] = error
+            else:
+                batches.setdefault(id(turn.memory.frozen), []).append(number)
+        for numbers in batches.values():
+            parts = [turns[number].settle() for number in numbers]
+            outcome = self._batch(parts, turns[numbers[0]].memory.frozen)
+            for number, result in zip(numbers, outcome, strict=True):
+                results[number] = result
+        return [results[number] for number in range(len(turns))]
+
+    def _batch(self, parts: list[CachedPart], frozen: Frozen) -> list[torch.Tensor | FedseaError]:
+        try:
+            with torch.inference_mode():
+                outputs = self.trunk.extend_group([_on(part, self.trunk.device) for part in parts], frozen)
+        except FedseaError as error:
+            return [error] * len(parts)
+        except Exception as error:
+            if len(parts) > 1:  # whoever is at fault fails alone
+                return [result for part in parts for result in self._batch([part], frozen)]
+            log.exception("a session's tokens could not be run")
+            if isinstance(error, torch.OutOfMemoryError):
+                return [CapacityError("The server ran out of memory; try again later.", 5.0)]
+            return [FedseaError("The server could not run this and logged why; tell its operator.")]
+        if not torch.isfinite(torch.stack([output.sum() for output in outputs])).all():
+            return [self._checked(part, output) for part, output in zip(parts, outputs, strict=True)]
+        for part in parts:
+            part.extension.commit()
+        return list(outputs)
+
+    def _checked(self, part: CachedPart, output: torch.Tensor) -> torch.Tensor | FedseaError:
+        if torch.isfinite(output).all():
+            part.extension.commit()
+            return output
+        return NonFiniteError(
+            "The trunk's output for this session is not finite: use bf16 or fp32 instead of fp16, or another model."
+        )
+
+
+def _on(part: CachedPart, device: torch.device) -> CachedPart:
+    return CachedPart(part.hidden_TH.to(device), part.extension, part.blocks)
