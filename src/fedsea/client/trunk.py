@@ -7,7 +7,7 @@ knows what sealing means.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import Any, Protocol, TypeAlias
@@ -58,6 +58,33 @@ class MicroBatch:
     blocks: BlockRange
 
 
+class TrunkSession(Protocol):
+    """Sequences that decode through a trunk which remembers their past."""
+
+    version: int
+    """Step of the run after which the trunk's adapters were as this session sees them; -1 before the first answer."""
+
+    def extend(
+        self, hidden: Sealed, positions: Sequence[int], lengths: Sequence[int], sources: Sequence[int] = ()
+    ) -> Future[torch.Tensor]:
+        """Hidden states [T, H] of new tokens through the trunk.
+
+        Args:
+            hidden: Of all sequences, end to end.
+            positions: Where each sequence's new tokens begin; whatever it held from there on is forgotten.
+            lengths: New tokens of each sequence; 0 leaves it as it is.
+            sources: For each sequence, the one whose past it takes over first; empty keeps its own.
+
+        Returns:
+            Hidden states [T, H], float32. The future raises a `FedseaError` if the session is over.
+        """
+        ...
+
+    def close(self) -> None:
+        """Give its memory back; may be called twice."""
+        ...
+
+
 class Trunk(Protocol):
     """The middle of the model, as a client uses it. Calls return at once; results come as futures and events."""
 
@@ -99,6 +126,13 @@ class Trunk(Protocol):
 
     def evaluate(self, where: MicroBatch, hidden: Sealed) -> Future[torch.Tensor]:
         """Like `forward`, without a gradient and outside any step."""
+        ...
+
+    def open_session(self, max_tokens: int, num_sequences: int = 1) -> TrunkSession:
+        """Set memory aside for sequences of at most so many tokens each; returns at once.
+
+        Whether there is room shows in the first answer: a `CapacityError` of it means that trying again later may help.
+        """
         ...
 
     def fetch(self) -> Future[m.TrunkState]:

@@ -209,6 +209,11 @@ class InferenceSection(Section):
     prefill_tokens: int = Field(256, ge=1)
     batch_tokens: int = Field(512, ge=1)
 
+    @property
+    def most_rows(self) -> int:
+        """Most hidden states of one message: a prefill's, or some drafts for each of a client's sequences."""
+        return max(self.prefill_tokens, 16 * self.max_sequences)
+
 
 class TrustSection(Section):
     """What the federation relies on; said at every start.

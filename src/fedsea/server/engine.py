@@ -50,6 +50,9 @@ class Engine:
     Args:
         trunk: The trunk segment, adapters attached.
         plan: The federation's plan.
+
+    Attributes:
+        next_step: First step that the trunk's parameters do not contain yet.
     """
 
     def __init__(self, trunk: Trunk, plan: FederationPlan) -> None:
@@ -57,6 +60,7 @@ class Engine:
         self.plan = plan
         trains = plan.adapter.trunk != "frozen"
         self.passes = TrunkPasses(trunk, plan.seed, plan.training.max_batch_tokens, trains=trains)
+        self.next_step = 0
         self.optimizer = SegmentOptimizer(adapters.trainable(trunk), plan.optimizer, plan.num_steps)
 
     def reset(self) -> None:
@@ -102,6 +106,7 @@ class Engine:
         self.optimizer.step(step, scale, coefficient)
         self.optimizer.zero_grad()
         self.passes.reset()
+        self.next_step = step + 1
         shared = coefficient if settings.clip_scope == "global" else 1.0
         return Outcome(step, num_target_tokens, shared, summed)
 

@@ -7,15 +7,18 @@ import logging
 import time
 from collections import Counter
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import fedsea
 from fedsea.errors import AuthError, ConfigError, FedseaError, ProtocolError
+from fedsea.model.decoding import TrunkDecoder
 from fedsea.plan import FederationPlan
 from fedsea.server.coordinator import Coordinator
 from fedsea.server.engine import Engine
 from fedsea.server.executor.local import EngineThread, Priority
 from fedsea.server.ports import Member
+from fedsea.server.sessions import Sessions
 from fedsea.server.state import RunState, ServerStore
 from fedsea.types import Channel
 from fedsea.wire import messages as m
@@ -100,7 +103,10 @@ class Service:
         self.plan = plan
         self.roster = roster
         self.coordinator = Coordinator(plan, engine, store, state, roster, self)
+        self.sessions = Sessions(plan.inference, TrunkDecoder(engine.trunk), self, roster)
         self.over = asyncio.Event()
+        self._engine = engine
+        self._published: tuple[int, bool] | None = None
         self._welcome = m.Welcome(plan.to_json(), plan.sha256(), state.run_id)
         self._hidden_size = engine.trunk.hidden_size
         first = plan.client_names[0]
@@ -174,7 +180,7 @@ class Service:
                 "The client agreed to another plan than this server's: install the same version of fedsea on both "
                 f"sides (the server has {fedsea.__version__})."
             )
-        session.limits = self._limits(entry.name)
+        session.limits = self._limits(entry.name, decodes=join.role == "observe")
         wire = self.plan.wire
         session.encoder = Encoder("server", {Channel.HIDDEN: wire.hidden, Channel.GRADIENT: wire.gradient})
         link = _Link(session)
@@ -198,10 +204,14 @@ class Service:
             )
         await session.send(self._welcome)
 
-    def _limits(self, name: str) -> WireLimits:
+    def _limits(self, name: str, *, decodes: bool) -> WireLimits:
         _, sequences = self.plan.micro_batches_of(name)
         max_tensor_bytes = self.plan.wire.max_tensor_mb << 20
-        max_tokens = min(sequences * self.plan.data.max_tokens, max_tensor_bytes // (4 * self._hidden_size))
+        max_tokens = sequences * self.plan.data.max_tokens
+        if decodes and self.plan.inference.enabled:
+            max_tokens = max(max_tokens, self.plan.inference.most_rows)
+            sequences = max(sequences, self.plan.inference.max_sequences)
+        max_tokens = min(max_tokens, max_tensor_bytes // (4 * self._hidden_size))
         return WireLimits(
             hidden_size=self._hidden_size,
             max_tokens=max(1, max_tokens),
@@ -213,10 +223,15 @@ class Service:
         )
 
     async def _observe(self, link: _Link) -> None:
+        owners: dict[int, int] = {}
         async for message in link.session:
-            if isinstance(message, m.Finished):
-                return
-            await self._ask(link, message)
+            match message:
+                case m.Finished():
+                    return
+                case m.SessionOpen() | m.SessionForward() | m.SessionClose():
+                    self.sessions.receive(link.session.peer.name, owners, message, link.put)
+                case _:
+                    await self._ask(link, message)
 
     async def _ask(self, link: _Link, message: m.Message) -> None:
         await link.may_ask()
@@ -276,7 +291,16 @@ class Service:
         while True:
             await asyncio.sleep(0.05)
             self.coordinator.tick()
+            self.sessions.tick()
+            self._publish()
             self._look_whether_over()
+
+    def _publish(self) -> None:
+        """Let new sessions decode with the trunk as it is at the start, after every round, and at the end."""
+        now = (self.coordinator.state.rounds_done, self.coordinator.finished)
+        if self.plan.inference.enabled and now != self._published:
+            self._published = now
+            self.submit(Priority.CONTROL, partial(self.sessions.publish, self._engine), lambda _: None)
 
     def status(self, _: PeerIdentity | None = None) -> dict[str, Any]:
         """Where the run stands, for `fedsea status`."""
@@ -306,5 +330,7 @@ class Service:
             "bytes_sent_by_kind": dict(sent),
             "bytes_received_by_kind": dict(received),
             "engine_s": {name: round(seconds, 3) for name, seconds in self._executor.busy_s.items()},
+            "engine_cpu_s": {name: round(seconds, 3) for name, seconds in self._executor.cpu_s.items()},
+            "inference": self.sessions.status() if self.plan.inference.enabled else None,
             "errors": dict(self._errors),
         }

@@ -16,10 +16,11 @@ from typing import Any
 
 import torch
 
-from fedsea.errors import CapacityError, FedseaError, ProtocolError, SessionLost
+from fedsea.errors import CapacityError, ConfigError, FedseaError, ProtocolError, SessionLost
 from fedsea.model.cache import Frozen
 from fedsea.model.decoding import Memory, TrunkDecoder, Turn
 from fedsea.plan import InferenceSection
+from fedsea.server.engine import Engine
 from fedsea.server.executor.local import Priority
 from fedsea.server.ports import Member, Ports
 from fedsea.types import Reply
@@ -86,14 +87,11 @@ class Sessions:
 
     # --- what sessions see of the trunk -----------------------------------------------------------------------------
 
-    def publish(self, version: int) -> None:
-        """Let sessions that open from now on use the trunk as it is now; call between steps, on the engine thread."""
-        self._published = (version, self._decoder.trunk.freeze())
-
-    @property
-    def published(self) -> bool:
-        """Whether `publish` was called."""
-        return self._published is not None
+    def publish(self, engine: Engine) -> None:
+        """Let sessions that open from now on use the trunk as it is now; on the engine thread."""
+        if self._decoder.trunk.caches:
+            _ = self._decoder.token_bytes  # found here, where nothing else runs
+        self._published = (engine.next_step, self._decoder.trunk.freeze())
 
     # --- messages ---------------------------------------------------------------------------------------------------
 
@@ -161,6 +159,10 @@ class Sessions:
                 f"{settings.max_sequences}: close some, or try again later.",
                 1.0,
             )
+        if self._published is None:
+            raise CapacityError("The server is not ready for sessions yet; try again.", 0.2)
+        if not self._decoder.trunk.caches:
+            raise ConfigError("Models of this family cannot decode with a cache; training and evaluation work.")
         num_bytes = self._decoder.bytes_for(message.num_sequences, message.max_tokens)
         room = settings.kv_memory_mb << 20
         if num_bytes > room:
@@ -170,8 +172,6 @@ class Sessions:
             )
         if self._used_bytes + num_bytes > room:
             raise CapacityError("The server's memory for sessions is full at the moment; try again later.", 1.0)
-        if self._published is None:
-            raise CapacityError("The server is not ready for sessions yet; try again.", 0.2)
         version, frozen = self._published
         memory = self._decoder.open(message.num_sequences, message.max_tokens, message.blocks, frozen)
         self._used_bytes += num_bytes

@@ -121,6 +121,7 @@ class ServerStore:
         _, tensors, values = found
         self._check_plan(values)
         engine.load_tensors({n.removeprefix("engine."): t for n, t in tensors.items() if n.startswith("engine.")})
+        engine.next_step = values["next_step"]
         gradients = {n.removeprefix("outcome."): t for n, t in tensors.items() if n.startswith("outcome.")}
         outcomes = {
             name: Outcome(item["step"], item["tokens"], item["clip"], gradients)

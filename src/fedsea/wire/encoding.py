@@ -7,7 +7,7 @@ decoder belongs to one stream, assembles one message at a time, and allocates on
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, cast
 
 import numpy as np
@@ -55,6 +55,24 @@ class Sealed:
     channel: Channel
     specs: tuple[TensorSpec, ...]
     pieces: tuple[np.ndarray, ...]
+
+    @property
+    def num_rows(self) -> int:
+        """T of a hidden state or gradient."""
+        return self.specs[0].shape[0]
+
+    def head(self, num_rows: int) -> Sealed:
+        """The first rows of a hidden state or gradient: the very same bytes."""
+        (spec,) = self.specs
+        pieces = tuple(piece[: len(piece) // self.num_rows * num_rows] for piece in self.pieces)
+        return Sealed(self.channel, (replace(spec, shape=(num_rows, *spec.shape[1:])),), pieces)
+
+    def followed_by(self, other: Sealed) -> Sealed:
+        """The rows of two hidden states, one after the other: the very same bytes."""
+        (spec,) = self.specs
+        pieces = tuple(np.concatenate(pair) for pair in zip(self.pieces, other.pieces, strict=True))
+        shape = (self.num_rows + other.num_rows, *spec.shape[1:])
+        return Sealed(self.channel, (replace(spec, shape=shape),), pieces)
 
 
 class Encoder:
