@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
@@ -11,9 +11,10 @@ from typing import Any
 import torch
 
 from fedsea.client.trunk import Connected, Event, MicroBatch, Sealed, Tensors
-from fedsea.errors import FedseaError
+from fedsea.errors import FedseaError, ProtocolError
 from fedsea.federation.schedule import place
 from fedsea.model import adapters
+from fedsea.model.decoding import Memory, TrunkDecoder, Turn
 from fedsea.model.optim import SegmentOptimizer, clip_coefficient
 from fedsea.model.passes import Entry, TrunkPasses
 from fedsea.model.segments import Trunk as TrunkSegment
@@ -29,6 +30,38 @@ def _done(value: Any) -> Future[Any]:
     future: Future[Any] = Future()
     future.set_result(value)
     return future
+
+
+class LocalSession:
+    """See `TrunkSession`; sees the trunk as it was when it was opened."""
+
+    def __init__(self, decoder: TrunkDecoder, memory: Memory, version: int) -> None:
+        self.version = version
+        self._decoder = decoder
+        self._memory = memory
+        self._error: FedseaError | None = None
+
+    def extend(
+        self, hidden: Sealed, positions: Sequence[int], lengths: Sequence[int], sources: Sequence[int] = ()
+    ) -> Future[torch.Tensor]:
+        """See `TrunkSession.extend`."""
+        future: Future[torch.Tensor] = Future()
+        if self._error is None:
+            turn = Turn(self._memory, tuple(positions), tuple(lengths), tuple(sources), hidden[""])
+            (result,) = self._decoder.run([turn])
+            if not isinstance(result, FedseaError):
+                future.set_result(result)
+                return future
+            self._error = result
+            self._memory.close()
+        future.set_exception(self._error)
+        return future
+
+    def close(self) -> None:
+        """See `TrunkSession.close`."""
+        if self._error is None:
+            self._error = ProtocolError("This session was closed on this side.")
+            self._memory.close()
 
 
 class LocalTrunk:
@@ -53,6 +86,8 @@ class LocalTrunk:
         trains = plan.adapter.trunk != "frozen"
         self._passes = TrunkPasses(trunk, plan.seed, plan.training.max_batch_tokens, trains=trains)
         self._optimizer = SegmentOptimizer(adapters.trainable(trunk), plan.optimizer, plan.num_steps)
+        self._decoder = TrunkDecoder(trunk)
+        self._num_blocks = trunk.range.stop + plan.partition_of(name).output_blocks
         self._store = None if folder is None else CheckpointStore(folder, keep=plan.durability.keep)
         self._next_step = self._rounds_done = 0
         self._outcome = m.StepDone(-1, 0, 1.0)
@@ -163,6 +198,12 @@ class LocalTrunk:
         self._rounds_done = round_index + 1
         self._save()
         self._events.append(m.RoundResult(round_index, dict(parameters)))
+
+    def open_session(self, max_tokens: int, num_sequences: int = 1) -> LocalSession:
+        """See `Trunk.open_session`."""
+        blocks = self.plan.partition_of(self.name).trunk(self._num_blocks)
+        memory = self._decoder.open(num_sequences, max_tokens, blocks, self._passes.trunk.freeze())
+        return LocalSession(self._decoder, memory, self._next_step)
 
     def fetch(self) -> Future[m.TrunkState]:
         """See `Trunk.fetch`."""

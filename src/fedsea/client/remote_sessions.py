@@ -19,10 +19,10 @@ from typing import Any, Protocol
 import torch
 
 from fedsea.client.retry import RetryPolicy
-from fedsea.errors import CapacityError, FedseaError, ProtocolError, SessionLost
+from fedsea.client.trunk import Sealed
+from fedsea.errors import CapacityError, FedseaError, ProtocolError, SessionLost, error_from_code
 from fedsea.types import BlockRange
 from fedsea.wire import messages as m
-from fedsea.wire.encoding import Sealed
 
 log = logging.getLogger(__name__)
 
@@ -86,6 +86,7 @@ class RemoteSession:
         self._in_flight: dict[int, _Sent] = {}
         self._next = 0
         self._losses = 0
+        self._rebuilding = False
         self._pauses: Iterator[float] | None = None
         self._error: FedseaError | None = None
 
@@ -114,6 +115,7 @@ class RemoteSession:
             if self._standing is not _Standing.OVER:
                 self._over(ProtocolError("This session was closed on this side."))
                 self._owner.post.send(m.SessionClose(self.number))
+        self._owner.settle()
 
     def _forget_behind(self, sent: _Sent) -> None:
         """Drop messages that a later one takes back entirely, so that a replay is no longer than the text."""
@@ -161,8 +163,9 @@ class RemoteSession:
                 self.num_replays += 1
                 log.warning("The server lost a session's cache: %d messages are replayed.", answered)
             self._unsent = deque(self._history)
-        elif any(sent.sources for sent in unanswered):
-            # Nobody knows whether the server has rearranged its caches already: begin with empty ones.
+            self._rebuilding = True
+        elif self._rebuilding or any(sent.sources for sent in unanswered):
+            # Nobody knows how far the server has come with its caches: begin with empty ones.
             self._owner.post.send(m.SessionClose(self.number))
             self.ask()
             return
@@ -176,6 +179,9 @@ class RemoteSession:
         if sent is None:
             raise ProtocolError("The server answered a message of a session that was not sent.")
         self._losses = 0
+        if self._rebuilding:
+            rest = (*self._in_flight.values(), *self._unsent)
+            self._rebuilding = any(other.future is None for other in rest)
         if sent.future is not None:
             output = message.tensors.get("") if isinstance(message.tensors, dict) else None
             if output is None or output.shape[0] != sent.sealed.num_rows:
@@ -272,8 +278,9 @@ class RemoteSessions:
         self.owner = secrets.randbits(52)
         self.lock = threading.RLock()
         self._sessions: dict[int, RemoteSession] = {}
+        self._lost: FedseaError | None = None
         self._next = 0
-        self._due: list[tuple[Future[torch.Tensor], Any]] = []
+        self._due: deque[tuple[Future[torch.Tensor], Any]] = deque()
 
     def open(self, max_tokens: int, num_sequences: int) -> RemoteSession:
         """A new session; the server is asked at once."""
@@ -283,7 +290,10 @@ class RemoteSessions:
             session = RemoteSession(self, self._next, max_tokens, num_sequences)
             self._next = (self._next + 1) % _LONGEST_NUMBER
             self._sessions[session.number] = session
-            session.ask()
+            if self._lost is None:
+                session.ask()
+            else:
+                session.over(self._lost)
         return session
 
     def drop(self, session: RemoteSession) -> None:
@@ -312,26 +322,30 @@ class RemoteSessions:
                 case m.SessionOutput():
                     session.answered(message)
                 case m.SessionFailed():
-                    session.failed(error_of_session(message))
-        self._settle()
+                    session.failed(_error_of(message))
+        self.settle()
 
     def lost(self, error: FedseaError) -> None:
         """The stream will not come back."""
         with self.lock:
+            self._lost = error
             for session in list(self._sessions.values()):
                 session.over(error)
-        self._settle()
+        self.settle()
 
     def deliver(self, future: Future[torch.Tensor], result: Any) -> None:
-        """Settle a future when the lock is not held: whoever waits may call back at once."""
+        """Note a result; `settle` hands it over when the lock is not held, for whoever waits may call back at once."""
         self._due.append((future, result))
-        if not self.lock._is_owned():  # type: ignore[attr-defined]
-            self._settle()
 
-    def _settle(self) -> None:
+    def settle(self) -> None:
+        """Hand over what is due."""
         while self._due:
-            future, result = self._due.pop(0)
+            future, result = self._due.popleft()
             if isinstance(result, BaseException):
                 future.set_exception(result)
             else:
                 future.set_result(result)
+
+
+def _error_of(message: m.SessionFailed) -> FedseaError:
+    return error_from_code(message.code, message.message, message.retry_after_s)

@@ -21,6 +21,7 @@ import torch
 
 from fedsea.client.invitation import Invitation, greet, pause_before
 from fedsea.client.questions import Key, OpenQuestions
+from fedsea.client.remote_sessions import RemoteSession, RemoteSessions
 from fedsea.client.retry import RetryPolicy
 from fedsea.client.trunk import Connected, Event, MicroBatch, Sealed, Standing
 from fedsea.errors import FedseaError, ProtocolError, TransportError
@@ -78,6 +79,8 @@ class RemoteTrunk:
         self._questions = OpenQuestions()
         self._outgoing: asyncio.Queue[Encoded] = asyncio.Queue()
         self._loop = asyncio.new_event_loop()
+        self._sessions: RemoteSessions | None = None
+        self._given_up: FedseaError | None = None
         self._thread = threading.Thread(target=self._work, name="fedsea-wire", daemon=True)
         self._main: asyncio.Task[None] | None = None
         self._closing = threading.Event()
@@ -128,6 +131,16 @@ class RemoteTrunk:
         """See `Trunk.evaluate`; survives a lost connection."""
         return self._ask(("evaluation", where.step, -1, where.number), self._forward(where, hidden, True), lasting=True)
 
+    def open_session(self, max_tokens: int, num_sequences: int = 1) -> RemoteSession:
+        """See `Trunk.open_session`; survives a lost connection and a server that starts again."""
+        if self._sessions is None:
+            plan = self.invitation.plan
+            blocks = plan.partition_of(self._identity().name).trunk(self._limits.num_blocks)
+            self._sessions = RemoteSessions(self, blocks, plan.inference.prefill_tokens, self._retry)
+            if self._given_up is not None:
+                self._sessions.lost(self._given_up)
+        return self._sessions.open(max_tokens, num_sequences)
+
     def fetch(self) -> Future[m.TrunkState]:
         """See `Trunk.fetch`; survives a lost connection."""
         return self._ask(("trunk", 0, -1, 0), m.FetchTrunk(), lasting=True)
@@ -171,6 +184,17 @@ class RemoteTrunk:
         if (stream := self._stream) is None:
             return sent, received
         return sent + Counter(stream.stats.sent), received + Counter(stream.stats.received)
+
+    # --- for sessions -----------------------------------------------------------------------------------------------
+
+    def send(self, message: m.Message) -> None:
+        """See `remote_sessions.Post`."""
+        self._send(message)
+
+    def later(self, seconds: float, call: Callable[[], None]) -> None:
+        """See `remote_sessions.Post`."""
+        with contextlib.suppress(RuntimeError):
+            self._loop.call_soon_threadsafe(self._loop.call_later, seconds, call)
 
     # --- from the trainer's thread ----------------------------------------------------------------------------------
 
@@ -229,6 +253,9 @@ class RemoteTrunk:
             error = TransportError(f"{error.message} Gave up after {self._retry.retry_for_s:g} s of trying.")
         self._closing.set()
         self._questions.fail(error)
+        self._given_up = error
+        if self._sessions is not None:
+            self._sessions.lost(error)
         self._events.put(error)
 
     async def _join(self, stream: ClientStream) -> None:
@@ -250,6 +277,8 @@ class RemoteTrunk:
         )
         for encoded in self._questions.lasting():
             self._outgoing.put_nowait(encoded)
+        if self._sessions is not None:
+            self._sessions.connected()
         if self._closing.is_set():
             self._outgoing.put_nowait(_GOODBYE)
         self._events.put(Connected())
@@ -303,6 +332,9 @@ class RemoteTrunk:
                 self._events.put(message)
             case m.StepDone() | m.RoundResult():
                 self._events.put(message)
+            case m.SessionOpened() | m.SessionOutput() | m.SessionFailed():
+                if self._sessions is not None:
+                    self._sessions.receive(message)
             case m.Waiting():
                 self._on_waiting(message.waiting_for)
             case m.Failure():

@@ -152,6 +152,7 @@ class TrunkDecoder:
         caches = [self.trunk.open_cache(max_tokens) for _ in range(num_sequences)]
         return Memory(caches, blocks, max_tokens, frozen)
 
+    @torch.inference_mode()
     def run(self, turns: Sequence[Turn]) -> list[torch.Tensor | FedseaError]:
         """New tokens of several sessions, as one batch for each state of the adapters.
 
@@ -180,8 +181,7 @@ class TrunkDecoder:
 
     def _batch(self, parts: list[CachedPart], frozen: Frozen) -> list[torch.Tensor | FedseaError]:
         try:
-            with torch.inference_mode():
-                outputs = self.trunk.extend_group([_on(part, self.trunk.device) for part in parts], frozen)
+            outputs = self.trunk.extend_group([_on(part, self.trunk.device) for part in parts], frozen)
         except FedseaError as error:
             return [error] * len(parts)
         except Exception as error:
