@@ -91,7 +91,7 @@ class Turn:
         """Go back to the positions, with what other sequences hold if so asked; call `check` before."""
         memory = self.memory
         if self.sources:
-            memory.caches = _rearranged(memory.caches, self.sources)
+            memory.caches = rearranged(memory.caches, self.sources)
         for cache, position in zip(memory.caches, self.positions, strict=True):
             cache.rollback(position)
         pairs = [(n, cache) for n, cache in zip(self.lengths, memory.caches, strict=True) if n]
@@ -99,7 +99,7 @@ class Turn:
         return CachedPart(self.hidden_TH, extension, memory.blocks)
 
 
-def _rearranged(caches: Sequence[SequenceCache], sources: Sequence[int]) -> list[SequenceCache]:
+def rearranged(caches: Sequence[SequenceCache], sources: Sequence[int]) -> list[SequenceCache]:
     """Who goes on with whose past: the first claimant of a cache gets it, further ones a copy in an unclaimed one."""
     spare = [cache for number, cache in enumerate(caches) if number not in sources]
     taken: set[int] = set()
