@@ -76,13 +76,28 @@ def render(values: Values, reader: RowReader, tokenizer: Any) -> Rendered:
     return Rendered([Segment(prompt, False), Segment(completion, wanted, wanted)])
 
 
+def chat_prompt_segments(messages: Sequence[dict[str, str]], tokenizer: Any) -> Rendered:
+    """A conversation up to where the assistant's next turn begins, as training rendered it.
+
+    Raises:
+        RowError: The tokenizer's chat template refuses it.
+    """
+    if getattr(tokenizer, "chat_template", None):
+        return Rendered([Segment(_rendered(messages, tokenizer, asking=True), False)], begins=False)
+    plain = _plain_chat(messages)
+    return Rendered([*plain.segments, Segment(_HEADING.format("Assistant"), False)])
+
+
+_HEADING = "### {}:\n"
+
+
 def _plain_chat(messages: Sequence[dict[str, str]]) -> Rendered:
     segments = []
     for number, message in enumerate(messages, start=1):
         role, content = message["role"], message["content"]
         if role not in ("system", "user", "assistant"):
             raise RowError(f"has a role in message {number} that is not system, user or assistant")
-        heading = f"### {role.capitalize()}:\n"
+        heading = _HEADING.format(role.capitalize())
         if role == "assistant" and content.strip():
             segments += [Segment(heading, False), Segment(content, True, True)]
         else:
