@@ -56,7 +56,7 @@ def evaluate(options: ClientOptions, everything: bool = False, base: bool = Fals
     """
     invited = setup.accept(options)
     plan, name = invited.plan, invited.name
-    trained = None if base else _look(options.run, invited.key, _OR_BASE)[1]
+    trained = None if base else own_run(options.run, invited.key)
     checkpoint = setup.open_base_model(plan, options, name)
     silo = setup.open_data(plan, checkpoint, options)
     segments = setup.load_segments(plan, checkpoint, name, options.device)
@@ -104,7 +104,13 @@ def status(server: str, identity: Path) -> dict[str, Any]:
     return asyncio.run(call_status(server, Identity.load(identity)))
 
 
-_OR_BASE = " With --base, the base model's own segments are used with the server's trunk."
+def own_run(run: Path, key: RunKey) -> Tensors:
+    """What this client's training run left, for `ClientSegments.load_tensors`.
+
+    Raises:
+        ConfigError: The folder holds no run, or another one.
+    """
+    return _look(run, key, " With --base, the base model's own segments are used with the server's trunk.")[1]
 
 
 def _look(run: Path, key: RunKey, otherwise: str = "") -> tuple[ClientState, Tensors]:

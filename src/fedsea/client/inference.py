@@ -1,0 +1,85 @@
+"""A federation's model, opened to be used: the way from a client's settings to a decoder that is ready."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from fedsea.client import setup
+from fedsea.client.decoding import SplitDecoder
+from fedsea.client.remote_trunk import RemoteTrunk
+from fedsea.client.results import own_run
+from fedsea.client.setup import ClientOptions
+from fedsea.client.trunk import Standing, Trunk
+from fedsea.data.tokenizer import load_tokenizer
+from fedsea.errors import ConfigError
+from fedsea.model.checkpoint import Checkpoint
+from fedsea.plan import FederationPlan
+from fedsea.privacy.boundary import Boundary
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+@dataclass(frozen=True, slots=True)
+class OpenedDecoder:
+    """A split model that is ready, and what goes with it.
+
+    Attributes:
+        decoder: Opens sequences; any number of threads may use it.
+        tokenizer: The base model's.
+        plan: The server's plan.
+        name: This client.
+        trunk: The connection; ends with the context that gave this.
+        checkpoint: This client's copy of the base model.
+    """
+
+    decoder: SplitDecoder
+    tokenizer: PreTrainedTokenizerBase
+    plan: FederationPlan
+    name: str
+    trunk: Trunk
+    checkpoint: Checkpoint
+
+
+@contextmanager
+def open_decoder(options: ClientOptions, *, base: bool = False) -> Iterator[OpenedDecoder]:
+    """Open the federation's model for this client, through the server; the connection lasts as long as the context.
+
+    A lost connection is sought for `options.retry_for_s`; answers under way then go on where they were.
+
+    Args:
+        options: `options.run` holds this client's training run with the server; its parameters are used. No data.
+        base: Use the base model's own segments with the server's trunk, whatever `options.run` holds.
+
+    Raises:
+        ConfigError: The run folder holds no run, or another one; the plan allows no inference or goes past this
+            client's limits; the base model is another one.
+        FedseaError: The server cannot be reached or refuses.
+    """
+    invited = setup.accept(options)
+    plan, name = invited.plan, invited.name
+    if not plan.inference.enabled:
+        raise ConfigError("The server's plan allows no inference (inference.enabled = false): ask its operator.")
+    trained = None if base else own_run(options.run, invited.key)
+    checkpoint = setup.open_base_model(plan, options, name)
+    vocab_size = int(checkpoint.config.get_text_config(decoder=True).vocab_size)
+    tokenizer = load_tokenizer(str(checkpoint.folder), plan.model.revision, vocab_size=vocab_size)
+    segments = setup.load_segments(plan, checkpoint, name, options.device)
+    if trained is not None:
+        segments.load_tensors(trained)
+    segments.train(False)
+    trunk = RemoteTrunk(
+        options.server,
+        invited.keeper.current,
+        invited.invitation,
+        setup.wire_limits(plan, checkpoint, name),
+        Standing,
+        options.retry,
+        role="observe",
+    )
+    with invited.keeper, trunk:
+        decoder = SplitDecoder(plan, segments, trunk, Boundary(plan.trust.mode))
+        yield OpenedDecoder(decoder, tokenizer, plan, name, trunk, checkpoint)
