@@ -44,6 +44,7 @@ def _show(answer: dict[str, Any]) -> None:
     facts.add_row("round", f"{answer['rounds_done']} of {answer['rounds']} done")
     up, down = bytes_text(answer["bytes_received"]), bytes_text(answer["bytes_sent"])
     facts.add_row("bytes", f"{up} from clients, {down} to clients")
+    facts.add_row("inference", _inference(answer.get("inference")))
     clients = Table("client", "state")
     for name in answer["clients"]:
         state = "connected" if name in answer["connected"] else "not connected"
@@ -53,3 +54,14 @@ def _show(answer: dict[str, Any]) -> None:
     console = Console()
     console.print(facts)
     console.print(clients)
+
+
+def _inference(now: dict[str, Any] | None) -> str:
+    """Decoding sessions, their memory, and what they did since the server started."""
+    from fedsea.observe.figures import bytes_text, counted
+
+    if now is None:
+        return "not offered by the plan"
+    memory = f"{bytes_text(now['kv_bytes'])} of {bytes_text(now['kv_bytes_limit'])} for keys and values"
+    people = f"{counted(now['sessions'], 'session')} with {counted(now['sequences'], 'sequence')}"
+    return f"{people}, {memory}, {counted(now['tokens'], 'token')} so far"

@@ -44,6 +44,11 @@ def number_text(value: float) -> str:
     return f"{value:,.1f}" if value < 10 else f"{value:,.0f}"
 
 
+def counted(count: int, noun: str) -> str:
+    """With an s where there is not exactly one: `1 session`, `2,000 sessions`."""
+    return f"{count:,} {noun}{'' if count == 1 else 's'}"
+
+
 class Pace:
     """Steps and tokens per second over the last steps of this process.
 

@@ -11,7 +11,7 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, star
 from fedsea.errors import ConfigError
 
 if TYPE_CHECKING:
-    from fedsea.observe.progress import ServerSnapshot
+    from fedsea.observe.snapshots import ServerSnapshot
 
 DEFAULT_LISTEN = "127.0.0.1:9464"
 _STEP_BUCKETS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 25, 60, 120, 300)
@@ -43,6 +43,12 @@ class ServerMetrics:
             "fedsea_engine_seconds", "Engine thread's busy time by phase", ("phase",), registry=registry
         )
         self._errors = Counter("fedsea_errors", "Errors by code", ("code",), registry=registry)
+        self._sessions = Gauge("fedsea_inference_sessions", "Decoding sessions that are open", registry=registry)
+        self._sequences = Gauge("fedsea_inference_sequences", "Sequences of these sessions", registry=registry)
+        self._kv_bytes = Gauge("fedsea_inference_kv_bytes", "Memory set aside for keys and values", registry=registry)
+        self._kv_limit = Gauge("fedsea_inference_kv_limit_bytes", "Memory that the plan allows", registry=registry)
+        self._decoded = Counter("fedsea_inference_tokens", "New tokens, prompts' too", registry=registry)
+        self._batches = Counter("fedsea_inference_batches", "Batches in which they ran", registry=registry)
         self._totals: dict[tuple[str, ...], float] = {}
 
     def update(self, snapshot: ServerSnapshot) -> None:
@@ -51,6 +57,13 @@ class ServerMetrics:
         self._round.set(snapshot.round)
         self._clients.set(len(snapshot.connected))
         self._tokens.inc(self._growth(("tokens",), snapshot.tokens))
+        if (inference := snapshot.inference) is not None:
+            self._sessions.set(inference.sessions)
+            self._sequences.set(inference.sequences)
+            self._kv_bytes.set(inference.kv_bytes)
+            self._kv_limit.set(inference.kv_bytes_limit)
+            self._decoded.inc(self._growth(("decoded",), inference.tokens))
+            self._batches.inc(self._growth(("batches",), inference.batches))
 
     def bytes(self, direction: Literal["up", "down"], kind: str, total: int) -> None:
         """Bytes of a kind of message so far.

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from types import TracebackType
 from typing import Self
 
@@ -14,34 +13,13 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from fedsea.observe.figures import Pace, bytes_text, duration_text, number_text
+from fedsea.observe.figures import Pace, bytes_text, counted, duration_text, number_text
 from fedsea.observe.observers import EvaluationLike, Link, StepLike
+from fedsea.observe.snapshots import ServerSnapshot
 from fedsea.plan import FederationPlan
 
 _EVERY_S = 5.0
 _SEPARATOR = " · "
-
-
-@dataclass(frozen=True, slots=True)
-class ServerSnapshot:
-    """How a server stands at one moment.
-
-    Attributes:
-        step: Steps applied.
-        round: Round under way, from 0.
-        waiting_for: Clients without whom the step under way does not go on.
-        tokens: Target tokens that were trained on since this process began.
-        bytes_up: From clients to the server.
-    """
-
-    step: int
-    num_steps: int
-    round: int
-    connected: tuple[str, ...]
-    waiting_for: tuple[str, ...]
-    tokens: int
-    bytes_up: int
-    bytes_down: int
 
 
 class _Screen:
@@ -213,12 +191,15 @@ class ServerDisplay(_Screen):
         self._plan = plan
         self._snapshot: ServerSnapshot | None = None
         self._pace = Pace()
+        self._decoding = Pace()
 
     def update(self, snapshot: ServerSnapshot) -> None:
         """Show how the server stands; called as often as one likes."""
         before, self._snapshot = self._snapshot, snapshot
         if before is None or snapshot.step != before.step:
             self._pace.mark(self._clock(), snapshot.step, snapshot.tokens)
+        if snapshot.inference is not None:
+            self._decoding.mark(self._clock(), 0, snapshot.inference.tokens)
         people = before is None or snapshot.connected != before.connected
         ended = before is not None and before.step != snapshot.step == snapshot.num_steps
         if before is None or snapshot != before:
@@ -234,7 +215,8 @@ class ServerDisplay(_Screen):
         missing = [name for name in snapshot.waiting_for if name not in snapshot.connected]
         if missing:
             facts.append(f"waiting for {', '.join(missing)}")
-        return _SEPARATOR.join(facts + self._figures(snapshot))
+        sessions = self._sessions(snapshot)
+        return _SEPARATOR.join([*facts, *self._figures(snapshot), *([sessions] if sessions else [])])
 
     def render(self) -> RenderableType:
         """How the server stands, for the live display."""
@@ -246,6 +228,8 @@ class ServerDisplay(_Screen):
             _bar(self._plan.name, snapshot.step, snapshot.num_steps),
             Text(_SEPARATOR.join(facts), overflow="ellipsis", no_wrap=True),
         ]
+        if sessions := self._sessions(snapshot):
+            rows.append(Text(sessions, overflow="ellipsis", no_wrap=True))
         table = Table("client", "state", box=None, padding=(0, 2, 0, 0))
         for name in self._plan.client_names:
             table.add_row(name, _state(name, snapshot))
@@ -258,6 +242,15 @@ class ServerDisplay(_Screen):
     def _figures(self, snapshot: ServerSnapshot) -> list[str]:
         traffic = f"up {bytes_text(snapshot.bytes_up)}, down {bytes_text(snapshot.bytes_down)}"
         return [*_speed(self._pace, "target tokens"), traffic, *_left(self._pace, snapshot.num_steps - snapshot.step)]
+
+    def _sessions(self, snapshot: ServerSnapshot) -> str:
+        """Decoding, as long as anybody does."""
+        now = snapshot.inference
+        if now is None or not now.sessions:
+            return ""
+        memory = f"KV {bytes_text(now.kv_bytes)} of {bytes_text(now.kv_bytes_limit)}"
+        people = f"{counted(now.sessions, 'session')}, {counted(now.sequences, 'sequence')}"
+        return _SEPARATOR.join([f"inference: {people}", memory, *_speed(self._decoding)])
 
 
 def _state(name: str, snapshot: ServerSnapshot) -> Text:

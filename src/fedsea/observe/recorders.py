@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping
+from dataclasses import fields
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
 from fedsea.observe.metrics import ServerMetrics
 from fedsea.observe.observers import EvaluationLike, Link, StepLike
-from fedsea.observe.progress import ServerDisplay, ServerSnapshot
+from fedsea.observe.progress import ServerDisplay
 from fedsea.observe.run_log import RunLog
+from fedsea.observe.snapshots import InferenceSnapshot, ServerSnapshot
 from fedsea.plan import FederationPlan
 
 
@@ -138,6 +140,7 @@ class ServerRecorder:
             tokens=status["target_tokens"],
             bytes_up=status["bytes_received"],
             bytes_down=status["bytes_sent"],
+            inference=_inference(status.get("inference")),
         )
         before, self._before = self._before, snapshot
         self._display.update(snapshot)
@@ -193,3 +196,9 @@ class ServerRecorder:
                 bytes_down=snapshot.bytes_down,
                 step_seconds=round(seconds, 6),
             )
+
+
+def _inference(status: Mapping[str, Any] | None) -> InferenceSnapshot | None:
+    if status is None:
+        return None
+    return InferenceSnapshot(**{field.name: status[field.name] for field in fields(InferenceSnapshot)})

@@ -12,7 +12,7 @@ from prometheus_client import CollectorRegistry
 from fedsea.errors import ConfigError
 from fedsea.observe.logging import configure
 from fedsea.observe.metrics import ServerMetrics, serve_metrics
-from fedsea.observe.progress import ServerSnapshot
+from fedsea.observe.snapshots import ServerSnapshot
 
 
 def free_port() -> int:

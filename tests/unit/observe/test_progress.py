@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING
 from rich.console import Console
 
 from fedsea.observe.observers import compose
-from fedsea.observe.progress import ClientDisplay, ServerDisplay, ServerSnapshot
+from fedsea.observe.progress import ClientDisplay, ServerDisplay
+from fedsea.observe.snapshots import InferenceSnapshot, ServerSnapshot
 from fedsea.plan import FederationPlan, parse_plan
 
 if TYPE_CHECKING:
@@ -147,6 +148,21 @@ def test_a_server_names_the_missing_clients() -> None:
     assert out.getvalue() == expected
 
 
+def test_a_server_shows_decoding_while_somebody_decodes() -> None:
+    (out, console), clock = plain(), Clock()
+    decoding = InferenceSnapshot(2, 5, 3_000_000, 1_000_000_000, tokens=10, batches=4)
+    with ServerDisplay(PLAN, console=console, clock=clock) as display:
+        display.update(replace(snapshot(), inference=decoding))
+        clock.now = 5.0
+        display.update(replace(snapshot(), inference=replace(decoding, tokens=60)))
+        clock.now = 10.0
+        display.update(replace(snapshot(), inference=replace(decoding, sessions=0, tokens=70)))
+    first, second, third = out.getvalue().splitlines()
+    assert first.endswith("inference: 2 sessions, 5 sequences · KV 3.00 MB of 1.00 GB")
+    assert second.endswith("KV 3.00 MB of 1.00 GB · 10 tokens/s")
+    assert "inference" not in third
+
+
 def test_a_server_prints_at_once_when_a_client_comes_and_else_every_few_seconds() -> None:
     (out, console), clock = plain(), Clock()
     with ServerDisplay(PLAN, console=console, clock=clock) as display:
@@ -161,8 +177,9 @@ def test_a_server_prints_at_once_when_a_client_comes_and_else_every_few_seconds(
 def test_a_servers_terminal_lists_every_client() -> None:
     out = io.StringIO()
     with ServerDisplay(PLAN, console=Console(file=out, force_terminal=True, width=120)) as display:
-        display.update(snapshot())
+        display.update(replace(snapshot(), inference=InferenceSnapshot(1, 1, 5, 10, 0, 0)))
     assert "not connected" in out.getvalue()
+    assert "inference: 1 session," in out.getvalue()
     assert "clinic" in out.getvalue()
 
 

@@ -81,6 +81,10 @@ def status(step: int, connected: list[str]) -> dict[str, Any]:
         "bytes_received_by_kind": {"Forward": 1},
         "engine_s": {"forward": step / 10},
         "errors": {"AUTH": step},
+        "inference": {
+            **{"sessions": 1, "sequences": 2, "kv_bytes": 3, "kv_bytes_limit": 4},
+            **{"pages": 5, "tokens": step * 6, "batches": step},
+        },
     }
 
 
@@ -107,3 +111,9 @@ def test_a_server_records_who_comes_and_goes_and_each_advance(tmp_path: Path) ->
     assert registry.get_sample_value("fedsea_bytes_total", {"direction": "up", "kind": "Forward"}) == 1
     assert registry.get_sample_value("fedsea_engine_seconds_total", {"phase": "forward"}) == 0.7
     assert registry.get_sample_value("fedsea_errors_total", {"code": "AUTH"}) == 7
+    assert registry.get_sample_value("fedsea_inference_sessions") == 1
+    assert registry.get_sample_value("fedsea_inference_sequences") == 2
+    assert registry.get_sample_value("fedsea_inference_kv_bytes") == 3
+    assert registry.get_sample_value("fedsea_inference_kv_limit_bytes") == 4
+    assert registry.get_sample_value("fedsea_inference_tokens_total") == 42
+    assert registry.get_sample_value("fedsea_inference_batches_total") == 7
