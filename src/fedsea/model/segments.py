@@ -138,7 +138,8 @@ class Segment:
         if self._autocast is not None or not self.caches:
             return None
         layers: nn.ModuleList = getattr(self._decoder, self._layout.blocks)
-        return lean_blocks(self._decoder, list(layers))
+        with torch.inference_mode(False):  # the weights become views of what is made here, and are trained with
+            return lean_blocks(self._decoder, list(layers))
 
     def open_cache(self, max_tokens: int) -> SequenceCache:
         """An empty cache for one sequence.

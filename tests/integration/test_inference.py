@@ -1,0 +1,52 @@
+"""Opening the federation's model for use: whose segments are used, and what is refused."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from fedsea.client import results
+from fedsea.client.inference import open_decoder
+from fedsea.errors import ConfigError
+
+PROMPT = [5, 6, 7, 8]
+
+
+def _logits(options, **how):
+    with open_decoder(options, **how) as opened, opened.decoder.open(8) as sequences:
+        assert opened.name == "a"
+        assert opened.tokenizer.decode(opened.tokenizer("b")["input_ids"]).endswith("b")
+        return sequences.extend([PROMPT])[0]
+
+
+def test_opened_decoder_is_the_federations_model(federation, base_model):
+    """What is exported, in plain peft on the whole model, gives the same logits; base segments give others."""
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    fed = federation("a")
+    fed.start_server(exit_when_finished=False)
+    fed.start_client("a").finish()
+    options = fed.client_options("a", data=())
+    results.export_adapter(options, fed.folder / "exported")
+    whole = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base_model), str(fed.folder / "exported"))
+    with torch.no_grad():
+        expected = whole(torch.tensor([PROMPT])).logits[0, -1]
+    torch.testing.assert_close(_logits(options), expected, rtol=1e-4, atol=1e-5)
+    assert not torch.allclose(_logits(options, base=True), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_without_a_run_the_base_model_must_be_asked_for(federation):
+    fed = federation("a")
+    fed.start_server()
+    options = fed.client_options("a", data=())
+    with pytest.raises(ConfigError, match="--base"):
+        _logits(options)
+    assert _logits(options, base=True).dim() == 1
+
+
+def test_plan_without_inference_is_refused_at_once(federation):
+    fed = federation("a", inference={"enabled": False})
+    fed.start_server()
+    with pytest.raises(ConfigError, match=r"inference\.enabled"):
+        _logits(fed.client_options("a"), base=True)
