@@ -72,6 +72,12 @@ class Slab:
             for memory in pair or ():
                 memory[target, :, :length] = memory[source, :, :length]
 
+    def wipe(self, slot: int, start: int, stop: int) -> None:
+        """Make some of a slot's tokens zero again."""
+        for pair in self._blocks:
+            for memory in pair or ():
+                memory[slot, :, start:stop] = 0
+
     @property
     def num_bytes(self) -> int:
         """Memory at full capacity."""
@@ -169,6 +175,13 @@ class SequenceCache:
             raise ConfigError(f"A cache of {self.length} tokens cannot go back to {length}.")
         self.length = length
 
+    def wipe(self, num_tokens: int) -> None:
+        """Undo the writing of new tokens that do not count: what is not finite would reach whoever has the slot next.
+
+        Masked values are multiplied by zero, which removes everything but NaN and infinity.
+        """
+        self.slab.wipe(self.slot, self.length, min(self.length + num_tokens, self.capacity))
+
     def take_over(self, other: SequenceCache) -> None:
         """Become a copy of another sequence of this segment.
 
@@ -227,6 +240,11 @@ class Extension:
         """Position of each new token in its sequence, [1, T]."""
         spans = [torch.arange(c.length, c.length + n) for n, c in zip(self.lengths, self.caches, strict=True)]
         return torch.cat(spans)[None].to(device)
+
+    def wipe(self) -> None:
+        """The new tokens have come to nothing: what was written of them is removed."""
+        for length, cache in zip(self.lengths, self.caches, strict=True):
+            cache.wipe(length)
 
     def commit(self) -> None:
         """The new tokens have been through all blocks: they count from now on."""

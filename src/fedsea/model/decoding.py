@@ -182,15 +182,12 @@ class TrunkDecoder:
     def _batch(self, parts: list[CachedPart], frozen: Frozen) -> list[torch.Tensor | FedseaError]:
         try:
             outputs = self.trunk.extend_group([_on(part, self.trunk.device) for part in parts], frozen)
-        except FedseaError as error:
-            return [error] * len(parts)
-        except Exception as error:
+        except Exception as error:  # noqa: BLE001 (told to whose tokens they were, and logged)
+            for part in parts:
+                part.extension.wipe()
             if len(parts) > 1:  # whoever is at fault fails alone
                 return [result for part in parts for result in self._batch([part], frozen)]
-            log.exception("a session's tokens could not be run")
-            if isinstance(error, torch.OutOfMemoryError):
-                return [CapacityError("The server ran out of memory; try again later.", 5.0)]
-            return [FedseaError("The server could not run this and logged why; tell its operator.")]
+            return [_reason(error)]
         if not torch.isfinite(torch.stack([output.sum() for output in outputs])).all():
             return [self._checked(part, output) for part, output in zip(parts, outputs, strict=True)]
         for part in parts:
@@ -201,9 +198,19 @@ class TrunkDecoder:
         if torch.isfinite(output).all():
             part.extension.commit()
             return output
+        part.extension.wipe()
         return NonFiniteError(
             "The trunk's output for this session is not finite: use bf16 or fp32 instead of fp16, or another model."
         )
+
+
+def _reason(error: Exception) -> FedseaError:
+    if isinstance(error, FedseaError):
+        return error
+    log.error("a session's tokens could not be run", exc_info=error)
+    if isinstance(error, torch.OutOfMemoryError):
+        return CapacityError("The server ran out of memory; try again later.", 5.0)
+    return FedseaError("The server could not run this and logged why; tell its operator.")
 
 
 def _on(part: CachedPart, device: torch.device) -> CachedPart:

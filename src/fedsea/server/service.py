@@ -227,6 +227,7 @@ class Service:
         async for message in link.session:
             match message:
                 case m.Finished():
+                    self.sessions.leave(owners)
                     return
                 case m.SessionOpen() | m.SessionForward() | m.SessionClose():
                     self.sessions.receive(link.session.peer.name, owners, message, link.put)

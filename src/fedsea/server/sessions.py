@@ -1,25 +1,26 @@
 """Decoding sessions at the server: admission, leases, and continuous batching.
 
 All sessions that have a message waiting run as one batch; a batch is put together at the moment at which the engine is
-free for it, so sessions join and leave at every step. Runs on the event loop; only `_Batcher.run` is on the engine
+free for it, so sessions join and leave at every step. Runs on the event loop; only `Batcher.run` is on the engine
 thread.
+
+A session belongs to the stream that opened it last. Messages that come late on a broken stream are refused: run
+between those of the new stream, they would make a cache that the client does not know.
 """
 
 from __future__ import annotations
 
 import logging
-import threading
-from collections import deque
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections import Counter
 from typing import Any
 
 import torch
 
 from fedsea.errors import CapacityError, ConfigError, FedseaError, ProtocolError, SessionLost
 from fedsea.model.cache import Frozen
-from fedsea.model.decoding import Memory, TrunkDecoder, Turn
+from fedsea.model.decoding import TrunkDecoder
 from fedsea.plan import InferenceSection
+from fedsea.server.batches import Answer, Batcher, Owners, Ready, Session
 from fedsea.server.engine import Engine
 from fedsea.server.executor.local import Priority
 from fedsea.server.ports import Member, Ports
@@ -28,36 +29,8 @@ from fedsea.wire import messages as m
 
 log = logging.getLogger(__name__)
 
-Answer = Callable[[m.Message], None]
-
-_SMALL_TURN = 16
-"""A message with more new tokens per sequence is a prefill: one of those runs in a batch, beside all small ones."""
-_MOST_IN_BATCH = 1024
 _MOST_WAITING = 64
 """Messages of one session that may wait."""
-
-
-@dataclass(slots=True, eq=False)
-class Session:
-    """One session.
-
-    Attributes:
-        client: Whose; from the certificate.
-        key: Its process's number and its own.
-        answer: Where replies go: the stream that named it last.
-        waiting: Messages that have not run yet, in order.
-    """
-
-    client: str
-    key: tuple[int, int]
-    memory: Memory
-    version: int
-    num_bytes: int
-    answer: Answer
-    last_used: float
-    waiting: deque[m.SessionForward] = field(default_factory=deque)
-    running: bool = False
-    closed: bool = False
 
 
 class Sessions:
@@ -80,7 +53,8 @@ class Sessions:
         self._sessions: dict[tuple[str, int, int], Session] = {}
         self._published: tuple[int, Frozen] | None = None
         self._used_bytes = 0
-        self._batcher = _Batcher(decoder, settings.batch_tokens)
+        self._used_sequences: Counter[str] = Counter()
+        self._batcher = Batcher(decoder, settings.batch_tokens)
         self._submitted = False
         self.num_tokens = 0
         self.num_batches = 0
@@ -95,12 +69,12 @@ class Sessions:
 
     # --- messages ---------------------------------------------------------------------------------------------------
 
-    def receive(self, client: str, owners: dict[int, int], message: m.Message, answer: Answer) -> None:
+    def receive(self, client: str, owners: Owners, message: m.Message, answer: Answer) -> None:
         """Take a message of a client.
 
         Args:
             client: Its name.
-            owners: Of this stream: session number to the owner that opened it; filled here.
+            owners: Of this stream; filled here.
             message: One of the session messages.
             answer: Queues a reply on the stream that the message came on.
 
@@ -111,13 +85,11 @@ class Sessions:
         try:
             match message:
                 case m.SessionOpen():
-                    self._open(client, message, answer)
-                    owners[message.session] = message.owner
+                    self._open(client, owners, message, answer)
                 case m.SessionForward():
-                    self._forward(client, owners, message, answer)
+                    self._forward(client, owners, message)
                 case m.SessionClose():
-                    session = self._sessions.get((client, owners.pop(message.session, -1), message.session))
-                    if session is not None:
+                    if (session := self._of(client, owners, message.session)) is not None:
                         self._end(session)
                 case _:
                     raise ProtocolError(f"A client may not send {type(message).__name__} here.")
@@ -126,23 +98,30 @@ class Sessions:
                 raise
             answer(_failure(number, error))
 
-    def _open(self, client: str, message: m.SessionOpen, answer: Answer) -> None:
+    def _of(self, client: str, owners: Owners, number: int) -> Session | None:
+        """The session that a message means, if it belongs to the message's stream."""
+        session = self._sessions.get((client, owners.get(number, -1), number))
+        return session if session is not None and session.owners is owners else None
+
+    def _open(self, client: str, owners: Owners, message: m.SessionOpen, answer: Answer) -> None:
         if not self._settings.enabled:
-            raise CapacityError("The plan does not offer inference (inference.enabled = false).", 3600.0)
+            raise ConfigError("The plan does not offer inference (inference.enabled = false).")
         key = (client, message.owner, message.session)
         session = self._sessions.get(key)
         if session is None:
-            session = self._admit(client, message, answer)
-            self._sessions[key] = session
+            session = self._sessions[key] = self._admit(client, owners, message, answer)
         elif len(session.memory.caches) != message.num_sequences or session.memory.blocks != message.blocks:
             raise ProtocolError("A session was opened again in another shape.")
+        owners[message.session] = message.owner
         # What still waits was sent on a stream that broke; the client sends it again.
         session.waiting.clear()
-        session.answer = answer
+        if session.running and self._batcher.discard(session):
+            session.running = False
+        session.owners, session.answer = owners, answer
         session.last_used = self._ports.clock()
         answer(m.SessionOpened(message.session, session.memory.held, session.version, self._settings.lease_s))
 
-    def _admit(self, client: str, message: m.SessionOpen, answer: Answer) -> Session:
+    def _admit(self, client: str, owners: Owners, message: m.SessionOpen, answer: Answer) -> Session:
         settings = self._settings
         if message.blocks != self._roster[client].blocks:
             blocks = self._roster[client].blocks
@@ -152,7 +131,12 @@ class Sessions:
                 f"A session of {message.max_tokens} tokens was asked for; the plan's inference.max_tokens is "
                 f"{settings.max_tokens}: shorten prompt or answer."
             )
-        own = sum(len(s.memory.caches) for s in self._sessions.values() if s.client == client)
+        if message.num_sequences > settings.max_sequences:
+            raise ProtocolError(
+                f"A session of {message.num_sequences} sequences was asked for; the plan's inference.max_sequences is "
+                f"{settings.max_sequences}."
+            )
+        own = self._used_sequences[client]
         if own + message.num_sequences > settings.max_sequences:
             raise CapacityError(
                 f"Client {client} has {own} sequences open, and the plan's inference.max_sequences is "
@@ -175,17 +159,23 @@ class Sessions:
         version, frozen = self._published
         memory = self._decoder.open(message.num_sequences, message.max_tokens, message.blocks, frozen)
         self._used_bytes += num_bytes
+        self._used_sequences[client] += message.num_sequences
         key = (message.owner, message.session)
-        return Session(client, key, memory, version, num_bytes, answer, self._ports.clock())
+        return Session(client, key, memory, version, num_bytes, owners, answer, self._ports.clock())
 
-    def _forward(self, client: str, owners: dict[int, int], message: m.SessionForward, answer: Answer) -> None:
-        session = self._sessions.get((client, owners.get(message.session, -1), message.session))
+    def _forward(self, client: str, owners: Owners, message: m.SessionForward) -> None:
+        session = self._of(client, owners, message.session)
         if session is None:
             raise SessionLost("The server does not know this session (any more): open it again and replay it.")
+        if sum(message.lengths) > self._settings.most_rows:
+            self._end(session)
+            raise ProtocolError(
+                f"A message has {sum(message.lengths)} new tokens, and {self._settings.most_rows} are allowed: send "
+                "longer prompts in several."
+            )
         if len(session.waiting) >= _MOST_WAITING:
             self._end(session)
             raise ProtocolError("Too many messages of one session wait; read the answers.")
-        session.answer = answer
         session.last_used = self._ports.clock()
         session.waiting.append(message)
         self._offer(session)
@@ -204,25 +194,30 @@ class Sessions:
             self._submitted = True
             self._ports.submit(Priority.DECODE, self._batcher.run, self._ran)
 
-    def _ran(self, results: list[tuple[Session, m.SessionForward, torch.Tensor | FedseaError]]) -> None:
-        self._submitted = False
+    def _ran(self, results: list[tuple[Ready, torch.Tensor | FedseaError]]) -> None:
         self.num_batches += bool(results)
-        for session, message, result in results:
-            session.running = False
-            if session.closed:
-                session.memory.close()
-                continue
-            session.last_used = self._ports.clock()
-            if isinstance(result, FedseaError):
-                session.answer(_failure(session.key[1], result))
-                self._end(session)
-                continue
-            self.num_tokens += sum(message.lengths)
-            reply = Reply({} if message.silent else {"": result})
-            session.answer(m.SessionOutput(session.key[1], message.number, reply))
-            self._offer(session)
+        for ready, result in results:
+            self._ran_one(ready, result)
+        self._submitted = False  # only now: else the next batch would begin with the first of these alone
         if self._batcher.waiting:
             self._submit()
+
+    def _ran_one(self, ready: Ready, result: torch.Tensor | FedseaError) -> None:
+        session, message = ready.session, ready.message
+        session.running = False
+        if session.closed:
+            self._free(session)
+            return
+        session.last_used = self._ports.clock()
+        if isinstance(result, FedseaError):
+            session.answer(_failure(session.key[1], result))
+            self._end(session)
+            return
+        self.num_tokens += ready.num_tokens
+        if ready.owners is session.owners:  # else the stream broke meanwhile, and the client asks again
+            reply = Reply({} if message.silent else {"": result})
+            session.answer(m.SessionOutput(session.key[1], message.number, reply))
+        self._offer(session)
 
     # --- ends -------------------------------------------------------------------------------------------------------
 
@@ -231,10 +226,22 @@ class Sessions:
             return
         session.closed = True
         session.waiting.clear()
-        self._used_bytes -= session.num_bytes
         del self._sessions[session.client, *session.key]
-        if not session.running:  # else when its batch has run: until then the engine writes there
-            session.memory.close()
+        session.owners.pop(session.key[1], None)
+        if session.running and not self._batcher.discard(session):
+            return  # the engine writes to its caches: they are free when the batch has run
+        self._free(session)
+
+    def _free(self, session: Session) -> None:
+        session.memory.close()
+        self._used_bytes -= session.num_bytes
+        self._used_sequences[session.client] -= len(session.memory.caches)
+
+    def leave(self, owners: Owners) -> None:
+        """End all sessions of a stream whose client has said goodbye; after a break they are kept for their lease."""
+        for session in list(self._sessions.values()):
+            if session.owners is owners:
+                self._end(session)
 
     def tick(self) -> None:
         """End sessions whose lease has run out."""
@@ -244,84 +251,17 @@ class Sessions:
                 log.info("a session of client %s ended: nothing came for %g s", session.client, lease_s)
                 self._end(session)
 
-    def forget(self, client: str) -> None:
-        """End all sessions of a client, whose certificate is not valid any more."""
-        for session in list(self._sessions.values()):
-            if session.client == client:
-                self._end(session)
-
     def status(self) -> dict[str, Any]:
         """For `fedsea status`."""
         return {
             "sessions": len(self._sessions),
-            "sequences": sum(len(session.memory.caches) for session in self._sessions.values()),
+            "sequences": self._used_sequences.total(),
             "kv_bytes": self._used_bytes,
             "kv_bytes_limit": self._settings.kv_memory_mb << 20,
             "pages": self._decoder.trunk.arena.pages,
             "tokens": self.num_tokens,
             "batches": self.num_batches,
         }
-
-
-class _Batcher:
-    """Messages that may run, one of a session; the engine thread takes a batch of them when it is free."""
-
-    def __init__(self, decoder: TrunkDecoder, batch_tokens: int) -> None:
-        self._decoder = decoder
-        self._batch_tokens = batch_tokens
-        self._lock = threading.Lock()
-        self._small: dict[str, deque[tuple[Session, m.SessionForward]]] = {}
-        self._large: dict[str, deque[tuple[Session, m.SessionForward]]] = {}
-
-    def add(self, session: Session, message: m.SessionForward) -> None:
-        small = sum(message.lengths) <= _SMALL_TURN * len(message.lengths)
-        queues = self._small if small else self._large
-        with self._lock:
-            queues.setdefault(session.client, deque()).append((session, message))
-
-    @property
-    def waiting(self) -> bool:
-        """Whether anything does."""
-        return bool(self._small or self._large)
-
-    def _take(self) -> list[tuple[Session, m.SessionForward]]:
-        """All small messages that fit, in turn from each client, and one large one."""
-        with self._lock:
-            taken = _in_turn(self._small, self._batch_tokens, most=_MOST_IN_BATCH)
-            room = self._batch_tokens - sum(sum(message.lengths) for _, message in taken)
-            return taken + _in_turn(self._large, max(room, 1 if not taken else 0), most=1)
-
-    def run(self) -> list[tuple[Session, m.SessionForward, torch.Tensor | FedseaError]]:
-        """Run the next batch; on the engine thread."""
-        batch = [(session, message) for session, message in self._take()]
-        turns = [
-            Turn(session.memory, message.positions, message.lengths, message.sources, message.tensors[""])  # type: ignore[index]
-            for session, message in batch
-        ]
-        results = self._decoder.run(turns)
-        return [(*entry, result) for entry, result in zip(batch, results, strict=True)]
-
-
-def _in_turn(
-    queues: dict[str, deque[tuple[Session, m.SessionForward]]], room: int, most: int
-) -> list[tuple[Session, m.SessionForward]]:
-    """One message of each client after the other, while they fit; the first fits always if there is any room.
-
-    Whoever was taken from last stands at the end of the next batch's line.
-    """
-    taken: list[tuple[Session, m.SessionForward]] = []
-    while queues and len(taken) < most and room > 0:
-        client = next(iter(queues))
-        queue = queues[client]
-        num_tokens = sum(queue[0][1].lengths)
-        if taken and num_tokens > room:
-            break
-        taken.append(queue.popleft())
-        room -= num_tokens
-        del queues[client]
-        if queue:
-            queues[client] = queue
-    return taken
 
 
 def _failure(session: int, error: FedseaError) -> m.SessionFailed:

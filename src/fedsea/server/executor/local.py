@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import asyncio
-import heapq
-import itertools
 import threading
 import time
-from collections import defaultdict
+from collections import defaultdict, deque
 from collections.abc import Callable
 from enum import IntEnum
 from typing import Any
 
 _TURN_S = 0.25
 """So long decoding may keep other work waiting before one job of that is run."""
+_MOST_OVERTAKEN = 16
+"""Jobs, decoding not counted, that may run before one which came earlier."""
 
 
 class Priority(IntEnum):
@@ -27,23 +27,28 @@ class Priority(IntEnum):
 
 
 Job = tuple[int, int, Callable[[], None]]
+"""Priority, how many other jobs had been taken when it came, and what to run."""
 
 
 class _Jobs:
-    """Waiting jobs: by priority, except that decoding lets one other job through now and then."""
+    """Waiting jobs: the most urgent first, and within bounds, so that none waits for ever.
+
+    Decoding lets one other job through now and then; an evaluation, which everything else may overtake, comes to its
+    turn after `_MOST_OVERTAKEN` of them.
+    """
 
     def __init__(self) -> None:
         self._news = threading.Condition()
-        self._decoding: list[Job] = []
-        self._others: list[Job] = []
-        self._order = itertools.count()
+        self._decoding: deque[Job] = deque()
+        self._others: dict[int, deque[Job]] = {one: deque() for one in Priority if one is not Priority.DECODE}
+        self._taken = 0
         self._kept_waiting_s = 0.0
         self._closed = False
 
     def put(self, priority: Priority, run: Callable[[], None]) -> None:
         with self._news:
-            queue = self._decoding if priority is Priority.DECODE else self._others
-            heapq.heappush(queue, (priority, next(self._order), run))
+            queue = self._decoding if priority is Priority.DECODE else self._others[priority]
+            queue.append((priority, self._taken, run))
             self._news.notify()
 
     def close(self) -> None:
@@ -54,18 +59,31 @@ class _Jobs:
     def take(self) -> Job | None:
         """The next job; None when closed."""
         with self._news:
-            self._news.wait_for(lambda: self._closed or self._decoding or self._others)
+            self._news.wait_for(lambda: self._closed or self._decoding or any(self._others.values()))
             if self._closed:
                 return None
+            other = self._next_other()
             decode = bool(self._decoding)
-            if decode and self._others:
-                decode = self._others[0][0] > Priority.DECODE and self._kept_waiting_s < _TURN_S
-            return heapq.heappop(self._decoding if decode else self._others)
+            if decode and other is not None:
+                decode = other[0][0] > Priority.DECODE and self._kept_waiting_s < _TURN_S
+            if decode or other is None:
+                return self._decoding.popleft()
+            self._taken += 1
+            return other.popleft()
+
+    def _next_other(self) -> deque[Job] | None:
+        """The queue whose first job is next, decoding left out of account."""
+        queues = [queue for queue in self._others.values() if queue]
+        if not queues:
+            return None
+        oldest = min(queues, key=lambda queue: queue[0][1])
+        overdue = self._taken - oldest[0][1] >= _MOST_OVERTAKEN
+        return oldest if overdue and queues[0][0][0] != Priority.CONTROL else queues[0]
 
     def ran(self, priority: int, seconds: float) -> None:
         """Note how long a job took."""
         with self._news:
-            if priority != Priority.DECODE or not self._others:
+            if priority != Priority.DECODE or not any(self._others.values()):
                 self._kept_waiting_s = 0.0
             else:
                 self._kept_waiting_s += seconds
