@@ -14,7 +14,7 @@ import torch
 
 from fedsea.client.segments import ClientSegments
 from fedsea.client.trunk import Trunk, TrunkSession
-from fedsea.errors import CapacityError, ConfigError, FedseaError
+from fedsea.errors import CapacityError, ConfigError, ProtocolError
 from fedsea.model.cache import Extension, SequenceCache
 from fedsea.model.decoding import rearranged
 from fedsea.plan import FederationPlan
@@ -84,7 +84,7 @@ class _Piece:
 class Sequences:
     """Some sequences with their caches, here and at the trunk's owner. Made by `SplitDecoder.open`.
 
-    One thread uses it at a time. An error of the trunk's ends it.
+    One thread uses it at a time, but any may close it. Any error while the trunk is asked ends it.
 
     Attributes:
         lengths: Tokens of each sequence so far.
@@ -95,6 +95,7 @@ class Sequences:
         self.lengths = [0] * num_sequences
         self._decoder = decoder
         self._sources: tuple[int, ...] = ()
+        self._closed = False
         segments = decoder.segments
         with decoder.lock:
             self._inputs = [segments.input_blocks.open_cache(max_tokens) for _ in self.lengths]
@@ -120,7 +121,7 @@ class Sequences:
         try:
             pieces = list(self._send(tokens, [min(1, len(ids)) for ids in tokens] if wanted is None else wanted))
             return self._receive(pieces)
-        except FedseaError:
+        except BaseException:  # whatever it was, the caches here and there may not hold the same tokens any more
             self.close()
             raise
 
@@ -147,6 +148,7 @@ class Sequences:
             ids_T = torch.tensor([t for ids, (start, stop) in zip(tokens, spans, strict=True) for t in ids[start:stop]])
             positions = tuple(self.lengths)
             with decoder.lock:
+                self._check_open()
                 extension = _extension(lengths, self._inputs)
                 hidden_TH = segments.input_blocks.extend(ids_T.to(segments.device), extension, decoder.input_adapters)
                 extension.commit()
@@ -164,6 +166,7 @@ class Sequences:
         for piece in pieces:
             hidden_TH = piece.output.result().to(segments.device)
             with decoder.lock:
+                self._check_open()
                 extension = _extension(piece.lengths, self._outputs)
                 rows_R = torch.tensor(piece.rows, dtype=torch.long, device=segments.device)
                 logits.append(segments.output_blocks.extend(hidden_TH, extension, decoder.output_adapters, rows_R))
@@ -176,6 +179,9 @@ class Sequences:
         Raises:
             ConfigError: A sequence is shorter.
         """
+        for held, length in zip(self.lengths, lengths, strict=True):
+            if not 0 <= length <= held:
+                raise ConfigError(f"A sequence of {held} tokens cannot go back to {length}.")
         for caches in (self._inputs, self._outputs):
             for cache, length in zip(caches, lengths, strict=True):
                 cache.rollback(length)
@@ -186,15 +192,22 @@ class Sequences:
         if list(sources) == list(range(len(self.lengths))):
             return
         with self._decoder.lock, torch.inference_mode():
+            self._check_open()
             self._inputs = rearranged(self._inputs, sources)
             self._outputs = rearranged(self._outputs, sources)
         self.lengths = [self.lengths[source] for source in sources]
         self._sources = tuple(self._sources[source] for source in sources) if self._sources else tuple(sources)
 
+    def _check_open(self) -> None:
+        """Under the decoder's lock: what is closed must not write into caches that others have by now."""
+        if self._closed:
+            raise ProtocolError("These sequences were closed; open new ones.")
+
     def close(self) -> None:
-        """Give all memory back, here and there; may be called twice."""
+        """Give all memory back, here and there; may be called twice, and from any thread to end an answer early."""
         self.session.close()
         with self._decoder.lock:
+            self._closed = True
             for cache in (*self._inputs, *self._outputs):
                 cache.close()
 

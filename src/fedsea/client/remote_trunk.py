@@ -80,6 +80,8 @@ class RemoteTrunk:
         self._outgoing: asyncio.Queue[Encoded] = asyncio.Queue()
         self._loop = asyncio.new_event_loop()
         self._sessions: RemoteSessions | None = None
+        self._joined = False
+        self._sessions_lock = threading.Lock()  # around these two: sessions are made on any thread
         self._given_up: FedseaError | None = None
         self._thread = threading.Thread(target=self._work, name="fedsea-wire", daemon=True)
         self._main: asyncio.Task[None] | None = None
@@ -133,12 +135,14 @@ class RemoteTrunk:
 
     def open_session(self, max_tokens: int, num_sequences: int = 1) -> RemoteSession:
         """See `Trunk.open_session`; survives a lost connection and a server that starts again."""
-        if self._sessions is None:
-            plan = self.invitation.plan
-            blocks = plan.partition_of(self._identity().name).trunk(self._limits.num_blocks)
-            self._sessions = RemoteSessions(self, blocks, plan.inference.prefill_tokens, self._retry)
-            if self._given_up is not None:
-                self._sessions.lost(self._given_up)
+        with self._sessions_lock:
+            if self._sessions is None:
+                plan = self.invitation.plan
+                blocks = plan.partition_of(self._identity().name).trunk(self._limits.num_blocks)
+                prefill_tokens = plan.inference.prefill_tokens
+                self._sessions = RemoteSessions(self, blocks, prefill_tokens, self._retry, online=self._joined)
+                if self._given_up is not None:
+                    self._sessions.lost(self._given_up)
         return self._sessions.open(max_tokens, num_sequences)
 
     def fetch(self) -> Future[m.TrunkState]:
@@ -170,6 +174,11 @@ class RemoteTrunk:
             evaluate,
             hidden,
         )
+
+    @property
+    def connected(self) -> bool:
+        """Whether the server is there at the moment."""
+        return self._stream is not None
 
     @property
     def num_bytes(self) -> tuple[int, int]:
@@ -229,6 +238,7 @@ class RemoteTrunk:
             log.exception("the connection's thread failed")
             self._give_up(FedseaError("The connection failed for a reason of our own; the log has the details."))
         finally:
+            self._lose_sessions(ProtocolError("The connection was closed on this side."))
             self._loop.close()
 
     async def _run(self) -> None:
@@ -242,6 +252,7 @@ class RemoteTrunk:
                     return
             except FedseaError as error:
                 self._questions.begin((-1, -1))
+                self._set_joined(False)
                 if self._closing.is_set() and (self._farewell is None or isinstance(error, PeerClosed)):
                     return
                 if not await pause_before(error, pauses):
@@ -253,10 +264,14 @@ class RemoteTrunk:
             error = TransportError(f"{error.message} Gave up after {self._retry.retry_for_s:g} s of trying.")
         self._closing.set()
         self._questions.fail(error)
-        self._given_up = error
-        if self._sessions is not None:
-            self._sessions.lost(error)
+        self._lose_sessions(error)
         self._events.put(error)
+
+    def _lose_sessions(self, error: FedseaError) -> None:
+        with self._sessions_lock:
+            self._given_up, sessions = self._given_up or error, self._sessions
+        if sessions is not None:
+            sessions.lost(self._given_up)
 
     async def _join(self, stream: ClientStream) -> None:
         try:
@@ -277,11 +292,16 @@ class RemoteTrunk:
         )
         for encoded in self._questions.lasting():
             self._outgoing.put_nowait(encoded)
-        if self._sessions is not None:
-            self._sessions.connected()
+        self._set_joined(True)
         if self._closing.is_set():
             self._outgoing.put_nowait(_GOODBYE)
         self._events.put(Connected())
+
+    def _set_joined(self, joined: bool) -> None:
+        with self._sessions_lock:
+            self._joined, sessions = joined, self._sessions
+        if sessions is not None:
+            sessions.connected() if joined else sessions.disconnected()
 
     async def _converse(self, stream: ClientStream) -> None:
         self._stream = stream
