@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+import json
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -43,8 +44,21 @@ class OpenedDecoder:
     trunk: Trunk
     checkpoint: Checkpoint
 
+    @property
+    def stop_tokens(self) -> tuple[int, ...]:
+        """Ids that end an answer: the tokenizer's, the model's, and those of its settings for generation."""
+        stated = [
+            self.tokenizer.eos_token_id,
+            getattr(self.checkpoint.config.get_text_config(decoder=True), "eos_token_id", None),
+        ]
+        with contextlib.suppress(OSError, ValueError):  # there is no such file, or it says nothing
+            settings = json.loads((self.checkpoint.folder / "generation_config.json").read_text(encoding="utf-8"))
+            stated.append(settings.get("eos_token_id"))
+        found = {token for ids in stated for token in (ids if isinstance(ids, list | tuple) else [ids])}
+        return tuple(sorted(token for token in found if isinstance(token, int)))
 
-@contextmanager
+
+@contextlib.contextmanager
 def open_decoder(options: ClientOptions, *, base: bool = False) -> Iterator[OpenedDecoder]:
     """Open the federation's model for this client, through the server; the connection lasts as long as the context.
 
