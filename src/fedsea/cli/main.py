@@ -15,7 +15,7 @@ from typing import Annotated, NoReturn
 import typer
 
 from fedsea import __version__
-from fedsea.cli import ca, doctor, enroll, evaluate, export, init, output, quickstart, server, status, train
+from fedsea.cli import ca, doctor, enroll, evaluate, export, gateway, init, output, quickstart, server, status, train
 from fedsea.errors import FedseaError
 
 INTERRUPTED, TERMINATED, INTERNAL = 130, 143, 70
@@ -39,6 +39,7 @@ app.command("server", rich_help_panel="Operator")(server.server)
 app.command("enroll", rich_help_panel="Client")(enroll.enroll)
 app.command("train", rich_help_panel="Client")(train.train)
 app.command("eval", rich_help_panel="Client")(evaluate.evaluate)
+app.command("gateway", rich_help_panel="Client")(gateway.gateway)
 app.command("export", rich_help_panel="Both")(export.export)
 app.command("status", rich_help_panel="Both")(status.status)
 
