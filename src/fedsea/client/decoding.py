@@ -88,11 +88,13 @@ class Sequences:
 
     Attributes:
         lengths: Tokens of each sequence so far.
+        tokens: Their ids.
     """
 
     def __init__(self, decoder: SplitDecoder, max_tokens: int, num_sequences: int) -> None:
         self.max_tokens = max_tokens
         self.lengths = [0] * num_sequences
+        self.tokens: list[list[int]] = [[] for _ in self.lengths]
         self._decoder = decoder
         self._sources: tuple[int, ...] = ()
         self._closed = False
@@ -155,8 +157,9 @@ class Sequences:
                 sealed = decoder.trunk.seal(decoder.boundary.hidden(hidden_TH))
             output = self.session.extend(sealed, positions, lengths, sources)
             sources = ()
-            for number, length in enumerate(lengths):
-                self.lengths[number] += length
+            for number, (start, stop) in enumerate(spans):
+                self.lengths[number] += stop - start
+                self.tokens[number] += tokens[number][start:stop]
             yield _Piece(lengths, _rows(spans, [len(ids) for ids in tokens], wanted), output)
 
     @torch.inference_mode()
@@ -186,6 +189,8 @@ class Sequences:
             for cache, length in zip(caches, lengths, strict=True):
                 cache.rollback(length)
         self.lengths = list(lengths)
+        for ids, length in zip(self.tokens, lengths, strict=True):
+            del ids[length:]
 
     def reorder(self, sources: Sequence[int]) -> None:
         """Let each sequence go on from what another one (or itself) has so far, as beams do."""
@@ -196,6 +201,7 @@ class Sequences:
             self._inputs = rearranged(self._inputs, sources)
             self._outputs = rearranged(self._outputs, sources)
         self.lengths = [self.lengths[source] for source in sources]
+        self.tokens = [list(self.tokens[source]) for source in sources]
         self._sources = tuple(self._sources[source] for source in sources) if self._sources else tuple(sources)
 
     def _check_open(self) -> None:

@@ -1,50 +1,306 @@
-"""Greedy text from a split model, by running the whole prefix for every token."""
+"""Text from a split model, token by token: one round trip for each, or for several that were drafted here.
+
+>>> with generate(decoder, prompt, GenerationSettings(max_new_tokens=64)) as generation:   # doctest: +SKIP
+...     for token in generation:
+...         print(token.id)
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+import math
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 
 import torch
 
-from fedsea.client.segments import ClientSegments
-from fedsea.client.trunk import MicroBatch, Trunk
-from fedsea.privacy.boundary import Boundary
-from fedsea.types import IGNORE, TokenBatch
+from fedsea.client.decoding import Sequences, SplitDecoder
+from fedsea.client.drafters import Drafter, Drafting
+from fedsea.client.pace import Pace
+from fedsea.errors import ConfigError
+from fedsea.model.sampling import Draft, Sampler, Sampling, logprobs
+
+_LEAST_TEMPERATURE = 1e-4
+"""Below it logits overflow before they are compared."""
 
 
-def greedy(
-    segments: ClientSegments,
-    trunk: Trunk,
-    boundary: Boundary,
+@dataclass(frozen=True, slots=True)
+class GenerationSettings:
+    """How an answer is made.
+
+    Attributes:
+        max_new_tokens: Most tokens of the answer.
+        temperature: 0 takes the likeliest token each time; else logits are divided by it.
+        top_k: Draw among so many of the likeliest; 0: among all.
+        top_p: Draw among the likeliest that have so much probability together.
+        min_p: Draw among those with at least this share of the likeliest one's probability.
+        repetition_penalty: Over 1 makes tokens that occurred, in prompt or answer, less likely.
+        seed: The same one gives the same answer, whatever is drafted; None: another answer each time.
+        stop_tokens: Ids that end the answer; they are not part of it.
+        num_logprobs: -1: none; 0: the chosen token's; n: and those of the n likeliest. They are the model's own, before
+            temperature and the like.
+
+    Raises:
+        ConfigError: A value cannot work; the message says what can.
+    """
+
+    max_new_tokens: int = 128
+    temperature: float = 0.0
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    seed: int | None = None
+    stop_tokens: tuple[int, ...] = ()
+    num_logprobs: int = -1
+
+    def __post_init__(self) -> None:
+        temperature, penalty = self.temperature, self.repetition_penalty
+        allowed = (
+            ("max_new_tokens", self.max_new_tokens >= 1, "at least 1"),
+            (
+                "temperature",
+                temperature == 0 or (math.isfinite(temperature) and temperature >= _LEAST_TEMPERATURE),
+                f"0 (the likeliest token) or from {_LEAST_TEMPERATURE:g} on",
+            ),
+            ("top_k", self.top_k >= 0, "0 (off) or more"),
+            ("top_p", 0 < self.top_p <= 1, "over 0 and at most 1 (off)"),
+            ("min_p", 0 <= self.min_p <= 1, "from 0 (off) to 1"),
+            ("repetition_penalty", math.isfinite(penalty) and penalty > 0, "over 0; 1 is off"),
+            ("seed", self.seed is None or -(2**63) <= self.seed < 2**64, "an integer of 64 bits"),
+            ("num_logprobs", self.num_logprobs >= -1, "-1 (none) or more"),
+        )
+        for name, right, sentence in allowed:
+            if not right:
+                raise ConfigError(f"{name} must be {sentence}.")
+
+    @property
+    def sampling(self) -> Sampling:
+        """What a sampler needs of it."""
+        return Sampling(self.temperature, self.top_k, self.top_p, self.min_p, self.repetition_penalty)
+
+
+@dataclass(frozen=True, slots=True)
+class GeneratedToken:
+    """One token of an answer.
+
+    Attributes:
+        id: The token.
+        logprob: Its log-probability, if asked for.
+        top: The likeliest tokens with theirs, if asked for.
+    """
+
+    id: int
+    logprob: float | None = None
+    top: tuple[tuple[int, float], ...] = ()
+
+
+@dataclass(slots=True)
+class GenerationStats:
+    """What an answer took, so far.
+
+    Attributes:
+        prompt_tokens: Tokens of the prompt.
+        cached_tokens: Those of them that the sequence held already.
+        new_tokens: Tokens given out.
+        round_trips: Times that the trunk was waited for.
+        drafted: Tokens that were drafted and sent.
+        accepted: Those of them that the model agreed with.
+        first_token_s: Time to the first token.
+        seconds: Time spent here and waiting for the trunk; not what the caller did between tokens.
+    """
+
+    prompt_tokens: int
+    cached_tokens: int = 0
+    new_tokens: int = 0
+    round_trips: int = 0
+    drafted: int = 0
+    accepted: int = 0
+    first_token_s: float = 0.0
+    seconds: float = 0.0
+
+    @property
+    def tokens_per_s(self) -> float:
+        """Tokens a second after the first one, or all over all if there is but one trip."""
+        after_s = self.seconds - self.first_token_s
+        if self.new_tokens > 1 and after_s > 0:
+            return (self.new_tokens - 1) / after_s
+        return self.new_tokens / self.seconds if self.seconds else 0.0
+
+
+class Generation:
+    """An answer as it comes: an iterator of `GeneratedToken`. Made by `generate`.
+
+    It gives its memory back, here and at the trunk's owner, when it ends, fails, is closed or is forgotten.
+
+    Attributes:
+        stats: See `GenerationStats`.
+    """
+
+    def __init__(self, run: _Run) -> None:
+        self._run = run
+        self._tokens = run.tokens()  # refers to `run`, not to this object: forgetting it closes the generator
+        self.stats = run.stats
+
+    @property
+    def finish_reason(self) -> str | None:
+        """ "stop": at one of the stop tokens; "length": at `max_new_tokens`; None: not finished."""
+        return self._run.finish_reason
+
+    def __iter__(self) -> Generation:
+        return self
+
+    def __next__(self) -> GeneratedToken:
+        return next(self._tokens)
+
+    def close(self) -> None:
+        """End here; may be called twice. Sequences that were handed to `generate` stay open."""
+        self._tokens.close()
+
+    def __enter__(self) -> Generation:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def generate(
+    decoder: SplitDecoder,
     prompt: Sequence[int],
+    settings: GenerationSettings,
     *,
-    max_new_tokens: int,
-    stop: int | None = None,
-) -> list[int]:
-    """Continue a prompt with the likeliest token each time; there is no cache, so the cost grows with the square.
+    drafter: Drafter | None = None,
+    sequences: Sequences | None = None,
+) -> Generation:
+    """Continue a prompt; nothing is computed before the first token is asked for.
 
     Args:
-        segments: This client's segments.
-        trunk: Where hidden states go.
-        boundary: Maker of releases.
+        decoder: The split model.
         prompt: Token ids, at least one.
-        max_new_tokens: Most tokens to add.
-        stop: Token id that ends the text; it is not returned.
+        settings: How.
+        drafter: Drafts tokens, so that a round trip may give several; None: one at a time. It changes how fast tokens
+            come, not which: greedy or seeded ones are the same, others have the same probabilities.
+        sequences: One sequence to be used, which stays open. What it holds as a common prefix with the prompt is not
+            computed again; the rest of what it holds is forgotten.
 
-    Returns:
-        The new token ids.
+    Raises:
+        ConfigError: The prompt is empty, or with the answer too long, or `sequences` are several.
     """
-    segments.train(False)
-    ids = list(prompt)
-    for number in range(max_new_tokens):
-        ids_T = torch.tensor(ids)
-        batch = TokenBatch(ids_T, torch.full_like(ids_T, IGNORE), (len(ids),))
-        where = MicroBatch(number, 0, 0, 1, batch.lengths, 0, segments.trunk_blocks)
-        sealed = trunk.seal(boundary.hidden(segments.evaluate_embed(batch)))
-        hidden_TH = trunk.evaluate(where, sealed).result()
-        with torch.no_grad():
-            token = int(segments.output_blocks.last_logits(hidden_TH.to(segments.device), batch.lengths).argmax())
-        if token == stop:
-            break
-        ids.append(token)
-    return ids[len(prompt) :]
+    if not prompt:
+        raise ConfigError("The prompt is empty: give at least one token (the tokenizer's begin-of-text token will do).")
+    total = len(prompt) + settings.max_new_tokens
+    most = decoder.max_tokens if sequences is None else sequences.max_tokens
+    if total > most:
+        raise ConfigError(
+            f"Prompt and answer together may have {most} tokens here, and {len(prompt)} and up to "
+            f"{settings.max_new_tokens} were asked for: shorten the prompt or lower max_new_tokens."
+        )
+    if sequences is not None and len(sequences.lengths) != 1:
+        raise ConfigError("An answer needs sequences of one: open them with num_sequences=1.")
+    return Generation(_Run(decoder, list(prompt), settings, drafter, sequences))
+
+
+class _Run:
+    """The loop of one generation."""
+
+    def __init__(
+        self,
+        decoder: SplitDecoder,
+        tokens: list[int],
+        settings: GenerationSettings,
+        drafter: Drafter | None,
+        sequences: Sequences | None,
+    ) -> None:
+        self.stats = GenerationStats(len(tokens))
+        self.finish_reason: str | None = None
+        self._decoder = decoder
+        self._all = tokens
+        self._settings = settings
+        self._drafter = drafter
+        self._given = sequences
+        self._sampler = Sampler(settings.sampling, settings.seed, decoder.segments.device)
+        self._stop = frozenset(settings.stop_tokens)
+        self._pace = Pace(0 if drafter is None else drafter.most)
+
+    def tokens(self) -> Iterator[GeneratedToken]:
+        """The answer; sequences and drafter are open for as long as this runs."""
+        with contextlib.ExitStack() as stack:
+            began = time.perf_counter()
+            length = len(self._all) + self._settings.max_new_tokens
+            sequences = self._given or stack.enter_context(self._decoder.open(length))
+            self._reuse(sequences)
+            drafting: Drafting | None = None
+            while self.finish_reason is None:
+                if self.stats.round_trips and drafting is None and self._drafter is not None:
+                    begun = self._drafter.begin(length, self._decoder.vocab_size)
+                    drafting = stack.enter_context(contextlib.closing(begun))
+                draft = Draft(()) if drafting is None else self._draft(drafting)
+                found = self._trip(sequences, draft)
+                now = time.perf_counter()
+                self.stats.seconds += now - began
+                self.stats.first_token_s = self.stats.first_token_s or self.stats.seconds
+                yield from self._counted(found)
+                began = time.perf_counter()
+
+    def _counted(self, found: list[GeneratedToken]) -> Iterator[GeneratedToken]:
+        for token in found:
+            self.stats.new_tokens += 1
+            yield token
+
+    def _reuse(self, sequences: Sequences) -> None:
+        """Go back to where the sequence still agrees with the prompt, whose last token at least is to be run."""
+        held, kept = sequences.tokens[0], 0
+        for mine, theirs in zip(held, self._all[:-1], strict=False):
+            if mine != theirs:
+                break
+            kept += 1
+        self.stats.cached_tokens = kept
+        if kept < len(held):
+            sequences.rollback([kept])
+
+    def _draft(self, drafting: Drafting) -> Draft:
+        # The last token needs no draft after it: a trip always gives one of the model's own.
+        left = self.stats.prompt_tokens + self._settings.max_new_tokens - len(self._all) - 1
+        most = min(self._pace.choose(), left)
+        if most < 1:
+            return Draft(())
+        began = time.perf_counter()
+        draft = drafting.draft(self._all, most, self._sampler)
+        self._pace.drafted(len(draft.tokens), time.perf_counter() - began)
+        return draft
+
+    def _trip(self, sequences: Sequences, draft: Draft) -> list[GeneratedToken]:
+        """One round trip: run what is not in the cache and the draft, take what the model agrees with."""
+        drafted = len(draft.tokens)
+        new = [*self._all[sequences.lengths[0] :], *draft.tokens]
+        began = time.perf_counter()
+        logits_RV = sequences.extend([new], [drafted + 1])
+        if self.stats.round_trips:  # the first one is the prompt's
+            self._pace.tripped(len(new), time.perf_counter() - began)
+        taken = self._sampler.verify(self._all, logits_RV, draft)
+        self._all += taken
+        if len(taken) <= drafted:
+            sequences.rollback([len(self._all) - 1])
+        self.stats.round_trips += 1
+        self.stats.drafted += drafted
+        self.stats.accepted += len(taken) - 1
+        self._pace.verified(drafted, len(taken) - 1)
+        return self._finish(taken, logits_RV)
+
+    def _finish(self, taken: list[int], logits_RV: torch.Tensor) -> list[GeneratedToken]:
+        """The tokens as they are given out, up to a stop."""
+        found = []
+        for token, logits_V in zip(taken, logits_RV, strict=False):
+            if token in self._stop:
+                self.finish_reason = "stop"
+                return found
+            found.append(self._described(token, logits_V))
+        if len(self._all) - self.stats.prompt_tokens >= self._settings.max_new_tokens:
+            self.finish_reason = "length"
+        return found
+
+    def _described(self, token: int, logits_V: torch.Tensor) -> GeneratedToken:
+        if self._settings.num_logprobs < 0:
+            return GeneratedToken(token)
+        return GeneratedToken(token, *logprobs(logits_V, token, self._settings.num_logprobs))

@@ -9,8 +9,9 @@ from pathlib import Path
 import torch
 
 from fedsea.client import setup
+from fedsea.client.decoding import SplitDecoder
 from fedsea.client.evaluation import evaluate
-from fedsea.client.generation import greedy
+from fedsea.client.generation import GenerationSettings, generate
 from fedsea.client.local_trunk import LocalTrunk
 from fedsea.client.segments import ClientSegments
 from fedsea.client.setup import ClientOptions
@@ -86,8 +87,11 @@ class Comparison:
         end = self._tokenizer.eos_token_id
         if ids and ids[-1] == end:
             ids = ids[:-1]
-        boundary = Boundary(self._plan.trust.mode)
-        new = greedy(self._segments, trunk, boundary, ids, max_new_tokens=max_new_tokens, stop=end)
+        decoder = SplitDecoder(self._plan, self._segments, trunk, Boundary(self._plan.trust.mode))
+        most = min(max_new_tokens, decoder.max_tokens - len(ids))
+        settings = GenerationSettings(max_new_tokens=most, stop_tokens=() if end is None else (end,))
+        with generate(decoder, ids, settings) as generation:
+            new = [token.id for token in generation]
         return str(self._tokenizer.decode(new, skip_special_tokens=True))
 
     def _load(self, parameters: Tensors | None) -> None:
