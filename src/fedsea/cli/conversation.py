@@ -1,0 +1,135 @@
+"""The conversation behind `fedsea chat`: what was said, and the caches that remember it."""
+
+from __future__ import annotations
+
+import contextlib
+import signal
+import threading
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from types import FrameType
+
+from fedsea.cli import answering as a
+from fedsea.cli.answering import Answer
+from fedsea.client.decoding import Sequences
+from fedsea.client.generation import GenerationSettings
+from fedsea.client.inference import OpenedDecoder
+from fedsea.data.prompts import PromptMaker
+from fedsea.errors import ConfigError
+
+_LEAST_TOKENS = 1024
+"""Memory is set aside for so many at least, and for twice as many as are needed whenever it has to be more."""
+
+
+class Conversation:
+    """Turns with one model; the caches of what was said stay, here and at the server.
+
+    Args:
+        opened: The model.
+        settings: How to choose tokens.
+        drafter: See `answering.pick_drafter`.
+        stop: Texts that end an answer.
+        system: How the model is to behave, or None.
+    """
+
+    def __init__(
+        self,
+        opened: OpenedDecoder,
+        settings: GenerationSettings,
+        drafter: str = "none",
+        stop: Sequence[str] = (),
+        system: str | None = None,
+    ) -> None:
+        self._opened = opened
+        self._settings = settings
+        self._drafter = a.pick_drafter(drafter, opened)
+        self._stop = stop
+        self._first = [] if system is None else [{"role": "system", "content": system}]
+        self._messages = list(self._first)
+        self._prompts = PromptMaker(opened.tokenizer)
+        self._sequences: Sequences | None = None
+        self.answers: list[Answer] = []
+
+    def say(self, text: str) -> Answer:
+        """One turn: what the user says, and the model's answer, which is shown as it comes.
+
+        Ctrl-C ends the answer after the token under way; a second one at once, where the server does not answer.
+
+        Raises:
+            FedseaError: There is no answer; the conversation is as it was before.
+        """
+        asked = [*self._messages, {"role": "user", "content": text}]
+        ids = self._prompts.chat(asked)
+        settings = self._fitting(len(ids))
+        try:
+            with _interruptible() as interrupted:
+                found = a.answer(
+                    self._opened,
+                    ids,
+                    settings,
+                    a.show,
+                    drafter=self._drafter,
+                    sequences=self._room(len(ids)),
+                    stop=self._stop,
+                    ended=interrupted.is_set,
+                )
+        except BaseException:  # also a second Ctrl-C: a message under way leaves the caches out of step
+            self.close()
+            raise
+        self._messages = [*asked, {"role": "assistant", "content": found.text}]
+        self.answers.append(found)
+        return found
+
+    def reset(self) -> None:
+        """Forget what was said; figures of answers stay."""
+        self._messages = list(self._first)
+        self.close()
+
+    def close(self) -> None:
+        """Give the caches back; the next turn computes what it needs again."""
+        if self._sequences is not None:
+            self._sequences.close()
+            self._sequences = None
+
+    def _fitting(self, num_prompt: int) -> GenerationSettings:
+        """The settings with as long an answer as there is room for.
+
+        Raises:
+            ConfigError: There is none.
+        """
+        left = self._opened.decoder.max_tokens - num_prompt
+        if left < 1:
+            raise ConfigError(
+                f"The conversation has grown to {num_prompt} tokens, and {self._opened.decoder.max_tokens} is the most "
+                "here, answer included: /reset begins a new one."
+            )
+        return replace(self._settings, max_new_tokens=min(self._settings.max_new_tokens, left))
+
+    def _room(self, num_prompt: int) -> Sequences:
+        """The sequence to go on with; a larger one where the answer might not fit."""
+        decoder = self._opened.decoder
+        needed = min(num_prompt + self._settings.max_new_tokens, decoder.max_tokens)
+        if self._sequences is None or self._sequences.max_tokens < needed:
+            self.close()
+            self._sequences = decoder.open(min(max(_LEAST_TOKENS, 2 * needed), decoder.max_tokens))
+        return self._sequences
+
+
+@contextlib.contextmanager
+def _interruptible() -> Iterator[threading.Event]:
+    """Ctrl-C sets the event; once it is set, the next one raises `KeyboardInterrupt`."""
+    asked = threading.Event()
+
+    def on_interrupt(_number: int, _frame: FrameType | None) -> None:
+        if asked.is_set():
+            raise KeyboardInterrupt
+        asked.set()
+
+    if threading.current_thread() is not threading.main_thread():
+        yield asked
+        return
+    before = signal.signal(signal.SIGINT, on_interrupt)
+    try:
+        yield asked
+    finally:
+        signal.signal(signal.SIGINT, before)

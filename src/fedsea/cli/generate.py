@@ -1,0 +1,191 @@
+"""`fedsea generate`: one answer of the federation's model."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from contextlib import nullcontext
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, BinaryIO
+
+import typer
+
+from fedsea.cli import answering as a
+from fedsea.cli import options as o
+from fedsea.cli import output
+
+if TYPE_CHECKING:
+    from fedsea.cli.answering import Answer
+    from fedsea.client.generation import GenerationSettings
+    from fedsea.client.setup import ClientOptions
+
+_TEMPLATES = ("text", "instruction", "chat")
+_MOST_PROMPT_BYTES = 16 << 20
+
+
+def generate(
+    prompt: Annotated[
+        str | None, typer.Argument(help="The text to go on from; `-` or none reads standard input.", show_default=False)
+    ] = None,
+    server: o.Server = None,
+    identity: o.Identity = Path("identity"),
+    run: a.Run = Path("runs/client"),
+    base: a.Base = False,
+    model: o.Model = None,
+    settings: o.Settings = None,
+    file: Annotated[
+        Path | None, typer.Option(metavar="PATH", help="Read the prompt here; a line break at its end does not count.")
+    ] = None,
+    template: Annotated[
+        str,
+        typer.Option(metavar="NAME", help="What training put around it: text (nothing), instruction or chat."),
+    ] = "text",
+    max_new_tokens: a.MaxNewTokens = 256,
+    temperature: a.Temperature = 0.0,
+    top_k: a.TopK = 0,
+    top_p: a.TopP = 1.0,
+    min_p: a.MinP = 0.0,
+    repetition_penalty: a.RepetitionPenalty = 1.0,
+    seed: a.Seed = None,
+    stop: a.Stop = None,
+    drafter: a.DrafterName = "prompt-lookup",
+    stats: Annotated[bool, typer.Option("--stats", help="Say afterwards, on stderr, how fast it was.")] = False,
+    threads: o.Threads = None,
+    device: o.Device = "cpu",
+    retry_for: o.RetryFor = 60.0,
+    as_json: o.Json = False,
+) -> None:
+    """Let the federation's model go on from a text; the answer goes to stdout as it comes.
+
+    Needs the run folder of `fedsea train`, the base model and the server, which runs the trunk. It keeps no text.
+
+    Example: `fedsea generate --server fedsea.example.org:7443 --run runs/clinic "The patient was"`
+
+    A question, in the template of training: `fedsea generate --server fedsea.example.org:7443 --run runs/clinic
+    --template instruction --file question.txt --json`
+    """
+    output.begin(as_json=as_json, quiet=True)
+    text = _read(prompt, file)
+    if template not in _TEMPLATES:
+        raise typer.BadParameter(f"choose one of {', '.join(_TEMPLATES)}", param_hint="--template")
+    a.check_drafter(drafter)
+    options = o.client_options(
+        o.need_server(server),
+        identity,
+        run=run,
+        model=model,
+        settings=settings,
+        threads=threads,
+        device=device,
+        retry_for=retry_for,
+    )
+    wanted = a.generation_settings(
+        max_new_tokens=max_new_tokens,
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+        min_p=min_p,
+        repetition_penalty=repetition_penalty,
+        seed=seed,
+        stop=stop,
+    )
+    found = _generate(options, text, template, wanted, drafter=drafter, stop=stop or (), base=base, silent=as_json)
+    if as_json:
+        output.result(_document(found))
+        return
+    output.say("")
+    if stats:
+        sys.stderr.write(a.figures([found.stats], found.bytes_sent, found.bytes_received) + "\n")
+
+
+def _generate(
+    options: ClientOptions,
+    text: str,
+    template: str,
+    wanted: GenerationSettings,
+    *,
+    drafter: str,
+    stop: Sequence[str],
+    base: bool,
+    silent: bool,
+) -> Answer:
+    from dataclasses import replace
+
+    from fedsea.client.inference import open_decoder
+    from fedsea.data.prompts import PromptMaker
+    from fedsea.data.templates import instruction_prompt
+
+    with open_decoder(options, base=base) as opened:
+        prompts = PromptMaker(opened.tokenizer)
+        if template == "chat":
+            ids = prompts.chat([{"role": "user", "content": text}])
+        else:
+            ids = prompts.text(instruction_prompt(text) if template == "instruction" else text)
+        wanted = replace(wanted, stop_tokens=opened.stop_tokens)
+        return a.answer(
+            opened,
+            ids,
+            wanted,
+            (lambda _: None) if silent else a.show,
+            drafter=a.pick_drafter(drafter, opened),
+            stop=stop,
+            continues=template == "text",
+        )
+
+
+def _document(found: Answer) -> dict[str, Any]:
+    stats = found.stats
+    return {
+        "text": found.text,
+        "finish_reason": found.finish_reason,
+        "prompt_tokens": stats.prompt_tokens,
+        "new_tokens": stats.new_tokens,
+        "stats": {
+            "round_trips": stats.round_trips,
+            "drafted": stats.drafted,
+            "accepted": stats.accepted,
+            "first_token_s": round(stats.first_token_s, 6),
+            "seconds": round(stats.seconds, 6),
+            "tokens_per_s": round(stats.tokens_per_s, 3),
+            "bytes_sent": found.bytes_sent,
+            "bytes_received": found.bytes_received,
+        },
+    }
+
+
+def _read(prompt: str | None, file: Path | None) -> str:
+    """The prompt: the argument, a file, or standard input.
+
+    Raises:
+        ConfigError: There is none, or more than one.
+        DataError: It cannot be read.
+    """
+    from fedsea.errors import ConfigError, DataError
+
+    if prompt is not None and file is not None:
+        raise ConfigError("Give a prompt or --file, not both.")
+    if prompt is None and file is None and sys.stdin.isatty():
+        raise ConfigError('Give a prompt: fedsea generate … "The patient was", or --file, or pipe it in.')
+    where = "The prompt" if file is None else str(file)
+    try:
+        if prompt is not None and prompt != "-":
+            text = prompt.encode(errors="surrogateescape").decode()
+        else:
+            text = _whole(sys.stdin.buffer if file is None else file).removesuffix("\n").removesuffix("\r")
+    except UnicodeDecodeError:
+        raise DataError(f"{where} is no UTF-8 text: convert it, for example with iconv.") from None
+    except OSError as error:
+        raise DataError(f"{where} cannot be read ({error.strerror}): check the path after --file.") from None
+    if not text.strip():
+        raise ConfigError(f"{where} is empty: a prompt needs text.")
+    return text
+
+
+def _whole(source: Path | BinaryIO) -> str:
+    from fedsea.errors import DataError
+
+    with source.open("rb") if isinstance(source, Path) else nullcontext(source) as stream:
+        data = stream.read(_MOST_PROMPT_BYTES + 1)
+    if len(data) > _MOST_PROMPT_BYTES:
+        raise DataError(f"A prompt may have {_MOST_PROMPT_BYTES >> 20} MB: no model reads more at once.")
+    return data.decode("utf-8-sig")
