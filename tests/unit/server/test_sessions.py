@@ -1,0 +1,408 @@
+"""Sessions at the server: who gets one, whose it is, what ends it, and that its memory comes back."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from fedsea.types import BlockRange
+from fedsea.wire import messages as m
+from tests.unit.server.session_world import SIZE, TOKEN_BYTES, Stream, World, rows
+
+
+def refused(answer: m.Message, code: str, text: str) -> m.SessionFailed:
+    assert isinstance(answer, m.SessionFailed), answer
+    assert answer.code == code
+    assert text in answer.message
+    return answer
+
+
+# --- admission --------------------------------------------------------------------------------------------------------
+
+
+def test_memory_is_counted_in_pages_and_comes_back():
+    world = World()
+    stream = Stream(world, "a")
+    opened = stream.open(max_tokens=33, num_sequences=3)
+    assert isinstance(opened, m.SessionOpened)
+    assert (opened.held, opened.version, opened.lease_s) == ((0, 0, 0), 0, 300.0)
+    assert world.used == (6, 6 * 32 * TOKEN_BYTES, 3)
+    stream.send(m.SessionClose(0))
+    stream.send(m.SessionClose(0))
+    assert world.used == (0, 0, 0)
+
+
+def test_full_memory_says_when_to_try_again_and_has_room_when_somebody_leaves():
+    room = (1 << 20) // TOKEN_BYTES
+    world = World("a", "b", kv_memory_mb=1, max_tokens=room)
+    first, second = Stream(world, "a"), Stream(world, "b")
+    first.open(max_tokens=room)
+    answer = refused(second.open(max_tokens=32), "CAPACITY", "full at the moment")
+    assert answer.retry_after_s > 0
+    second.forward(0, 0, rows(1))  # sent at once, as clients do
+    refused(second.answers[-1], "SESSION_LOST", "open it again")
+    first.send(m.SessionClose(0))
+    assert isinstance(second.open(max_tokens=32), m.SessionOpened)
+
+
+def test_session_that_can_never_fit_is_refused_for_good():
+    world = World(kv_memory_mb=1, max_tokens=1 << 20, max_sequences=4)
+    stream = Stream(world, "a")
+    refused(stream.open(max_tokens=1 << 16), "PROTOCOL", "inference.kv_memory_mb")
+    refused(stream.open(max_tokens=(1 << 20) + 1), "PROTOCOL", "inference.max_tokens is")
+    refused(stream.open(num_sequences=5), "PROTOCOL", "inference.max_sequences is")
+    assert world.used == (0, 0, 0)
+
+
+def test_client_has_so_many_sequences_and_others_have_theirs():
+    world = World("a", "b", max_sequences=4)
+    stream = Stream(world, "a")
+    stream.open(0, num_sequences=3)
+    refused(stream.open(1, num_sequences=2), "CAPACITY", "inference.max_sequences")
+    assert isinstance(stream.open(1, num_sequences=1), m.SessionOpened)
+    assert isinstance(Stream(world, "b").open(num_sequences=4), m.SessionOpened)
+
+
+def test_other_blocks_than_the_plans_are_refused():
+    stream = Stream(World(), "a")
+    stream.send(m.SessionOpen(0, 7, 1, 8, BlockRange(0, 4)))
+    refused(stream.take(), "PROTOCOL", "other blocks than 1:4")
+
+
+def test_server_that_is_not_ready_asks_for_patience_and_one_without_inference_does_not():
+    stream = Stream(World(published=False), "a")
+    assert refused(stream.open(), "CAPACITY", "not ready").retry_after_s < 1
+    refused(Stream(World(enabled=False), "a").open(), "CONFIG", "inference.enabled = false")
+    world = World()
+    world.trunk.caches = False
+    refused(Stream(world, "a").open(), "CONFIG", "cannot decode with a cache")
+
+
+# --- what a session computes, and whose it is -------------------------------------------------------------------------
+
+
+def test_output_is_that_of_the_sessions_own_past():
+    world = World()
+    streams = {name: Stream(world, name) for name in ("a", "b")}
+    texts = {name: rows(6, seed) for seed, name in enumerate(streams)}
+    for stream in streams.values():
+        stream.open()
+    for start, stop in ((0, 3), (3, 4), (4, 6)):
+        for name, stream in streams.items():
+            stream.forward(0, start, texts[name][start:stop], start)
+        world.run()
+        for name, stream in streams.items():
+            if start == 0:
+                stream.take()
+            expected = texts[name].cumsum(0)[start:stop]
+            torch.testing.assert_close(stream.outputs(), {(0, start): expected})
+
+
+def test_message_of_another_clients_session_is_lost_and_changes_nothing():
+    world = World()
+    own, foreign = Stream(world, "a"), Stream(world, "b")
+    own.open(owner=7)
+    own.take()
+    foreign.owners[0] = 7  # whatever it says about itself: the name comes from its certificate
+    foreign.forward(0, 0, rows(3, 1))
+    foreign.send(m.SessionClose(0))
+    refused(foreign.take(), "SESSION_LOST", "does not know")
+    own.forward(0, 0, rows(2))
+    world.run()
+    torch.testing.assert_close(own.outputs(), {(0, 0): rows(2).cumsum(0)})
+
+
+def test_same_number_of_another_process_of_a_client_is_another_session():
+    world = World()
+    streams = [Stream(world, "a"), Stream(world, "a")]
+    for owner, stream in enumerate(streams):
+        stream.open(owner=owner)
+        stream.take()
+        stream.forward(0, 0, rows(2, owner))
+    world.run()
+    for owner, stream in enumerate(streams):
+        torch.testing.assert_close(stream.outputs(), {(0, 0): rows(2, owner).cumsum(0)})
+
+
+def test_silent_messages_are_answered_without_a_tensor():
+    world = World()
+    stream = Stream(world, "a")
+    stream.open()
+    stream.take()
+    stream.forward(0, 0, rows(3), silent=True)
+    world.run()
+    answer = stream.take()
+    assert isinstance(answer, m.SessionOutput)
+    assert answer.tensors.tensors == {}
+
+
+@pytest.mark.parametrize(
+    ("wrong", "code"),
+    [
+        ({"number": 1, "rows": rows(1), "position": 5}, "PROTOCOL"),
+        ({"number": 1, "rows": rows(2), "position": (2, 0), "lengths": (1, 1)}, "PROTOCOL"),
+        ({"number": 1, "rows": rows(31), "position": 2}, "CAPACITY"),
+        ({"number": 1, "rows": rows(3000), "position": 0}, "PROTOCOL"),
+    ],
+    ids=["out of order", "other sequences", "too long", "too large"],
+)
+def test_wrong_message_ends_its_session_alone_and_gives_the_memory_back(wrong, code):
+    world = World()
+    bad, good = Stream(world, "a"), Stream(world, "b")
+    for stream in (good, bad):
+        stream.open()
+        stream.take()
+        stream.forward(0, 0, rows(2))
+        world.run()
+        stream.outputs()
+    before = world.used
+    bad.forward(0, **{"position": 0, **wrong})
+    bad.forward(0, 2, rows(1), 3)
+    good.forward(0, 1, rows(1, 5), 2)
+    world.run()
+    codes = [answer.code for answer in bad.answers]
+    assert codes[0] == code
+    assert set(codes[1:]) <= {"SESSION_LOST"}
+    torch.testing.assert_close(good.outputs(), {(0, 1): rows(2).sum(0) + rows(1, 5)})
+    assert world.used == (before[0] - 1, before[1] - 32 * TOKEN_BYTES, 1)
+
+
+def test_what_was_not_finite_does_not_reach_whoever_has_the_slot_next():
+    world = World()
+    bad = Stream(world, "a")
+    bad.open()
+    bad.take()
+    bad.forward(0, 0, torch.full((3, SIZE), 3e38))
+    world.run()
+    refused(bad.take(), "NON_FINITE", "not finite")
+    heir = Stream(world, "b")
+    heir.open()
+    cache = next(iter(world.sessions._sessions.values())).memory.caches[0]
+    for memory in cache.slab._blocks[0] or ():
+        assert torch.equal(memory[cache.slot], torch.zeros_like(memory[cache.slot]))
+
+
+def test_failure_of_the_engine_is_one_sessions_and_others_of_its_batch_go_on(caplog):
+    world = World()
+    world.trunk.fails = lambda hidden: RuntimeError("no kernel") if hidden[0, 0] == 99 else None
+    bad, good = Stream(world, "a"), Stream(world, "b")
+    for stream, value in ((bad, torch.full((1, SIZE), 99.0)), (good, rows(1))):
+        stream.open()
+        stream.take()
+        stream.forward(0, 0, value)
+    world.run()
+    refused(bad.take(), "FEDSEA", "logged why")
+    torch.testing.assert_close(good.outputs(), {(0, 0): rows(1)})
+    assert "99" not in caplog.text.replace("99.py", "")
+    assert world.used[0] == 1
+
+
+def test_client_that_sends_without_end_loses_that_session():
+    world = World()
+    stream = Stream(world, "a")
+    stream.open()
+    stream.take()
+    for number in range(70):
+        stream.forward(0, number, rows(1))
+    refused(stream.take(), "PROTOCOL", "Too many messages")
+    world.run()
+    assert world.used == (0, 0, 0)
+    assert {answer.code for answer in stream.answers} == {"SESSION_LOST"}
+
+
+# --- ends while the engine works --------------------------------------------------------------------------------------
+
+
+def test_slot_is_not_given_away_while_the_engine_writes_to_it():
+    world = World("a", "b", kv_memory_mb=1)
+    stream = Stream(world, "a")
+    stream.open()
+    stream.take()
+    stream.forward(0, 0, rows(2))
+    deliver = world.start()
+    stream.send(m.SessionClose(0))
+    assert world.used == (1, 32 * TOKEN_BYTES, 1), "what is not free is not counted as free"
+    deliver()
+    assert world.used == (0, 0, 0)
+    assert stream.answers == []
+
+
+def test_session_that_is_closed_before_its_batch_ran_never_runs():
+    world = World()
+    stream = Stream(world, "a")
+    stream.open()
+    stream.take()
+    stream.forward(0, 0, rows(2))
+    stream.send(m.SessionClose(0))
+    assert world.used == (0, 0, 0)
+    calls = world.trunk.num_calls
+    world.run()
+    assert world.trunk.num_calls == calls
+    assert stream.answers == []
+
+
+def test_session_without_a_message_ends_with_its_lease_and_one_at_work_does_not():
+    world = World(lease_s=10)
+    stream = Stream(world, "a")
+    for session in (0, 1):
+        stream.open(session)
+        stream.take()
+    stream.forward(1, 0, rows(2))
+    deliver = world.start()
+    world.now = 10.5
+    world.sessions.tick()
+    assert world.used[2] == 1
+    deliver()
+    torch.testing.assert_close(stream.outputs(), {(1, 0): rows(2).cumsum(0)})
+    world.now = 20.0
+    world.sessions.tick()
+    assert world.used[2] == 1, "the answer has renewed the lease"
+    world.now = 21.0
+    world.sessions.tick()
+    assert world.used == (0, 0, 0)
+    stream.forward(1, 1, rows(1), 2)
+    refused(stream.take(), "SESSION_LOST", "does not know")
+
+
+def test_goodbye_ends_the_sessions_of_that_stream():
+    world = World()
+    leaving, staying = Stream(world, "a"), Stream(world, "a")
+    leaving.open(0, owner=1)
+    leaving.open(1, owner=1)
+    staying.open(0, owner=2)
+    world.sessions.leave(leaving.owners)
+    assert world.used[2] == 1
+    staying.forward(0, 0, rows(1))
+    world.run()
+    assert isinstance(staying.answers[-1], m.SessionOutput)
+
+
+# --- a stream that broke ----------------------------------------------------------------------------------------------
+
+
+def reopened(world: World, stream: Stream) -> tuple[Stream, m.SessionOpened]:
+    """The same session on a new stream of its client."""
+    new = Stream(world, stream.client)
+    answer = new.open()
+    assert isinstance(answer, m.SessionOpened)
+    new.take()
+    return new, answer
+
+
+def test_reopened_session_still_has_its_past():
+    world = World()
+    old = Stream(world, "a")
+    old.open()
+    old.forward(0, 0, rows(3))
+    world.run()
+    new, opened = reopened(world, old)
+    assert opened.held == (3,)
+    assert world.used[2] == 1
+    new.forward(0, 1, rows(1, 1), 3)
+    world.run()
+    torch.testing.assert_close(new.outputs(), {(0, 1): rows(3).sum(0) + rows(1, 1)})
+
+
+def test_messages_that_come_late_on_the_old_stream_do_not_run_between_those_of_the_new_one():
+    world = World()
+    old = Stream(world, "a")
+    old.open()
+    old.forward(0, 0, rows(6))
+    world.run()
+    old.answers.clear()
+    new, _ = reopened(world, old)
+    # Number 1 goes back to token 2; number 2 follows it. Of the old stream's copies only the second one comes.
+    old.forward(0, 2, rows(1, 2), 4)
+    refused(old.take(), "SESSION_LOST", "does not know")
+    old.send(m.SessionClose(0))
+    new.forward(0, 1, rows(2, 1), 2)
+    new.forward(0, 2, rows(1, 2), 4)
+    world.run()
+    got = new.outputs()
+    past = rows(6)[:2].sum(0) + rows(2, 1).sum(0)
+    assert got.keys() == {(0, 1), (0, 2)}
+    torch.testing.assert_close(got[0, 2], past + rows(1, 2))
+
+
+def test_output_of_a_message_of_the_old_stream_does_not_answer_one_of_the_new_stream():
+    world = World()
+    old = Stream(world, "a")
+    old.open()
+    old.take()
+    old.forward(0, 0, rows(3))
+    deliver = world.start()
+    new, _ = reopened(world, old)
+    new.forward(0, 0, rows(3))
+    deliver()
+    assert new.answers == [] == old.answers
+    world.run()
+    torch.testing.assert_close(new.outputs(), {(0, 0): rows(3).cumsum(0)})
+
+
+def test_what_did_not_run_before_the_stream_broke_runs_once():
+    world = World()
+    old = Stream(world, "a")
+    old.open()
+    old.take()
+    for number in range(3):
+        old.forward(0, number, rows(1, number), number)
+    new, opened = reopened(world, old)
+    assert opened.held == (0,)
+    for number in range(3):
+        new.forward(0, number, rows(1, number), number)
+    world.run()
+    got = new.outputs()
+    assert old.answers == []
+    torch.testing.assert_close(got[0, 2], sum(rows(1, number) for number in range(3)))
+
+
+def test_failure_of_a_message_of_the_old_stream_is_told_on_the_new_one():
+    world = World()
+    old = Stream(world, "a")
+    old.open()
+    old.forward(0, 0, rows(1), 3)
+    deliver = world.start()
+    new, _ = reopened(world, old)
+    deliver()
+    refused(new.take(), "PROTOCOL", "out of order")
+    assert world.used == (0, 0, 0)
+
+
+def test_session_is_not_opened_again_in_another_shape():
+    world = World()
+    stream = Stream(world, "a")
+    stream.open(num_sequences=2)
+    refused(stream.open(num_sequences=3), "PROTOCOL", "another shape")
+    assert world.used[2] == 2
+
+
+# --- versions ---------------------------------------------------------------------------------------------------------
+
+
+def test_session_keeps_the_version_it_was_opened_with():
+    world = World()
+    stream = Stream(world, "a")
+    stream.open(0)
+    world.publish(5)
+    stream.open(1)
+    assert [answer.version for answer in stream.answers] == [0, 5]
+    again = Stream(world, "a")
+    assert again.open(0).version == 0
+    assert again.open(1).version == 5
+
+
+def test_status_counts_what_there_is():
+    world = World()
+    stream = Stream(world, "a")
+    stream.open(0, num_sequences=2)
+    stream.forward(0, 0, rows(3), (0, 0), lengths=(2, 1))
+    world.run()
+    status = world.sessions.status()
+    assert {key: status[key] for key in ("sessions", "sequences", "tokens", "batches", "pages")} == {
+        "sessions": 1,
+        "sequences": 2,
+        "tokens": 3,
+        "batches": 1,
+        "pages": 2,
+    }
+    assert status["kv_bytes"] <= status["kv_bytes_limit"]
