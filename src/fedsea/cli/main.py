@@ -15,7 +15,22 @@ from typing import Annotated, NoReturn
 import typer
 
 from fedsea import __version__
-from fedsea.cli import ca, doctor, enroll, evaluate, export, gateway, init, output, quickstart, server, status, train
+from fedsea.cli import (
+    ca,
+    chat,
+    doctor,
+    enroll,
+    evaluate,
+    export,
+    gateway,
+    generate,
+    init,
+    output,
+    quickstart,
+    server,
+    status,
+    train,
+)
 from fedsea.errors import FedseaError
 
 INTERRUPTED, TERMINATED, INTERNAL = 130, 143, 70
@@ -39,6 +54,8 @@ app.command("server", rich_help_panel="Operator")(server.server)
 app.command("enroll", rich_help_panel="Client")(enroll.enroll)
 app.command("train", rich_help_panel="Client")(train.train)
 app.command("eval", rich_help_panel="Client")(evaluate.evaluate)
+app.command("generate", rich_help_panel="Client")(generate.generate)
+app.command("chat", rich_help_panel="Client")(chat.chat)
 app.command("gateway", rich_help_panel="Client")(gateway.gateway)
 app.command("export", rich_help_panel="Both")(export.export)
 app.command("status", rich_help_panel="Both")(status.status)
