@@ -6,7 +6,8 @@ guard.py      who may ask: API key, host names, size of a body
 requests.py   a JSON body -> what is asked for, or a sentence that says what is wrong with it
 work.py       one thread a choice over `client.generation.generate`; how many run, how many wait, who is cancelled
 pieces.py     the text and bytes of single tokens, for log-probabilities
-answers.py    what was generated -> OpenAI's JSON, whole or as a stream
+forms.py      what was generated -> OpenAI's JSON, by route
+answer.py     a request's events, put together or passed on as they come
 errors.py     our errors -> HTTP status and OpenAI's form
 metrics.py    Prometheus metrics: numbers only
 app.py        the routes

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,13 +15,13 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
 
-from fedsea.client.gateway import answers
-from fedsea.client.gateway.answers import ChatForm, Delta, End, Form, Gathered, TextForm
-from fedsea.client.gateway.errors import RequestError, document, response, status_of, unforeseen
+from fedsea.client.gateway.answer import Answer
+from fedsea.client.gateway.errors import RequestError, response, status_of, unforeseen
+from fedsea.client.gateway.forms import ChatForm, TextForm
 from fedsea.client.gateway.guard import Guard, read_body
 from fedsea.client.gateway.metrics import GatewayMetrics
 from fedsea.client.gateway.requests import ChatBody, Choice, TextBody, choices_of, parse
-from fedsea.client.gateway.work import Event, Work, Workers
+from fedsea.client.gateway.work import Work, Workers
 from fedsea.data.prompts import PromptMaker
 from fedsea.errors import FedseaError
 
@@ -166,7 +166,7 @@ class _Routes:
         work = served.workers.start(choices, after_prompt=kind is TextBody)
         form_kind: type[ChatForm] | type[TextForm] = ChatForm if kind is ChatBody else TextForm
         form = form_kind(served.name, logprobs=body.num_logprobs >= 0, usage=body.stream_options.include_usage)
-        answer = _Answer(work, form, len(choices), body.n, served.first_s)
+        answer = Answer(work, form, len(choices), body.n, served.first_s)
         leaving = asyncio.create_task(_cancel_when_gone(request, work))
         streams = False
         try:
@@ -208,72 +208,3 @@ async def _cancel_when_gone(request: Request, work: Work) -> None:
     while (await request.receive())["type"] != "http.disconnect":
         pass
     work.cancel()
-
-
-class _Answer:
-    """Events of a request on their way into JSON."""
-
-    def __init__(self, work: Work, form: Form, num_choices: int, num_each: int, first_s: float) -> None:
-        self._work = work
-        self._form = form
-        self._choices = [Gathered() for _ in range(num_choices)]
-        self._num_each = num_each
-        self._events = work.events(first_s)
-
-    def _usage(self) -> dict[str, Any]:
-        return answers.usage_of(self._choices, self._num_each)
-
-    async def whole(self) -> dict[str, Any]:
-        """Everything at once."""
-        async for event in self._events:
-            self._note(event)
-        return self._form.whole(self._choices, self._usage())
-
-    async def begin(self) -> Event:
-        """The first event; an error before it still gets a status of its own."""
-        return await anext(self._events)
-
-    async def pieces(self, beginning: Event, leaving: asyncio.Task[None], *, with_usage: bool) -> AsyncIterator[str]:
-        """Server-sent events.
-
-        Args:
-            beginning: What `begin` gave.
-            leaving: Ended with the stream.
-            with_usage: Whether counts come last.
-        """
-        try:
-            for index in range(len(self._choices)):
-                for piece in self._form.first(index):
-                    yield answers.event(piece)
-            yield self._piece(beginning)
-            async for event in self._events:
-                yield self._piece(event)
-            if with_usage:
-                yield answers.event(self._form.usage(self._usage()))
-            yield answers.DONE
-        except ClientDisconnect:
-            return
-        except FedseaError as error:
-            log.warning("a stream ended (%s): %s", error.code, error.message)
-            yield answers.event(document(error))
-        finally:
-            self._work.cancel()
-            leaving.cancel()
-            await self._events.aclose()
-
-    def _piece(self, event: Event) -> str:
-        assert not isinstance(event, FedseaError)
-        gathered = self._choices[event.index]
-        piece = self._form.delta(event, gathered.offset) if isinstance(event, Delta) else self._form.last(event)
-        self._note(event)
-        return answers.event(piece)
-
-    def _note(self, event: Event) -> None:
-        assert not isinstance(event, FedseaError)
-        gathered = self._choices[event.index]
-        if isinstance(event, End):
-            gathered.end = event
-            return
-        gathered.text.append(event.text)
-        gathered.tokens += event.tokens
-        gathered.offset += sum(len(token.text) for token in event.tokens)

@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-import contextlib
-import json
-import logging
 import socket
 import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 import uvicorn
 
@@ -24,9 +20,6 @@ from fedsea.client.inference import OpenedDecoder, open_decoder
 from fedsea.client.setup import ClientOptions
 from fedsea.data.prompts import PromptMaker
 from fedsea.errors import ConfigError, FedseaError
-from fedsea.model.checkpoint import Checkpoint
-
-log = logging.getLogger(__name__)
 
 _GRACE_S = 5
 """How long answers under way may take to end when the gateway stops; they are cancelled first."""
@@ -138,7 +131,7 @@ class Gateway:
             vocab_size=decoder.vocab_size,
             max_tokens=decoder.max_tokens,
             default_new_tokens=settings.default_new_tokens,
-            stop_tokens=stop_tokens(opened.tokenizer, opened.checkpoint),
+            stop_tokens=opened.stop_tokens,
             max_body_bytes=settings.max_body_bytes,
             first_s=settings.first_s,
             prompts=PromptMaker(opened.tokenizer),
@@ -187,18 +180,6 @@ class Gateway:
 
     def _connected(self) -> bool:
         return self.error is None and bool(getattr(self._trunk, "connected", True))
-
-
-def stop_tokens(tokenizer: Any, checkpoint: Checkpoint) -> tuple[int, ...]:
-    """Ids that end an answer: the tokenizer's, the model's, and those of its settings for generation."""
-    found = {tokenizer.eos_token_id}
-    stated = [getattr(checkpoint.config.get_text_config(decoder=True), "eos_token_id", None)]
-    with contextlib.suppress(OSError, ValueError):  # there is none, or one that says nothing
-        settings = json.loads((checkpoint.folder / "generation_config.json").read_text(encoding="utf-8"))
-        stated.append(settings.get("eos_token_id"))
-    for ids in stated:
-        found |= set(ids) if isinstance(ids, list | tuple) else {ids}
-    return tuple(sorted(token for token in found if isinstance(token, int)))
 
 
 def _bound(settings: GatewaySettings) -> socket.socket:

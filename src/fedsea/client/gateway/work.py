@@ -18,8 +18,8 @@ from starlette.requests import ClientDisconnect
 
 from fedsea.client.decoding import Sequences, SplitDecoder
 from fedsea.client.drafters import Drafter
-from fedsea.client.gateway.answers import Delta, End, Token
 from fedsea.client.gateway.errors import unforeseen
+from fedsea.client.gateway.forms import Delta, End, Token
 from fedsea.client.gateway.metrics import GatewayMetrics
 from fedsea.client.gateway.pieces import Pieces
 from fedsea.client.gateway.requests import Choice

@@ -17,7 +17,7 @@ class Token:
     """One token with its log-probability, and the likeliest ones in its place."""
 
     text: str
-    bytes: bytes
+    data: bytes
     logprob: float
     top: tuple[tuple[str, bytes, float], ...] = ()
 
@@ -142,7 +142,7 @@ class ChatForm(_Base):
             return None
         content = [
             {
-                **_entry(token.text, token.bytes, token.logprob),
+                **_entry(token.text, token.data, token.logprob),
                 "top_logprobs": [_entry(*other) for other in token.top],
             }
             for token in tokens
