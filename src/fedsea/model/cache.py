@@ -238,7 +238,10 @@ class Extension:
 
     def positions(self, device: torch.device) -> torch.Tensor:
         """Position of each new token in its sequence, [1, T]."""
-        spans = [torch.arange(c.length, c.length + n) for n, c in zip(self.lengths, self.caches, strict=True)]
+        pairs = zip(self.lengths, self.caches, strict=True)
+        if max(self.lengths) == 1:
+            return torch.tensor([[cache.length for _, cache in pairs]], device=device)
+        spans = [torch.arange(cache.length, cache.length + new) for new, cache in pairs]
         return torch.cat(spans)[None].to(device)
 
     def wipe(self) -> None:

@@ -20,11 +20,15 @@ from torch import nn
 from torch.nn import functional as F
 
 from fedsea.model.cache import Extension
-from fedsea.model.grouping import Group, Way
+from fedsea.model.grouping import Way
+from fedsea.model.lean_attention import attend
+from fedsea.model.products import Product
 
 _LAYERS = {"LlamaDecoderLayer", "MistralDecoderLayer", "Qwen2DecoderLayer", "Qwen3DecoderLayer"}
 _STATIC_ROTARY = {"default", "linear", "llama3", "yarn"}
 _TABLE_TOKENS = 1024
+_MOST_PACKED_BYTES = 1 << 30
+"""A segment whose weights are larger keeps them once: the memory is worth more than the speed."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,7 +57,13 @@ class _Group:
             for base, part in zip(bases, parts, strict=True):
                 base.weight.data = part
         biases = [base.bias for base in bases]
-        self.bias_O = None if biases[0] is None else torch.cat([bias.data for bias in biases])
+        self.product = Product(self.weight_OH, None if biases[0] is None else torch.cat([b.data for b in biases]))
+        self._bases = bases
+
+    def pack(self) -> None:
+        """Make several rows faster, at the price of a copy; not of weights that are trained, which would leave it."""
+        if not any(base.weight.requires_grad for base in self._bases):
+            self.product.pack()
 
     def adapters(self) -> LowRank | None:
         """The adapters as they are now."""
@@ -72,7 +82,7 @@ class _Group:
         return LowRank(torch.cat(downs).to(dtype), torch.block_diag(*ups).to(dtype))  # type: ignore[no-untyped-call]
 
     def __call__(self, x_TH: torch.Tensor, adapters: LowRank | None) -> torch.Tensor:
-        out_TO = F.linear(x_TH, self.weight_OH, self.bias_O)
+        out_TO = self.product(x_TH)
         if adapters is None:
             return out_TO
         return out_TO.addmm_(F.linear(x_TH, adapters.a_RH), adapters.b_OR.t())
@@ -110,6 +120,15 @@ class _Block:
         self.key_norm = _Norm(attention.k_norm) if hasattr(attention, "k_norm") else None
         self.window = _window(attention)
 
+    @property
+    def weight_bytes(self) -> int:
+        groups = (self.qkv, self.out, self.gate_up, self.down)
+        return sum(group.weight_OH.numel() * group.weight_OH.element_size() for group in groups)
+
+    def pack(self) -> None:
+        for group in (self.qkv, self.out, self.gate_up, self.down):
+            group.pack()
+
     def adapters(self) -> BlockAdapters:
         return self.qkv.adapters(), self.out.adapters(), self.gate_up.adapters(), self.down.adapters()
 
@@ -124,9 +143,9 @@ class _Block:
             queries, keys = torch.split(turned, [self.num_queries, self.num_keys], dim=1)
             turned = torch.cat([self.query_norm(queries), self.key_norm(keys)], dim=1)
         cos_T1D, sin_T1D = turn
-        half = size // 2
-        turned = turned * cos_T1D + torch.cat((turned[..., half:], turned[..., :half]), dim=-1) * sin_T1D
-        queries_TQD, keys_TND = torch.split(turned, [self.num_queries, self.num_keys], dim=1)
+        # Rolled by half a head, the halves have changed places.
+        turned = torch.addcmul(turned * cos_T1D, turned.roll(size // 2, -1), sin_T1D)
+        queries_TQD, keys_TND = turned[:, : self.num_queries], turned[:, self.num_queries :]
         values_TND = heads[:, self.num_queries + self.num_keys :]
         mixed_TO = self._attend(queries_TQD, keys_TND, values_TND, way, index)
         x_TH = x_TH + self.out(mixed_TO, adapters[1])
@@ -136,30 +155,12 @@ class _Block:
     def _attend(
         self, queries_TQD: torch.Tensor, keys_TND: torch.Tensor, values_TND: torch.Tensor, way: Way, index: int
     ) -> torch.Tensor:
-        if len(way.groups) == 1 and way.groups[0].rows is None:
-            return self._attend_group(queries_TQD, keys_TND, values_TND, way.groups[0], index)
-        mixed_TO = queries_TQD.new_empty(queries_TQD.shape[0], self.num_queries * self.head_size)
+        mixed = []
         for group in way.groups:
-            rows = slice(None) if group.rows is None else group.rows
-            mixed_TO[rows] = self._attend_group(queries_TQD[rows], keys_TND[rows], values_TND[rows], group, index)
-        return mixed_TO
-
-    def _attend_group(
-        self, queries_TQD: torch.Tensor, keys_TND: torch.Tensor, values_TND: torch.Tensor, group: Group, index: int
-    ) -> torch.Tensor:
-        """Sequences of one slab with equally many new tokens each, S of them with M, as one call."""
-        keys_SNCD, values_SNCD = group.write(index, keys_TND, values_TND)
-        mask, causal = group.mask(self.window)
-        mixed_SQMD = F.scaled_dot_product_attention(
-            queries_TQD.reshape(group.num_sequences, group.new, -1, self.head_size).transpose(1, 2),
-            keys_SNCD,
-            values_SNCD,
-            attn_mask=mask,
-            is_causal=causal,
-            scale=self.scaling,
-            enable_gqa=self.num_queries != self.num_keys,
-        )
-        return mixed_SQMD.transpose(1, 2).reshape(queries_TQD.shape[0], -1)
+            memories = group.write(index, keys_TND[group.rows], values_TND[group.rows])
+            for run in group.runs:
+                mixed.append(attend(queries_TQD[run.rows], *run.of(memories), run, self.scaling, self.window))
+        return mixed[0] if len(mixed) == 1 else torch.cat(mixed)
 
 
 def _window(attention: Any) -> int | None:
@@ -185,6 +186,9 @@ class LeanBlocks:
         self._rotary = rotary
         self._norm = None if isinstance(norm, nn.Identity) else _Norm(norm)
         self._table: tuple[torch.Tensor, torch.Tensor] | None = None
+        self._packable = sum(block.weight_bytes for block in self._blocks) <= _MOST_PACKED_BYTES
+        first = self._blocks[0]
+        self._token_bytes = 2 * first.num_keys * first.head_size * first.qkv.weight_OH.element_size()
 
     def adapters(self) -> list[BlockAdapters]:
         """The adapters as they are now, for `run`."""
@@ -201,9 +205,19 @@ class LeanBlocks:
             blocks: Indices in the segment.
             adapters: As `adapters` gave them.
         """
-        way, turn = Way(extension, hidden_TH.device), self._turn(hidden_TH, extension)
+        if self._packable and hidden_TH.shape[0] > 1:
+            self._packable = False
+            for block in self._blocks:
+                block.pack()
+        way = Way(extension, hidden_TH.device, self._token_bytes)
+        extension = way.extension
+        if way.order_T is not None:
+            hidden_TH = hidden_TH.index_select(0, way.order_T)
+        turn = self._turn(hidden_TH, extension)
         for index in blocks:
             hidden_TH = self._blocks[index](hidden_TH, turn, way, index, adapters[index])
+        if way.place_T is not None:
+            hidden_TH = hidden_TH.index_select(0, way.place_T)
         return hidden_TH if self._norm is None else self._norm(hidden_TH)
 
     def _turn(self, hidden_TH: torch.Tensor, extension: Extension) -> tuple[torch.Tensor, torch.Tensor]:
