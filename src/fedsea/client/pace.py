@@ -6,7 +6,7 @@ _PRIOR_ACCEPTANCE = 0.6
 _PRIOR_WEIGHT = 1.0
 _PRIOR_SLOPE = 0.02
 """Of the base, for one more row: little, so that drafts are tried early."""
-_OUTLIER = 4.0
+_OUTLIER = 2.0
 """A trip longer than so many times the expected one counts as that: a replay or a pause says nothing of the next."""
 
 
