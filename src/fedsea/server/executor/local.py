@@ -76,7 +76,7 @@ class _Jobs:
         queues = [queue for queue in self._others.values() if queue]
         if not queues:
             return None
-        oldest = min(queues, key=lambda queue: queue[0][1])
+        oldest = min(reversed(queues), key=lambda queue: queue[0][1])
         overdue = self._taken - oldest[0][1] >= _MOST_OVERTAKEN
         return oldest if overdue and queues[0][0][0] != Priority.CONTROL else queues[0]
 
