@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from fedsea.cli import answering as a
 from fedsea.cli import options as o
 from fedsea.cli import output
 
@@ -19,10 +20,8 @@ if TYPE_CHECKING:
 def gateway(
     server: o.Server = None,
     identity: o.Identity = Path("identity"),
-    run: Annotated[Path, typer.Option(help="Run folder of `fedsea train` with this server.")] = Path("runs/client"),
-    base: Annotated[
-        bool, typer.Option("--base", help="The base model's own segments with the server's trunk; needs no run folder.")
-    ] = False,
+    run: a.Run = Path("runs/client"),
+    base: a.Base = False,
     model: o.Model = None,
     settings: o.Settings = None,
     host: Annotated[
@@ -50,6 +49,7 @@ def gateway(
     wait: Annotated[
         float, typer.Option(metavar="SECONDS", min=0.1, help="How long a request may wait for its first text.")
     ] = 300.0,
+    drafter: a.DrafterName = "prompt-lookup",
     threads: o.Threads = None,
     device: o.Device = "cpu",
     retry_for: o.RetryFor = 600.0,
@@ -60,12 +60,14 @@ def gateway(
 ) -> None:
     """Serve the federation's model to applications that speak OpenAI's API.
 
-    They use `http://127.0.0.1:8080/v1` as base URL. Text stays here as far as `fedsea train` keeps it here. Ctrl-C or
-    SIGTERM ends it in good order. Needs `pip install "fedsea[gateway]"`.
+    They use `http://127.0.0.1:8080/v1` as base URL. Prompts and answers stay on this machine, but the federation's
+    server can reconstruct them from what it receives, as in training. Ctrl-C or SIGTERM ends it in good order. Needs
+    `pip install "fedsea[gateway]"`.
 
     Example: `fedsea gateway --server fedsea.example.org:7443 --run runs/clinic --port 8080`
     """
     output.begin(as_json=as_json)
+    a.check_drafter(drafter)
     options = o.client_options(
         o.need_server(server),
         identity,
@@ -99,7 +101,9 @@ def gateway(
         default_new_tokens=max_new_tokens,
         first_s=wait,
     )
-    run_module.serve(options, chosen, base=base, until=until, on_ready=ready)
+    run_module.serve(
+        options, chosen, base=base, drafter=lambda opened: a.pick_drafter(drafter, opened), until=until, on_ready=ready
+    )
 
 
 def _needed() -> Any:
