@@ -70,7 +70,7 @@ def pick_drafter(name: str, opened: OpenedDecoder) -> Drafter | None:
         return drafters.PromptLookup()
     if name == "early-exit":
         return drafters.EarlyExit(opened.decoder)
-    return drafters.ModelDrafter(Path(name))
+    return drafters.ModelDrafter(name, tokenizer=opened.tokenizer, device=opened.decoder.segments.device)
 
 
 def check_drafter(name: str) -> None:
