@@ -71,6 +71,7 @@ def client_messages() -> list[m.Message]:
         m.StepReady(3, 1, 6, 0.25),
         m.RoundUpdate(2, 100, boundary.update(bundle())),
         m.FetchTrunk(),
+        m.Pullback(3, 0, BlockRange(1, 3), LENGTHS, boundary.hidden(hidden()), boundary.gradient(hidden())),
         m.SessionOpen(3, 2**52, 2, 100, BlockRange(1, 3)),
         m.SessionForward(
             3, 0, (0,) * len(LENGTHS), LENGTHS, tuple(range(len(LENGTHS)))[::-1], False, boundary.hidden(hidden())
@@ -89,6 +90,7 @@ def server_messages() -> list[m.Message]:
         m.Output(3, 1, 0, False, Reply({"": hidden()})),
         m.InputGradient(3, 1, 0, Reply({"": hidden()})),
         m.InputGradient(3, 1, 0),
+        m.InputGradient(3, 0, 0, Reply({"": hidden()}), evaluate=True),
         m.StepDone(3, 12, 0.5, Reply(bundle())),
         m.RoundOpen(2),
         m.RoundResult(2, Reply(bundle())),

@@ -163,6 +163,10 @@ class LocalTrunk:
         """See `Trunk.evaluate`."""
         return _done(self._passes.evaluate(self._entry(where, hidden, False)))
 
+    def pull_back(self, where: MicroBatch, hidden: Sealed, gradient: Sealed) -> Future[torch.Tensor]:
+        """See `Trunk.pull_back`."""
+        return _done(self._passes.pull_back(self._entry(where, hidden, True), gradient[""]))
+
     def _entry(self, where: MicroBatch, hidden: Mapping[str, torch.Tensor], needs_gradient: bool) -> Entry:
         return Entry(self.name, hidden[""], where.lengths, where.blocks, needs_gradient)
 

@@ -133,6 +133,11 @@ class RemoteTrunk:
         """See `Trunk.evaluate`; survives a lost connection."""
         return self._ask(("evaluation", where.step, -1, where.number), self._forward(where, hidden, True), lasting=True)
 
+    def pull_back(self, where: MicroBatch, hidden: Sealed, gradient: Sealed) -> Future[torch.Tensor]:
+        """See `Trunk.pull_back`; survives a lost connection."""
+        message = m.Pullback(where.step, where.number, where.blocks, where.lengths, hidden, gradient)
+        return self._ask(("pullback", where.step, -1, where.number), message, lasting=True)
+
     def open_session(self, max_tokens: int, num_sequences: int = 1) -> RemoteSession:
         """See `Trunk.open_session`; survives a lost connection and a server that starts again."""
         with self._sessions_lock:
@@ -339,6 +344,8 @@ class RemoteTrunk:
             case m.Output():
                 key = ("output", message.step, message.attempt, message.micro_batch)
                 self._questions.resolve(key, _single(message.tensors))
+            case m.InputGradient(evaluate=True):
+                self._questions.resolve(("pullback", message.step, -1, message.micro_batch), _single(message.tensors))
             case m.InputGradient():
                 key = ("gradient", message.step, message.attempt, message.micro_batch)
                 self._questions.resolve(key, _single(message.tensors) if message.tensors else None)

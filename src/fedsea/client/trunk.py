@@ -128,6 +128,18 @@ class Trunk(Protocol):
         """Like `forward`, without a gradient and outside any step."""
         ...
 
+    def pull_back(self, where: MicroBatch, hidden: Sealed, gradient: Sealed) -> Future[torch.Tensor]:
+        """Gradient [T, H] at the trunk's input, of what `evaluate` gave: its product with a gradient at the output.
+
+        The trunk runs the hidden states again; its own parameters get no gradient.
+
+        Args:
+            where: As for `evaluate`.
+            hidden: What was evaluated.
+            gradient: Gradient at the trunk's output.
+        """
+        ...
+
     def open_session(self, max_tokens: int, num_sequences: int = 1) -> TrunkSession:
         """Set memory aside for sequences of at most so many tokens each; returns at once.
 

@@ -166,6 +166,26 @@ class TrunkPasses:
         with torch.no_grad():
             return self.trunk.forward(entry.hidden_TH.to(self.trunk.device), entry.lengths, entry.blocks)
 
+    def pull_back(self, entry: Entry, gradient_TH: torch.Tensor) -> torch.Tensor:
+        """Gradient [T, H] at the trunk's input, of what `evaluate` computes; no parameter gets one.
+
+        Args:
+            entry: The micro-batch, as it was evaluated.
+            gradient_TH: Gradient at the trunk's output.
+
+        Raises:
+            NonFiniteError: As `backward`.
+        """
+        check_gradient(entry.client, gradient_TH)
+        self.trunk.model.eval()
+        hidden_TH = entry.hidden_TH.detach().to(self.trunk.device).requires_grad_()
+        with torch.enable_grad():
+            output_TH = self.trunk.forward(hidden_TH, entry.lengths, entry.blocks)
+        (hidden_TH.grad,) = torch.autograd.grad(output_TH, hidden_TH, gradient_TH.to(output_TH))
+        found = self._input_gradient(entry, hidden_TH)
+        assert found is not None
+        return found
+
     def reset(self) -> None:
         """Forget all graphs."""
         self._graphs.clear()

@@ -143,6 +143,21 @@ class FederationPlan(Section):
             entry.micro_batch_sequences or default.micro_batch_sequences,
         )
 
+    def most_in_a_message(self, name: str, hidden_size: int, *, decodes: bool) -> tuple[int, int]:
+        """Tokens, and sequences, that one message of a client may have; the server refuses more.
+
+        Args:
+            name: The client.
+            hidden_size: H.
+            decodes: Whether it connects to use the model, instead of training it.
+        """
+        _, sequences = self.micro_batches_of(name)
+        tokens = sequences * self.data.max_tokens
+        if decodes and self.inference.enabled:
+            tokens = max(tokens, self.inference.most_rows)
+            sequences = max(sequences, self.inference.max_sequences)
+        return max(1, min(tokens, (self.wire.max_tensor_mb << 20) // (4 * hidden_size))), sequences
+
     def to_json(self) -> str:
         """Canonical JSON: sorted keys, no spaces, defaults written out."""
         return _canonical(self.model_dump(mode="json"))

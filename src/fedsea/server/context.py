@@ -41,7 +41,7 @@ class Run:
         training = self.plan.training
         return training.wait if training.mode == "batched" and training.wait != "all" else None
 
-    def check_forward(self, name: str, message: m.Forward) -> None:
+    def check_forward(self, name: str, message: m.Forward | m.Pullback) -> None:
         """Sizes and shapes were checked on arrival; here, what the plan gives this client."""
         expected = self.roster[name].blocks
         if message.blocks != expected:

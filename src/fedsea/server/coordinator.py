@@ -132,7 +132,7 @@ class Coordinator:
     # --- messages ---------------------------------------------------------------------------------------------------
 
     def answer(self, name: str, message: m.Message, reply: Answer) -> None:
-        """Serve what changes nothing: an evaluation, or the trunk's adapters.
+        """Serve what changes nothing: an evaluation, its gradient, or the trunk's adapters.
 
         Raises:
             ProtocolError: The message is something else.
@@ -141,6 +141,9 @@ class Coordinator:
             case m.Forward(evaluate=True):
                 self.run.check_forward(name, message)
                 self.questions.evaluate(name, message, reply)
+            case m.Pullback():
+                self.run.check_forward(name, message)
+                self.questions.pull_back(name, message, reply)
             case m.FetchTrunk():
                 self.questions.fetch(self.state, reply)
             case _:

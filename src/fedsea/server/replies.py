@@ -14,7 +14,7 @@ from fedsea.server.engine import Engine, Outcome
 from fedsea.server.executor.local import Priority
 from fedsea.server.ports import Member, Ports
 from fedsea.server.state import RunState
-from fedsea.server.step import StepState, only_tensor
+from fedsea.server.step import StepState, gradient_of, only_tensor
 from fedsea.types import Reply
 from fedsea.wire import messages as m
 
@@ -61,7 +61,7 @@ class Replies:
 
 
 class Questions:
-    """Evaluations, and the trunk's parameters: whatever goes wrong concerns the asker alone.
+    """Evaluations, their gradients, and the trunk's parameters: whatever goes wrong concerns the asker alone.
 
     Args:
         engine: The trunk; touched only inside submitted jobs.
@@ -78,22 +78,35 @@ class Questions:
         """Run hidden states through the trunk without a graph."""
         entry = Entry(name, only_tensor(message), message.lengths, message.blocks, needs_gradient=False)
 
+        def then(result: torch.Tensor) -> m.Message:
+            return m.Output(message.step, 0, message.micro_batch, True, Reply({"": result}))
+
+        self._submit(name, lambda: self._engine.passes.evaluate(entry), then, answer)
+
+    def pull_back(self, name: str, message: m.Pullback, answer: Answer) -> None:
+        """The gradient at the trunk's input, of what an evaluation computes."""
+        entry = Entry(name, only_tensor(message), message.lengths, message.blocks, needs_gradient=True)
+        gradient = gradient_of(message)
+
+        def then(result: torch.Tensor) -> m.Message:
+            return m.InputGradient(message.step, 0, message.micro_batch, Reply({"": result}), evaluate=True)
+
+        self._submit(name, lambda: self._engine.passes.pull_back(entry, gradient), then, answer)
+
+    def _submit(
+        self,
+        name: str,
+        compute: Callable[[], torch.Tensor],
+        message: Callable[[torch.Tensor], m.Message],
+        answer: Answer,
+    ) -> None:
         def then(result: torch.Tensor | FedseaError) -> None:
             if isinstance(result, FedseaError):
                 answer(m.Failure(result.code, result.message, 0.0, -1, True))
             else:
-                answer(m.Output(message.step, 0, message.micro_batch, True, Reply({"": result})))
+                answer(message(result))
 
-        self._ports.submit(Priority.EVALUATE, partial(self._evaluated, entry), then)
-
-    def _evaluated(self, entry: Entry) -> torch.Tensor | FedseaError:
-        try:
-            return self._engine.passes.evaluate(entry)
-        except FedseaError as error:
-            return error
-        except Exception:
-            log.exception("an evaluation of client %s failed", entry.client)
-            return ProtocolError("The server could not run this evaluation and logged why; tell its operator.")
+        self._ports.submit(Priority.EVALUATE, partial(_tried, name, compute), then)
 
     def fetch(self, state: RunState, answer: Answer) -> None:
         """The trunk's trained parameters.
@@ -108,3 +121,13 @@ class Questions:
             answer(m.TrunkState(state.next_step, Reply(tensors)))
 
         self._ports.submit(Priority.EVALUATE, self._engine.parameters, then)
+
+
+def _tried(name: str, compute: Callable[[], torch.Tensor]) -> torch.Tensor | FedseaError:
+    try:
+        return compute()
+    except FedseaError as error:
+        return error
+    except Exception:
+        log.exception("an evaluation of client %s failed", name)
+        return ProtocolError("The server could not run this evaluation and logged why; tell its operator.")

@@ -205,18 +205,12 @@ class Service:
         await session.send(self._welcome)
 
     def _limits(self, name: str, *, decodes: bool) -> WireLimits:
-        _, sequences = self.plan.micro_batches_of(name)
-        max_tensor_bytes = self.plan.wire.max_tensor_mb << 20
-        max_tokens = sequences * self.plan.data.max_tokens
-        if decodes and self.plan.inference.enabled:
-            max_tokens = max(max_tokens, self.plan.inference.most_rows)
-            sequences = max(sequences, self.plan.inference.max_sequences)
-        max_tokens = min(max_tokens, max_tensor_bytes // (4 * self._hidden_size))
+        max_tokens, max_sequences = self.plan.most_in_a_message(name, self._hidden_size, decodes=decodes)
         return WireLimits(
             hidden_size=self._hidden_size,
-            max_tokens=max(1, max_tokens),
-            max_sequences=sequences,
-            max_tensor_bytes=max_tensor_bytes,
+            max_tokens=max_tokens,
+            max_sequences=max_sequences,
+            max_tensor_bytes=self.plan.wire.max_tensor_mb << 20,
             codecs={Channel.HIDDEN: self.plan.wire.hidden, Channel.GRADIENT: self.plan.wire.gradient},
             bundle_shapes=self.roster[name].shapes,
             num_blocks=self._num_blocks,
@@ -255,7 +249,7 @@ class Service:
                     case m.Failure():
                         log.warning("client %s stopped at step %d: %s", name, message.step, message.code)
                         return
-                    case m.Forward(evaluate=True) | m.FetchTrunk():
+                    case m.Forward(evaluate=True) | m.Pullback() | m.FetchTrunk():
                         await self._ask(link, message)
                     case _:
                         self.coordinator.receive(name, message)

@@ -13,12 +13,20 @@ from dataclasses import dataclass, field
 import torch
 
 from fedsea.errors import ProtocolError
-from fedsea.wire.messages import Backward, Forward, StepReady
+from fedsea.wire.messages import Backward, Forward, Pullback, StepReady
 
 
-def only_tensor(message: Forward | Backward) -> torch.Tensor:
+def only_tensor(message: Forward | Backward | Pullback) -> torch.Tensor:
     """The one tensor of a decoded message."""
-    tensors = message.tensors
+    return _single(message, message.tensors)
+
+
+def gradient_of(message: Pullback) -> torch.Tensor:
+    """The gradient of a decoded message."""
+    return _single(message, message.gradient)
+
+
+def _single(message: object, tensors: object) -> torch.Tensor:
     if not isinstance(tensors, dict) or set(tensors) != {""}:
         raise ProtocolError(f"A {type(message).__name__} message must hold exactly one unnamed tensor.")
     tensor: torch.Tensor = tensors[""]

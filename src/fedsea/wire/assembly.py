@@ -67,7 +67,10 @@ class Assembly:
                     **place(fields),
                 )
         if frame.kind.channel is not None:
-            fields["tensors"] = {spec.name: tensor for spec, tensor in zip(frame.specs, self.tensors, strict=True)}
+            tensors = {spec.name: tensor for spec, tensor in zip(frame.specs, self.tensors, strict=True)}
+            if frame.kind.second is not None:
+                fields["gradient"] = {"": tensors.pop("gradient")}
+            fields["tensors"] = tensors
         if frame.kind.name == "Welcome":
             try:
                 fields["plan_json"] = self.raw[0].tobytes().decode()

@@ -42,6 +42,8 @@ def check_fields(kind: Kind, fields: Mapping[str, Any]) -> None:
             _check_value(kind, name, item, fields)
     if kind.name == "Forward":
         _check_micro_batch(fields)
+    elif kind.name == "Pullback" and not all(fields["lengths"]):
+        raise ProtocolError("A Pullback has an empty sequence.")
     elif kind.name == "SessionForward":
         _check_extension(fields)
     elif kind.name == "SessionOpen" and not (fields["num_sequences"] and fields["max_tokens"]):
@@ -109,7 +111,7 @@ def check_frame(frame: Frame, limits: WireLimits) -> None:
     else:
         _check_rows(kind, specs, limits)
     _check_payload(frame)
-    if kind.name in ("Forward", "SessionForward"):
+    if kind.name in ("Forward", "SessionForward", "Pullback"):
         _check_lengths(frame, limits)
     if "blocks" in frame.fields:
         _check_blocks(frame, limits)
@@ -147,13 +149,20 @@ def _check_blocks(frame: Frame, limits: WireLimits) -> None:
 
 
 def _check_rows(kind: Kind, specs: tuple[TensorSpec, ...], limits: WireLimits) -> None:
-    spec = specs[0]
     if limits.hidden_size is None:
         raise ProtocolError(f"A {kind.name} arrived before the plan was agreed on.")
-    if len(specs) != 1 or spec.name:
-        raise ProtocolError(f"A {kind.name} carries {len(specs)} tensors, or a named one; it must have a single one.")
-    assert kind.channel is not None
-    agreed = limits.codecs.get(kind.channel)
+    rows = kind.rows
+    if [spec.name for spec in specs] != list(rows):
+        wanted = "a single one" if len(rows) == 1 else f"{len(rows)}"
+        raise ProtocolError(f"A {kind.name} carries {len(specs)} tensors, or misnamed ones; it must have {wanted}.")
+    for spec, channel in zip(specs, rows.values(), strict=True):
+        _check_tensor(kind, spec, channel, limits)
+    if specs[-1].shape != specs[0].shape:
+        raise ProtocolError(f"A {kind.name} has a gradient of another shape than its hidden states.")
+
+
+def _check_tensor(kind: Kind, spec: TensorSpec, channel: Channel, limits: WireLimits) -> None:
+    agreed = limits.codecs.get(channel)
     if spec.codec != agreed:
         raise ProtocolError(f"A {kind.name} uses the codec {spec.codec}; the plan says {agreed}.")
     if len(spec.shape) != 2 or spec.shape[1] != limits.hidden_size:

@@ -112,14 +112,23 @@ class Encoder:
         value = cast(Any, message).tensors
         if isinstance(value, Mapping) and not value and kind.optional:
             return _cut(kind, fields, (), [])
+        sealed = self._sealed(kind, kind.channel, value, fields)
+        specs, pieces = sealed.specs, sealed.pieces
+        if kind.second is not None:
+            second = self._sealed(kind, kind.second, cast(Any, message).gradient, fields)
+            specs += tuple(replace(spec, name="gradient") for spec in second.specs)
+            pieces += second.pieces
+        _check_own_specs(kind, specs, fields)
+        return _cut(kind, fields, specs, pieces)
+
+    def _sealed(self, kind: Kind, channel: Channel, value: object, fields: Mapping[str, Any]) -> Sealed:
         try:
-            sealed = value if isinstance(value, Sealed) else self._seal(kind, value)
+            sealed = value if isinstance(value, Sealed) else self._seal(kind, channel, value)
         except NonFiniteError as error:
             raise NonFiniteMessage(f"{kind.name}: {error.message}", kind.name, **place(fields)) from None
-        if sealed.channel is not kind.channel:
+        if sealed.channel is not channel:
             raise UnprotectedRelease(f"A release made for {sealed.channel} was put into a {kind.name}.")
-        _check_own_specs(kind, sealed.specs, fields)
-        return _cut(kind, fields, sealed.specs, sealed.pieces)
+        return sealed
 
     def seal(self, release: Release) -> Sealed:
         """Take a release's tensors once, in the form in which every sending will have them.
@@ -130,16 +139,16 @@ class Encoder:
         """
         return self._pack(release.channel, release.take())
 
-    def _seal(self, kind: Kind, value: object) -> Sealed:
+    def _seal(self, kind: Kind, channel: Channel, value: object) -> Sealed:
         if self.role == "client":
             if not isinstance(value, Release):
                 raise UnprotectedRelease(f"The tensors of a {kind.name} do not come from the privacy boundary.")
-            if value.channel is not kind.channel:
+            if value.channel is not channel:
                 raise UnprotectedRelease(f"A release made for {value.channel} was put into a {kind.name}.")
             return self.seal(value)
-        if not isinstance(value, Reply) or kind.channel is None:
+        if not isinstance(value, Reply):
             raise ProtocolError(f"The tensors of a {kind.name} must be a Reply.")
-        return self._pack(kind.channel, value.tensors)
+        return self._pack(channel, value.tensors)
 
     def _pack(self, channel: Channel, tensors: Mapping[str, torch.Tensor]) -> Sealed:
         codec_name = "fp32" if channel is Channel.UPDATE else self._codec(channel)
@@ -159,7 +168,8 @@ def _check_own_specs(kind: Kind, specs: Sequence[TensorSpec], fields: Mapping[st
     elif not specs:
         good = kind.optional
     else:
-        good = len(specs) == 1 and specs[0].name == "" and len(specs[0].shape) == 2
+        good = [spec.name for spec in specs] == list(kind.rows) and len(specs[0].shape) == 2
+        good = good and {spec.shape for spec in specs} == {specs[0].shape}
         good = good and ("lengths" not in fields or sum(fields["lengths"]) == specs[0].shape[0])
     if not good or any(size < 1 for spec in specs for size in spec.shape):
         raise ProtocolError(f"The tensors of a {kind.name} do not have the names or shapes that the protocol asks for.")

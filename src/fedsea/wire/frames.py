@@ -52,6 +52,7 @@ class Kind:
         channel: Which kind of tensors it carries, if any; a hidden state or gradient is one tensor called "",
             an update is a bundle of named tensors.
         optional: Whether it may come without any tensor.
+        second: Channel of a second tensor of the same shape, called "gradient"; it is the message's `gradient`.
     """
 
     cls: type[Any]
@@ -59,11 +60,19 @@ class Kind:
     senders: frozenset[Role]
     channel: Channel | None = None
     optional: bool = False
+    second: Channel | None = None
 
     @property
     def name(self) -> str:
         """Class name, for statistics and messages."""
         return self.cls.__name__
+
+    @property
+    def rows(self) -> Mapping[str, Channel]:
+        """Name and channel of the tensors that it carries, if these are hidden states or gradients."""
+        if self.channel is None or self.channel is Channel.UPDATE:
+            return {}
+        return {"": self.channel} if self.second is None else {"": self.channel, "gradient": self.second}
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,6 +117,7 @@ def _kinds() -> dict[type[Any], Kind]:
         Kind(m.Output, "output", server, hidden),
         Kind(m.Backward, "backward", client, gradient),
         Kind(m.InputGradient, "input_gradient", server, gradient, optional=True),
+        Kind(m.Pullback, "pullback", client, hidden, second=gradient),
         Kind(m.StepReady, "step_ready", client, update, optional=True),
         Kind(m.StepDone, "step_done", server, update, optional=True),
         Kind(m.RoundOpen, "round_open", server),
@@ -130,7 +140,7 @@ def _kinds() -> dict[type[Any], Kind]:
 
 KINDS: Mapping[type[Any], Kind] = _kinds()
 _KIND_OF_FIELD: Mapping[str, Kind] = {kind.field: kind for kind in KINDS.values()}
-_IN_PAYLOAD = frozenset({"tensors", "plan_json"})
+_IN_PAYLOAD = frozenset({"tensors", "gradient", "plan_json"})
 """Attributes that travel behind the header."""
 _REPEATED = frozenset({"lengths", "waiting_for", "held", "positions", "sources"})
 _FIELDS: Mapping[type[Any], tuple[str, ...]] = {

@@ -114,12 +114,39 @@ class Backward:
 
 @dataclass(frozen=True, slots=True)
 class InputGradient:
-    """Server: gradient at the trunk's input; no tensor when the client trains nothing below the cut."""
+    """Server: gradient at the trunk's input; no tensor when the client trains nothing below the cut.
+
+    Attributes:
+        evaluate: It answers a `Pullback`, and belongs to no step.
+    """
 
     step: int
     attempt: int
     micro_batch: int
     tensors: Release | Reply | Tensors = field(default_factory=dict)
+    evaluate: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Pullback:
+    """Client: asks for the gradient at the trunk's input, outside any step; the trunk itself learns nothing.
+
+    The server runs the hidden states again and keeps nothing.
+
+    Attributes:
+        step: Request number of the client's own.
+        blocks: Blocks to run.
+        lengths: Tokens of each sequence.
+        tensors: Hidden states at the trunk's input: one tensor, named "".
+        gradient: The gradient at the trunk's output, of the same shape: one tensor, named "".
+    """
+
+    step: int
+    micro_batch: int
+    blocks: BlockRange
+    lengths: tuple[int, ...]
+    tensors: Release | Reply | Tensors
+    gradient: Release | Reply | Tensors
 
 
 @dataclass(frozen=True, slots=True)
@@ -315,6 +342,7 @@ Message: TypeAlias = (
     | Output
     | Backward
     | InputGradient
+    | Pullback
     | StepReady
     | StepDone
     | RoundOpen

@@ -121,14 +121,28 @@ class Backward(_message.Message):
     def __init__(self, step: _Optional[int] = ..., attempt: _Optional[int] = ..., micro_batch: _Optional[int] = ...) -> None: ...
 
 class InputGradient(_message.Message):
-    __slots__ = ("step", "attempt", "micro_batch")
+    __slots__ = ("step", "attempt", "micro_batch", "evaluate")
     STEP_FIELD_NUMBER: _ClassVar[int]
     ATTEMPT_FIELD_NUMBER: _ClassVar[int]
     MICRO_BATCH_FIELD_NUMBER: _ClassVar[int]
+    EVALUATE_FIELD_NUMBER: _ClassVar[int]
     step: int
     attempt: int
     micro_batch: int
-    def __init__(self, step: _Optional[int] = ..., attempt: _Optional[int] = ..., micro_batch: _Optional[int] = ...) -> None: ...
+    evaluate: bool
+    def __init__(self, step: _Optional[int] = ..., attempt: _Optional[int] = ..., micro_batch: _Optional[int] = ..., evaluate: bool = ...) -> None: ...
+
+class Pullback(_message.Message):
+    __slots__ = ("step", "micro_batch", "blocks", "lengths")
+    STEP_FIELD_NUMBER: _ClassVar[int]
+    MICRO_BATCH_FIELD_NUMBER: _ClassVar[int]
+    BLOCKS_FIELD_NUMBER: _ClassVar[int]
+    LENGTHS_FIELD_NUMBER: _ClassVar[int]
+    step: int
+    micro_batch: int
+    blocks: BlockRange
+    lengths: _containers.RepeatedScalarFieldContainer[int]
+    def __init__(self, step: _Optional[int] = ..., micro_batch: _Optional[int] = ..., blocks: _Optional[_Union[BlockRange, _Mapping]] = ..., lengths: _Optional[_Iterable[int]] = ...) -> None: ...
 
 class StepReady(_message.Message):
     __slots__ = ("step", "attempt", "num_target_tokens", "squared_norm")
@@ -279,7 +293,7 @@ class SessionFailed(_message.Message):
     def __init__(self, session: _Optional[int] = ..., code: _Optional[str] = ..., message: _Optional[str] = ..., retry_after_s: _Optional[float] = ...) -> None: ...
 
 class Header(_message.Message):
-    __slots__ = ("tensors", "hello", "welcome", "join", "step_open", "forward", "output", "backward", "input_gradient", "step_ready", "step_done", "round_update", "round_result", "fetch_trunk", "trunk_state", "waiting", "finished", "failure", "round_open", "session_open", "session_opened", "session_forward", "session_output", "session_close", "session_failed")
+    __slots__ = ("tensors", "hello", "welcome", "join", "step_open", "forward", "output", "backward", "input_gradient", "step_ready", "step_done", "round_update", "round_result", "fetch_trunk", "trunk_state", "waiting", "finished", "failure", "round_open", "session_open", "session_opened", "session_forward", "session_output", "session_close", "session_failed", "pullback")
     TENSORS_FIELD_NUMBER: _ClassVar[int]
     HELLO_FIELD_NUMBER: _ClassVar[int]
     WELCOME_FIELD_NUMBER: _ClassVar[int]
@@ -305,6 +319,7 @@ class Header(_message.Message):
     SESSION_OUTPUT_FIELD_NUMBER: _ClassVar[int]
     SESSION_CLOSE_FIELD_NUMBER: _ClassVar[int]
     SESSION_FAILED_FIELD_NUMBER: _ClassVar[int]
+    PULLBACK_FIELD_NUMBER: _ClassVar[int]
     tensors: _containers.RepeatedCompositeFieldContainer[TensorHeader]
     hello: Hello
     welcome: Welcome
@@ -330,4 +345,5 @@ class Header(_message.Message):
     session_output: SessionOutput
     session_close: SessionClose
     session_failed: SessionFailed
-    def __init__(self, tensors: _Optional[_Iterable[_Union[TensorHeader, _Mapping]]] = ..., hello: _Optional[_Union[Hello, _Mapping]] = ..., welcome: _Optional[_Union[Welcome, _Mapping]] = ..., join: _Optional[_Union[Join, _Mapping]] = ..., step_open: _Optional[_Union[StepOpen, _Mapping]] = ..., forward: _Optional[_Union[Forward, _Mapping]] = ..., output: _Optional[_Union[Output, _Mapping]] = ..., backward: _Optional[_Union[Backward, _Mapping]] = ..., input_gradient: _Optional[_Union[InputGradient, _Mapping]] = ..., step_ready: _Optional[_Union[StepReady, _Mapping]] = ..., step_done: _Optional[_Union[StepDone, _Mapping]] = ..., round_update: _Optional[_Union[RoundUpdate, _Mapping]] = ..., round_result: _Optional[_Union[RoundResult, _Mapping]] = ..., fetch_trunk: _Optional[_Union[FetchTrunk, _Mapping]] = ..., trunk_state: _Optional[_Union[TrunkState, _Mapping]] = ..., waiting: _Optional[_Union[Waiting, _Mapping]] = ..., finished: _Optional[_Union[Finished, _Mapping]] = ..., failure: _Optional[_Union[Failure, _Mapping]] = ..., round_open: _Optional[_Union[RoundOpen, _Mapping]] = ..., session_open: _Optional[_Union[SessionOpen, _Mapping]] = ..., session_opened: _Optional[_Union[SessionOpened, _Mapping]] = ..., session_forward: _Optional[_Union[SessionForward, _Mapping]] = ..., session_output: _Optional[_Union[SessionOutput, _Mapping]] = ..., session_close: _Optional[_Union[SessionClose, _Mapping]] = ..., session_failed: _Optional[_Union[SessionFailed, _Mapping]] = ...) -> None: ...
+    pullback: Pullback
+    def __init__(self, tensors: _Optional[_Iterable[_Union[TensorHeader, _Mapping]]] = ..., hello: _Optional[_Union[Hello, _Mapping]] = ..., welcome: _Optional[_Union[Welcome, _Mapping]] = ..., join: _Optional[_Union[Join, _Mapping]] = ..., step_open: _Optional[_Union[StepOpen, _Mapping]] = ..., forward: _Optional[_Union[Forward, _Mapping]] = ..., output: _Optional[_Union[Output, _Mapping]] = ..., backward: _Optional[_Union[Backward, _Mapping]] = ..., input_gradient: _Optional[_Union[InputGradient, _Mapping]] = ..., step_ready: _Optional[_Union[StepReady, _Mapping]] = ..., step_done: _Optional[_Union[StepDone, _Mapping]] = ..., round_update: _Optional[_Union[RoundUpdate, _Mapping]] = ..., round_result: _Optional[_Union[RoundResult, _Mapping]] = ..., fetch_trunk: _Optional[_Union[FetchTrunk, _Mapping]] = ..., trunk_state: _Optional[_Union[TrunkState, _Mapping]] = ..., waiting: _Optional[_Union[Waiting, _Mapping]] = ..., finished: _Optional[_Union[Finished, _Mapping]] = ..., failure: _Optional[_Union[Failure, _Mapping]] = ..., round_open: _Optional[_Union[RoundOpen, _Mapping]] = ..., session_open: _Optional[_Union[SessionOpen, _Mapping]] = ..., session_opened: _Optional[_Union[SessionOpened, _Mapping]] = ..., session_forward: _Optional[_Union[SessionForward, _Mapping]] = ..., session_output: _Optional[_Union[SessionOutput, _Mapping]] = ..., session_close: _Optional[_Union[SessionClose, _Mapping]] = ..., session_failed: _Optional[_Union[SessionFailed, _Mapping]] = ..., pullback: _Optional[_Union[Pullback, _Mapping]] = ...) -> None: ...
