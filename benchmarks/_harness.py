@@ -206,21 +206,26 @@ class Workspace:
 
     Args:
         root: The folder.
-        shape: Of the model.
+        shape: Of the model, or the folder of a model that exists.
         threads: CPU threads of every process.
+        dtype: Of the weights that are made.
+        device: Where they are made.
     """
 
-    def __init__(self, root: Path, shape: Shape, threads: int) -> None:
+    def __init__(
+        self, root: Path, shape: Shape | Path, threads: int, dtype: str = "float32", device: str = "cpu"
+    ) -> None:
         from fedsea.wire.identity.authority import Authority
 
         self.root = root
-        self.shape = shape
         self.threads = threads
         self._authority = Authority.create(root / "ca", "benchmark")
         self._authority.issue_server(["127.0.0.1", "localhost"], folder=root / "server")
         self._stack = contextlib.ExitStack()
         self._count = 0
-        write_model(root / "model", shape)
+        self.model = shape.resolve() if isinstance(shape, Path) else root / "model"
+        if isinstance(shape, Shape):
+            write_model(self.model, shape, dtype=dtype, device=device)
 
     def enroll(self, name: str) -> None:
         """Give a client its certificate."""
@@ -238,9 +243,10 @@ class Workspace:
 
     def write_plan(self, sections: Mapping[str, Mapping[str, Any]], clients: Sequence[str]) -> Path:
         """A plan over this workspace's model; JSON's values are TOML's here."""
-        lines = ["[model]", f"path = {json.dumps(str(self.root / 'model'))}"]
-        for section, values in sections.items():
-            lines += [f"[{section}]", *(f"{key} = {json.dumps(value)}" for key, value in values.items())]
+        lines = []
+        for section, values in {"model": {}, **sections}.items():
+            own = {"path": str(self.model)} if section == "model" else {}
+            lines += [f"[{section}]", *(f"{key} = {json.dumps(value)}" for key, value in {**own, **values}.items())]
         for name in clients:
             lines += ["[[clients]]", f"name = {json.dumps(name)}"]
         path = self._fresh("plan", ".toml")
@@ -256,12 +262,31 @@ class Workspace:
         return Worker(role, settings, self._fresh(role, ".log"), threads or self.threads)
 
     @contextlib.contextmanager
-    def server(self, plan: Path, threads: int | None = None) -> Iterator[tuple[Worker, str]]:
-        """A running server and its address."""
+    def server(
+        self, plan: Path, threads: int | None = None, *, device: str = "cpu", probes: bool = True
+    ) -> Iterator[tuple[Worker, str]]:
+        """A running server and its address; asked anything, it tells its probes and its status."""
         ready = self._fresh("ready")
-        settings = {"root": str(self.root), "plan": str(plan), "run": str(self._fresh("run")), "ready": str(ready)}
+        settings = {
+            "root": str(self.root),
+            "plan": str(plan),
+            "run": str(self._fresh("run")),
+            "ready": str(ready),
+            "device": device,
+            "probes": probes,
+        }
         with self.start("server", threads, **settings) as worker:
             yield worker, _address(ready, worker)
+
+    def decoder(self, name: str, address: str, *, device: str = "cpu") -> Worker:
+        """A client that decodes what it is told; its first answer says that it is ready."""
+        return self.start(
+            "split_decoder",
+            server=address,
+            identity=str(self.root / name / "identity"),
+            run=str(self._fresh(f"run-{name}")),
+            device=device,
+        )
 
     def client(self, name: str, address: str, *, own_machine: bool = False) -> Worker:
         """A client that waits for orders; its first answer says that it is ready.
@@ -291,10 +316,10 @@ def _address(ready: Path, worker: Worker) -> str:
 
 
 @contextlib.contextmanager
-def workspace(shape: Shape, threads: int) -> Iterator[Workspace]:
+def workspace(shape: Shape | Path, threads: int, dtype: str = "float32", device: str = "cpu") -> Iterator[Workspace]:
     """A workspace in a temporary folder."""
     with tempfile.TemporaryDirectory(prefix="fedsea-benchmark-") as folder:
-        yield Workspace(Path(folder), shape, threads)
+        yield Workspace(Path(folder), shape, threads, dtype, device)
 
 
 def difference(after: Mapping[str, Sequence[float]], before: Mapping[str, Sequence[float]]) -> dict[str, list[float]]:

@@ -34,12 +34,21 @@ SHAPES = {
     "tiny": Shape(hidden_size=64, intermediate_size=128, num_blocks=4, num_heads=2, vocab_size=512),
     "15m": Shape(hidden_size=288, intermediate_size=768, num_blocks=6, num_heads=6, vocab_size=32000),
     "100m": Shape(hidden_size=768, intermediate_size=2048, num_blocks=12, num_heads=12, vocab_size=32000),
+    "7b": Shape(hidden_size=4096, intermediate_size=11008, num_blocks=32, num_heads=32, vocab_size=32000),
 }
-"""15m is the shape of llama2.c's stories15M; 100m has 110 million parameters."""
+"""15m is the shape of stories15M of llama2.c, 100m has 110 million parameters, 7b is LLaMA-2-7B but for tied embeddings."""
 
 
-def write_model(folder: Path, shape: Shape, seed: int = 0) -> None:
-    """Save a checkpoint of a shape with random weights, and a tokenizer that knows one word an id."""
+def write_model(folder: Path, shape: Shape, seed: int = 0, dtype: str = "float32", device: str = "cpu") -> None:
+    """Save a checkpoint of a shape with random weights, and a tokenizer that knows one word an id.
+
+    Args:
+        folder: Where.
+        shape: What.
+        seed: Of the weights.
+        dtype: Of the weights.
+        device: Where they are drawn; large shapes take minutes on a CPU.
+    """
     import torch
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
@@ -56,7 +65,11 @@ def write_model(folder: Path, shape: Shape, seed: int = 0) -> None:
         bos_token_id=None,
         eos_token_id=0,
     )
-    LlamaForCausalLM(config).save_pretrained(folder)
+    config.dtype = getattr(torch, dtype)
+    with torch.device(device):
+        model = LlamaForCausalLM(config).to(config.dtype)
+    model.save_pretrained(folder)
+    del model
     words = {EOS: 0} | {f"w{i}": i for i in range(1, shape.vocab_size)}
     tokenizer = Tokenizer(models.WordLevel(words, unk_token=EOS))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()

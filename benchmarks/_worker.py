@@ -31,16 +31,25 @@ def ordered() -> int:
 
 
 def server(settings: dict[str, Any]) -> None:
-    """A server of fedsea, with probes in it."""
-    from _probes import server_probes
+    """A server of fedsea, with probes in it if it is to train."""
+    from _probes import Probes, server_probes
 
     from fedsea.server.run import ServerOptions, serve
+    from fedsea.server.service import Service
 
-    probes = server_probes()
+    probes = server_probes() if settings["probes"] else Probes()
+    services: list[Service] = []
+    begin = Service.__init__
+
+    def noted(service: Service, *args: Any, **kwargs: Any) -> None:
+        begin(service, *args, **kwargs)
+        services.append(service)
+
+    Service.__init__ = noted  # type: ignore[method-assign]
 
     def answer() -> None:
         for _ in sys.stdin:
-            tell(probes=probes.totals())
+            tell(probes=probes.totals(), status=services[0].status())
 
     threading.Thread(target=answer, daemon=True).start()
     root = Path(settings["root"])
@@ -51,6 +60,7 @@ def server(settings: dict[str, Any]) -> None:
         ca=root / "ca",
         run=Path(settings["run"]),
         threads=settings["threads"],
+        device=settings["device"],
         exit_when_finished=True,
         ready_file=Path(settings["ready"]),
     )
@@ -175,6 +185,23 @@ def central(settings: dict[str, Any]) -> None:
             first_loss=losses[0],
             probes={},
         )
+
+
+# --- who decodes ------------------------------------------------------------------------------------------------------
+
+
+def split_decoder(settings: dict[str, Any]) -> None:
+    """A client of fedsea that decodes when it is told."""
+    from _decoding import split
+
+    split(settings, tell)
+
+
+def central_decoder(settings: dict[str, Any]) -> None:
+    """The whole model in transformers' `generate`."""
+    from _decoding import central
+
+    central(settings, tell)
 
 
 if __name__ == "__main__":
