@@ -122,3 +122,11 @@ def test_a_seed_draws_drafts_and_tokens_alike():
         taken = sampler.verify([last], LOGITS_VV[[last, last, last]], Draft(drafts))
         assert taken[:2] == drafts
         assert taken == [apart.choose([], LOGITS_VV[last]) for _ in range(3)]
+
+
+def test_without_a_seed_drafts_are_drawn_apart_from_tokens():
+    """The standard rule needs drafts that say nothing about the draws that judge them."""
+    sampler, uniform_1V = Sampler(HOW["plain"]), torch.full((1, 100), 0.01)
+    aheads = [sampler.ahead(), sampler.ahead(), sampler]
+    draws = {tuple(one.draw(uniform_1V) for _ in range(20)) for one in aheads}
+    assert len(draws) == 3

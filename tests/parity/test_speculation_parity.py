@@ -10,7 +10,7 @@ import torch
 from fedsea.client.drafters import EarlyExit, ModelDrafter, PromptLookup
 from fedsea.client.generation import GenerationSettings, generate
 from fedsea.errors import ConfigError
-from fedsea.model.sampling import Draft
+from fedsea.model.sampling import Draft, Sampler, Sampling
 from tests.parity.chi_square import unlikely
 from tests.parity.test_decoding_parity import _decoder as make_decoder
 
@@ -141,7 +141,7 @@ def test_a_draft_model_without_a_seed_keeps_the_distribution(zoo, tmp_path):
     settings = GenerationSettings(3, temperature=3.0, top_k=3)
     counts: dict[tuple[int, ...], int] = {}
     drafted = accepted = 0
-    for _ in range(300):
+    for _ in range(200):
         with generate(decoder, [1, 2], settings, drafter=drafter) as generation:
             answer = tuple(token.id for token in generation)
         counts[answer] = counts.get(answer, 0) + 1
@@ -161,6 +161,18 @@ def _probability(whole, answer):
         result *= float(logits.softmax(-1)[token])
         ids.append(token)
     return result
+
+
+def test_drafts_without_a_seed_were_drawn_from_the_probabilities_that_they_bring(small):
+    drafting = ModelDrafter(small).begin(64, 97)
+    sampler = Sampler(Sampling(1.3, top_k=6))
+    counts: dict[int, int] = {}
+    for _ in range(600):
+        draft = drafting.draft(PROMPT, 1, sampler)
+        counts[draft.tokens[0]] = counts.get(draft.tokens[0], 0) + 1
+        (found_V,) = draft.probabilities
+    assert found_V.shape == (97,)
+    assert not unlikely(counts, {token: p for token, p in enumerate(found_V.tolist()) if p > 0}, at=1e-7)
 
 
 def test_a_draft_model_that_cannot_draft_says_so(tmp_path, zoo, small):
