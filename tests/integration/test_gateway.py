@@ -16,7 +16,7 @@ import openai
 import pytest
 from tokenizers import pre_tokenizers
 
-from fedsea.client.gateway import work
+from fedsea.client.gateway import guard, work
 from fedsea.client.gateway.run import Gateway, GatewaySettings, serve
 from fedsea.client.inference import OpenedDecoder, open_decoder
 from fedsea.data.detokenize import TextStream
@@ -348,6 +348,31 @@ def test_lost_server_is_told_and_an_answer_goes_on_when_it_is_back(bench, monkey
     gate.open()
     at.fed.start_server(exit_when_finished=False)
     assert text + "".join(piece.choices[0].text for piece in stream) == undisturbed
+
+
+def test_answers_under_way_are_told_when_the_gateway_ends(bench, monkeypatch):
+    at, gate = bench(), Gate(monkeypatch, free=0)
+    gateway = at.gateway()
+    client = at.client(gateway)
+    with ThreadPoolExecutor(2) as threads:
+        whole = threads.submit(client.completions.create, model="test", prompt="a", max_tokens=9)
+        at.wait_for(lambda inference: inference["sessions"] == 1)
+        ended = threads.submit(gateway.__exit__)
+        with pytest.raises(openai.InternalServerError, match="shutting down") as refused:
+            whole.result()
+        gate.open()
+        ended.result()
+    assert refused.value.status_code == 503
+    at.wait_for(lambda inference: inference["sessions"] == inference["pages"] == 0)
+
+
+def test_body_that_does_not_come_is_not_waited_for(bench, monkeypatch):
+    monkeypatch.setattr(guard, "_BODY_S", 0.2)
+    port = httpx.URL(bench().gateway(api_key=None).url).port
+    head = "POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+    with socket.create_connection(("127.0.0.1", port), timeout=30.0) as connection:
+        connection.sendall(f"{head}Content-Length: 9\r\n\r\n".encode())
+        assert connection.recv(4096).startswith(b"HTTP/1.1 408 ")
 
 
 def test_nothing_of_a_text_reaches_a_log_or_a_metric(bench, caplog):

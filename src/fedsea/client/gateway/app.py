@@ -161,8 +161,9 @@ class _Routes:
 
     async def _generate(self, request: Request, kind: type[ChatBody] | type[TextBody]) -> Response:
         served = self._served
-        data = await read_body(request, served.max_body_bytes)
-        body, choices = await asyncio.to_thread(self._prepare, kind, data)
+        with served.workers.coming():
+            data = await read_body(request, served.max_body_bytes)
+            body, choices = await asyncio.to_thread(self._prepare, kind, data)
         work = served.workers.start(choices, after_prompt=kind is TextBody)
         form_kind: type[ChatForm] | type[TextForm] = ChatForm if kind is ChatBody else TextForm
         form = form_kind(served.name, logprobs=body.num_logprobs >= 0, usage=body.stream_options.include_usage)

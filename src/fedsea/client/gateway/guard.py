@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import hmac
 import ipaddress
 
@@ -10,6 +11,9 @@ from starlette.requests import Request
 
 from fedsea.client.gateway.errors import RequestError
 from fedsea.errors import ConfigError
+
+_BODY_S = 60.0
+"""How long a body may take to come."""
 
 
 def is_loopback(host: str) -> bool:
@@ -82,7 +86,7 @@ async def read_body(request: Request, most: int) -> bytes:
     """The body of a request.
 
     Raises:
-        RequestError: It is larger than allowed, or no JSON by its own word.
+        RequestError: It is larger than allowed, does not come, or is no JSON by its own word.
     """
     if request.headers.get("content-type", "").partition(";")[0].strip().lower() != "application/json":
         raise RequestError("Send the body as JSON, with `Content-Type: application/json`.", 415)
@@ -91,8 +95,12 @@ async def read_body(request: Request, most: int) -> bytes:
     if not announced.isascii() or not announced.isdigit() or int(announced) > most:
         raise too_large
     body = bytearray()
-    async for chunk in request.stream():
-        body += chunk
-        if len(body) > most:
-            raise too_large
+    try:
+        async with asyncio.timeout(_BODY_S):
+            async for chunk in request.stream():
+                body += chunk
+                if len(body) > most:
+                    raise too_large
+    except TimeoutError:
+        raise RequestError(f"The body did not come in {_BODY_S:g} s.", 408) from None
     return bytes(body)

@@ -101,6 +101,7 @@ class Workers:
         self._threads = ThreadPoolExecutor(most, thread_name_prefix="fedsea-gateway")
         self._lock = threading.Lock()
         self._all: set[_Running] = set()
+        self._coming = 0
         self._closed = False
 
     def __enter__(self) -> Workers:
@@ -111,8 +112,25 @@ class Workers:
             self._closed = True
             running = list(self._all)
         for choice in running:
-            choice.cancel(TransportError("The gateway is shutting down: try again when it is back."))
+            choice.cancel(_closing())
         self._threads.shutdown(wait=True, cancel_futures=True)
+
+    @contextlib.contextmanager
+    def coming(self) -> Iterator[None]:
+        """Around the reading of a request: refused at once where there is no room, so that bodies do not pile up.
+
+        Raises:
+            CapacityError: Too many choices wait already.
+        """
+        with self._lock:
+            if len(self._all) + self._coming >= self._room:
+                raise _full()
+            self._coming += 1
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._coming -= 1
 
     def start(self, choices: Sequence[Choice], after_prompt: bool) -> Work:
         """Take a request on; on the event loop.
@@ -132,9 +150,9 @@ class Workers:
 
         with self._lock:
             if self._closed:
-                raise TransportError("The gateway is shutting down: try again when it is back.")
+                raise _closing()
             if len(self._all) + len(choices) > self._room:
-                raise CapacityError("The gateway has as many requests as it may have waiting; try again later.", 1.0)
+                raise _full()
             running = [_Running(choice, after_prompt, deliver) for choice in choices]
             self._all.update(running)
             self._show()
@@ -154,6 +172,14 @@ class Workers:
         metrics = self._means.metrics
         metrics.running.set(min(len(self._all), self._most))
         metrics.waiting.set(max(0, len(self._all) - self._most))
+
+
+def _full() -> FedseaError:
+    return CapacityError("The gateway has as many requests as it may have waiting; try again later.", 1.0)
+
+
+def _closing() -> FedseaError:
+    return TransportError("The gateway is shutting down: try again when it is back.")
 
 
 class _Running:
