@@ -36,7 +36,7 @@ SHAPES = {
     "100m": Shape(hidden_size=768, intermediate_size=2048, num_blocks=12, num_heads=12, vocab_size=32000),
     "7b": Shape(hidden_size=4096, intermediate_size=11008, num_blocks=32, num_heads=32, vocab_size=32000),
 }
-"""15m is the shape of stories15M of llama2.c, 100m has 110 million parameters, 7b is LLaMA-2-7B but for tied embeddings."""
+"""15m is the shape of llama2.c's stories15M, 100m has 110 million parameters, 7b is LLaMA-2-7B with tied embeddings."""
 
 
 def write_model(folder: Path, shape: Shape, seed: int = 0, dtype: str = "float32", device: str = "cpu") -> None:

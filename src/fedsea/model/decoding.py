@@ -6,6 +6,7 @@ Used by the server's sessions and by a trunk in the client's own process.
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -181,14 +182,16 @@ class TrunkDecoder:
 
     def _batch(self, parts: list[CachedPart], frozen: Frozen) -> list[torch.Tensor | FedseaError]:
         try:
-            outputs = self.trunk.extend_group([_on(part, self.trunk.device) for part in parts], frozen)
+            device = self.trunk.device
+            outputs = self.trunk.extend_group([_on(part, device) for part in parts], frozen)
         except Exception as error:  # noqa: BLE001 (told to whose tokens they were, and logged)
             for part in parts:
                 part.extension.wipe()
             if len(parts) > 1:  # whoever is at fault fails alone
                 return [result for part in parts for result in self._batch([part], frozen)]
             return [_reason(error)]
-        if not torch.isfinite(torch.stack([output.sum() for output in outputs])).all():
+        together = torch.cat(outputs) if len(outputs) > 1 else outputs[0]
+        if not math.isfinite(float(together.sum(dtype=torch.float32))):
             return [self._checked(part, output) for part, output in zip(parts, outputs, strict=True)]
         for part in parts:
             part.extension.commit()
@@ -214,4 +217,6 @@ def _reason(error: Exception) -> FedseaError:
 
 
 def _on(part: CachedPart, device: torch.device) -> CachedPart:
+    if part.hidden_TH.device == device:
+        return part
     return CachedPart(part.hidden_TH.to(device), part.extension, part.blocks)

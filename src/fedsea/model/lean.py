@@ -205,6 +205,7 @@ class LeanBlocks:
             blocks: Indices in the segment.
             adapters: As `adapters` gave them.
         """
+        hidden_TH = hidden_TH.to(self._blocks[0].qkv.weight_OH.dtype)
         if self._packable and hidden_TH.shape[0] > 1:
             self._packable = False
             for block in self._blocks:

@@ -179,11 +179,12 @@ class Segment:
         if hidden_TH.dim() != 2 or hidden_TH.shape[0] != extension.num_tokens:
             given = tuple(hidden_TH.shape)
             raise ConfigError(f"{extension.num_tokens} tokens were announced, but the tensor has shape {given}.")
-        hidden_TH = hidden_TH.to(self.dtype)
-        self.model.eval()
         if self._lean_blocks is not None and frozen.lean is not None:
+            # Neither mode nor type are asked of the model: going through its modules costs as much as a block.
             indices = range(len(self.blocks)) if blocks is None else blocks
             return self._lean_blocks.run(hidden_TH, extension, indices, frozen.lean)
+        hidden_TH = hidden_TH.to(self.dtype)
+        self.model.eval()
         with self._precision(hidden_TH.device), frozen.swapped_into(self.model):
             try:
                 return extend(decoder, hidden_TH, extension)
@@ -329,13 +330,16 @@ class OutputBlocks(Segment):
         """As `forward`."""
         return self.forward(hidden_TH, lengths)
 
-    def forward(self, hidden_TH: torch.Tensor, lengths: Sequence[int]) -> torch.Tensor:
-        """Logits [T, V] of every row; for training use `loss`, which does not hold them all.
+    def forward(
+        self, hidden_TH: torch.Tensor, lengths: Sequence[int], rows_R: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """Logits [T, V] of every row, or [R, V] of some; for training use `loss`, which does not hold them all.
 
         Raises:
             ConfigError: The lengths do not fit the rows.
         """
-        return self._logits(self._run(self._decoder, hidden_TH, lengths))
+        out_TH = self._run(self._decoder, hidden_TH, lengths)
+        return self._logits(out_TH if rows_R is None else out_TH.index_select(0, rows_R))
 
     def last_logits(self, hidden_TH: torch.Tensor, lengths: Sequence[int]) -> torch.Tensor:
         """Logits [B, V] of each sequence's last row; the head runs on these rows alone."""
