@@ -16,6 +16,7 @@ import openai
 import pytest
 from tokenizers import pre_tokenizers
 
+from fedsea.client.drafters import Drafter, PromptLookup
 from fedsea.client.gateway import guard, work
 from fedsea.client.gateway.run import Gateway, GatewaySettings, serve
 from fedsea.client.inference import OpenedDecoder, open_decoder
@@ -35,9 +36,9 @@ class Bench:
     opened: OpenedDecoder
     stack: ExitStack
 
-    def gateway(self, **settings) -> Gateway:
+    def gateway(self, drafter: Drafter | None = None, **settings) -> Gateway:
         values = {"port": 0, "api_key": KEY, "default_new_tokens": 12}
-        return self.stack.enter_context(Gateway(self.opened, GatewaySettings(**(values | settings))))
+        return self.stack.enter_context(Gateway(self.opened, GatewaySettings(**(values | settings)), drafter))
 
     def client(self, gateway: Gateway | None = None, key: str = KEY) -> openai.OpenAI:
         url = (gateway or self.gateway()).url
@@ -67,8 +68,8 @@ class Gate:
 
         class Held(TextStream):
             def push(self, token_id: int) -> str:
-                while not gate._open.is_set() and not gate._free.acquire(timeout=0.05):
-                    pass
+                if not gate._open.is_set() and not gate._free.acquire(blocking=False):
+                    gate._open.wait(30.0)
                 return super().push(token_id)
 
         monkeypatch.setattr(work, "TextStream", Held)
@@ -288,6 +289,15 @@ def test_32_requests_at_once_finish_and_each_is_the_answer_of_one_alone(bench):
         together = list(threads.map(ask, prompts))
     assert together[:4] == alone
     at.wait_for(lambda inference: inference["sessions"] == inference["pages"] == 0)
+
+
+def test_drafts_change_no_answer_that_is_greedy_or_has_a_seed(bench):
+    at = bench()
+    plain, drafting = at.client(at.gateway()), at.client(at.gateway(PromptLookup()))
+    for how in ({"temperature": 0}, {"seed": 3, "top_p": 0.9}):
+        asked = {"model": "test", "prompt": f"{PROMPT} {PROMPT} {PROMPT}", "max_tokens": 20, "n": 2, **how}
+        texts = [[choice.text for choice in one.completions.create(**asked).choices] for one in (plain, drafting)]
+        assert texts[0] == texts[1]
 
 
 def test_more_requests_than_may_wait_are_told_when_to_come_back(bench, monkeypatch):
