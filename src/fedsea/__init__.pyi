@@ -1,3 +1,4 @@
+from fedsea.client.causal_lm import SplitCausalLM
 from fedsea.client.results import evaluate
 from fedsea.client.results import export_adapter as export
 from fedsea.client.run import train, train_alone
@@ -16,6 +17,7 @@ __all__ = [
     "FedseaError",
     "Partition",
     "ServerOptions",
+    "SplitCausalLM",
     "__version__",
     "evaluate",
     "export",

@@ -5,6 +5,7 @@ T  new tokens of all sequences end to end, R  rows whose logits are wanted, V  v
 
 from __future__ import annotations
 
+import copy
 import threading
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future
@@ -45,6 +46,14 @@ class SplitDecoder:
         self.vocab_size = int(config.get_text_config(decoder=True).vocab_size)
         context = getattr(config, "max_position_embeddings", None) or plan.inference.max_tokens
         self.max_tokens = min(plan.inference.max_tokens, int(context))
+
+    def renewed(self) -> SplitDecoder:
+        """The same with the adapters as they are now; what was opened before goes on with those it had."""
+        again = copy.copy(self)
+        with self.lock:
+            again.input_adapters = self.segments.input_blocks.freeze()
+            again.output_adapters = self.segments.output_blocks.freeze()
+        return again
 
     def open(self, max_tokens: int, num_sequences: int = 1) -> Sequences:
         """Sequences of at most so many tokens each, prompt and answer together; returns at once.

@@ -21,10 +21,11 @@ from torch import nn
 from fedsea.errors import ConfigError
 from fedsea.model.attention import OwnMaskError
 from fedsea.model.cache import CacheArena, Extension, Frozen, SequenceCache
-from fedsea.model.head import head_of, summed_cross_entropy
+from fedsea.model.head import Logits, head_of, summed_cross_entropy
 from fedsea.model.lean import LeanBlocks, lean_blocks
 from fedsea.model.packing import extend, keeps_apart, run
 from fedsea.model.partition import Layout
+from fedsea.model.products import FrozenLinear
 from fedsea.model.trunk import CachedPart, TrunkPart, extend_group, run_group, stage_of
 from fedsea.types import IGNORE, BlockRange, SegmentKind
 
@@ -325,6 +326,7 @@ class OutputBlocks(Segment):
     """The last blocks, final norm and head, at the client."""
 
     kind = SegmentKind.OUTPUT
+    _few: tuple[FrozenLinear, Logits] | None = None
 
     def __call__(self, hidden_TH: torch.Tensor, lengths: Sequence[int]) -> torch.Tensor:
         """As `forward`."""
@@ -361,7 +363,7 @@ class OutputBlocks(Segment):
         out_TH = self._extend(self._decoder, hidden_TH, extension, frozen)
         if rows_R is None:
             rows_R = torch.tensor(extension.lengths, device=out_TH.device).cumsum(0) - 1
-        return self._logits(out_TH.index_select(0, rows_R))
+        return self._few_logits(out_TH.index_select(0, rows_R))
 
     def loss(self, hidden_TH: torch.Tensor, lengths: Sequence[int], targets_T: torch.Tensor) -> torch.Tensor:
         """Sum, in float32, of the cross entropy over rows with a target.
@@ -390,3 +392,13 @@ class OutputBlocks(Segment):
         logits, _ = head_of(self.model, self._layout.decoder)
         with self._precision(hidden_TH.device):
             return logits(hidden_TH)
+
+    def _few_logits(self, hidden_RH: torch.Tensor) -> torch.Tensor:
+        """As `_logits`; a head that is not trained is read as fast as it can be, and not put together anew."""
+        linear = self.model.get_output_embeddings()
+        if self._autocast is not None or not FrozenLinear.serves(linear):
+            return self._logits(hidden_RH)
+        if self._few is None or not self._few[0].is_of(linear):
+            fast = FrozenLinear(linear)
+            self._few = fast, head_of(self.model, self._layout.decoder, fast)[0]
+        return self._few[1](hidden_RH)

@@ -1,0 +1,367 @@
+"""The split model as an ordinary model of transformers: `generate`, `Trainer`, trl and lm_eval use it as it is.
+
+    >>> model = SplitCausalLM.connect("server:7443", "identity/bank", run="runs/bank")      # doctest: +SKIP
+    >>> ids = model.tokenizer("Dear customer,", return_tensors="pt")                        # doctest: +SKIP
+    >>> model.generate(**ids, max_new_tokens=40)                                            # doctest: +SKIP
+
+B  rows of a padded batch, S  its columns, K  columns whose logits are wanted, T  tokens end to end, V  vocabulary size
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+from collections.abc import Mapping
+from contextvars import ContextVar
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+from torch.nn import functional as F
+from transformers import GenerationConfig, GenerationMixin, PreTrainedModel
+from transformers.modeling_outputs import CausalLMOutputWithPast
+
+from fedsea.client.causal_cache import SplitCache
+from fedsea.client.decoding import SplitDecoder
+from fedsea.client.inference import OpenedDecoder, open_decoder
+from fedsea.client.padding import cells_of
+from fedsea.client.setup import ClientOptions
+from fedsea.client.through_trunk import ThroughTrunk
+from fedsea.errors import ConfigError
+from fedsea.model.attention import checkpoint_activations
+from fedsea.types import IGNORE
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig, PreTrainedTokenizerBase
+
+_FILE = "model.safetensors"
+"""The name under which transformers' `Trainer` looks for the weights of a checkpoint."""
+
+_MADE: ContextVar[list[SplitCache] | None] = ContextVar("caches that this call of generate made", default=None)
+
+
+class SplitCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[misc]
+    """Input and output blocks here, the trunk wherever the decoder has it.
+
+    Its parameters are the client's own; those of its adapters train, through the trunk, whose parameters stay as they
+    are. Padding is neither computed nor sent. A padding position takes no loss, and its logits are zero.
+
+    Args:
+        decoder: The split model.
+        config: The whole model's; None: what the segments know of it.
+
+    Attributes:
+        decoder: As given.
+        tokenizer: The base model's, if the model was made by `connect`.
+    """
+
+    main_input_name = "input_ids"
+    base_model_prefix = ""
+    supports_gradient_checkpointing = True
+    accepts_loss_kwargs = True
+    _supports_sdpa = True
+    _is_stateful = False
+    _no_split_modules: ClassVar[list[str]] = []
+
+    def __init__(self, decoder: SplitDecoder, config: PreTrainedConfig | None = None) -> None:
+        ends = decoder.segments.input_blocks, decoder.segments.output_blocks
+        config = copy.deepcopy(ends[1].model.config if config is None else config)
+        config._attn_implementation = "sdpa"
+        super().__init__(config)
+        self.decoder = decoder
+        self.tokenizer: PreTrainedTokenizerBase | None = None
+        self.all_tied_weights_keys: dict[str, str] = {}
+        self.input_blocks: nn.Module = ends[0].model
+        self.output_blocks: nn.Module = ends[1].model
+        self._through = ThroughTrunk(decoder)
+        self._connection = contextlib.ExitStack()
+        self.eval()
+
+    @classmethod
+    def connect(
+        cls,
+        server: str,
+        identity: str | Path,
+        *,
+        run: str | Path = "runs/client",
+        model: str | None = None,
+        settings: str | Path | None = None,
+        base: bool = False,
+        device: str = "cpu",
+        retry_for_s: float = 600.0,
+    ) -> SplitCausalLM:
+        """Open the federation's model through its server. `close` it, or use it as a context manager.
+
+        Args:
+            server: `HOST:PORT`.
+            identity: Folder of this client's identity.
+            run: Folder of this client's training run, whose parameters are used.
+            model: This client's own copy of the base model; None takes the plan's path or hub id.
+            settings: Client settings (TOML) with this client's limits.
+            base: Use the base model's own segments, whatever `run` holds.
+            device: Where the client's segments run.
+            retry_for_s: How long a lost server is sought.
+
+        Raises:
+            ConfigError: As `client.inference.open_decoder`.
+            FedseaError: The server cannot be reached or refuses.
+        """
+        options = ClientOptions(
+            server,
+            Path(identity),
+            run=Path(run),
+            model=model,
+            settings=None if settings is None else Path(settings),
+            device=device,
+            retry_for_s=retry_for_s,
+        )
+        with contextlib.ExitStack() as connection:
+            opened = connection.enter_context(open_decoder(options, base=base))
+            made = cls.of(opened)
+            made._connection = connection.pop_all()
+        return made
+
+    @classmethod
+    def of(cls, opened: OpenedDecoder) -> SplitCausalLM:
+        """A model over an opened decoder, whose connection stays its opener's."""
+        made = cls(opened.decoder, opened.checkpoint.config)
+        made.tokenizer = opened.tokenizer
+        if (opened.checkpoint.folder / "generation_config.json").is_file():
+            made.generation_config = GenerationConfig.from_pretrained(opened.checkpoint.folder)
+        return made
+
+    def close(self) -> None:
+        """End the connection that `connect` made; may be called twice."""
+        self._connection.close()
+
+    def __enter__(self) -> SplitCausalLM:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    # --- forward ----------------------------------------------------------------------------------------------------
+
+    def forward(
+        self,
+        input_ids: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.Tensor | None = None,
+        past_key_values: SplitCache | None = None,
+        labels: torch.Tensor | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | torch.Tensor = 0,
+        return_dict: bool | None = None,
+        num_items_in_batch: int | torch.Tensor | None = None,
+        **others: Any,
+    ) -> CausalLMOutputWithPast | tuple[Any, ...]:
+        """Logits [B, K, V], and the loss if there are labels; gradients pass, but not with a cache.
+
+        Args:
+            input_ids: [B, S].
+            attention_mask: 0 where there is padding, on any side.
+            position_ids: Not needed; only looked at for rows of several sequences ("padding-free" batches).
+            past_key_values: A cache of `new_cache`, which new tokens are added to.
+            labels: [B, S], not shifted; -100 takes no loss.
+            use_cache: True makes a cache if none is given (close it); None and False make none.
+            logits_to_keep: Logits of so many last columns only, or of these columns; 0: of all.
+            return_dict: False: a tuple.
+            num_items_in_batch: What the summed loss is divided by; None: its number of targets.
+            others: `output_attentions` and `output_hidden_states` are refused; the rest is not needed here.
+
+        Raises:
+            ConfigError: The inputs cannot be used; the message says why.
+            FedseaError: The trunk is lost.
+        """
+        _refuse(others)
+        if input_ids is None:
+            raise ConfigError("A split model needs input_ids: the embedding is part of what it runs.")
+        cache = past_key_values
+        if cache is None and use_cache:
+            cache = self.new_cache()
+        loss = None
+        if cache is None:
+            logits, loss = self._run(
+                input_ids, attention_mask, position_ids, logits_to_keep, labels, num_items_in_batch
+            )
+        else:
+            if labels is not None:
+                raise ConfigError("A loss cannot be taken with a cache: leave past_key_values out, or the labels.")
+            keep = logits_to_keep if isinstance(logits_to_keep, int) else 0
+            logits = _own(cache).extend(input_ids, attention_mask, keep)
+            if not isinstance(logits_to_keep, int):
+                logits = logits[:, logits_to_keep.to(logits.device)]
+        output = CausalLMOutputWithPast(loss=loss, logits=logits, past_key_values=cache)
+        return output.to_tuple() if return_dict is False else output
+
+    def _run(
+        self,
+        input_ids_BS: torch.Tensor,
+        attention_mask: torch.Tensor | None,
+        position_ids: torch.Tensor | None,
+        logits_to_keep: int | torch.Tensor,
+        labels_BS: torch.Tensor | None,
+        num_items: int | torch.Tensor | None,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        cells = cells_of(input_ids_BS, attention_mask, position_ids)
+        segments, lengths = self.decoder.segments, cells.lengths
+        with self.decoder.lock:
+            hidden_TH = segments.input_blocks(cells.pack(input_ids_BS).to(self.device), lengths)
+        hidden_TH = self._through(hidden_TH, lengths)
+        whole = labels_BS is not None or (isinstance(logits_to_keep, int) and logits_to_keep == 0)
+        kept_BS = cells.mask_BS if whole else _kept(cells.mask_BS, logits_to_keep)
+        rows_R = None if whole else kept_BS[cells.mask_BS].nonzero().squeeze(1).to(self.device)
+        with self.decoder.lock:
+            logits_RV = segments.output_blocks.forward(hidden_TH, lengths, rows_R)
+        loss = None
+        if labels_BS is not None:
+            targets_BS = F.pad(labels_BS[:, 1:], (0, 1), value=IGNORE)
+            loss = _loss(logits_RV, cells.pack(targets_BS).to(logits_RV.device), num_items)
+        if whole:
+            return cells.spread(logits_RV), loss
+        columns: Any = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+        logits = logits_RV.new_zeros(*kept_BS.shape, logits_RV.shape[-1])
+        logits[kept_BS] = logits_RV
+        return logits[:, columns], loss
+
+    # --- generate ---------------------------------------------------------------------------------------------------
+
+    def new_cache(self, max_tokens: int | None = None) -> SplitCache:
+        """An empty cache, to be kept over several calls of `generate` or `forward`, and closed.
+
+        It sees the adapters as they are now.
+
+        Args:
+            max_tokens: Most columns of a row, prompt and answer together; None: as many as the plan allows.
+        """
+        return SplitCache(self.decoder.renewed(), max_tokens or self.decoder.max_tokens)
+
+    def generate(self, *inputs: Any, **settings: Any) -> Any:
+        """See `GenerationMixin.generate`; beams and return sequences share one run of their prompt.
+
+        Caches are closed at the end, unless one of `new_cache` is given as `past_key_values`.
+        """
+        made: list[SplitCache] = []
+        token = _MADE.set(made)
+        try:
+            return super().generate(*inputs, **settings)
+        finally:
+            _MADE.reset(token)
+            for cache in made:
+                cache.close()
+
+    def _prepare_cache_for_generation(
+        self,
+        generation_config: GenerationConfig,
+        model_kwargs: dict[str, Any],
+        generation_mode: Any,
+        batch_size: int,
+        max_cache_length: int,
+    ) -> None:
+        if generation_config.cache_implementation not in (None, "dynamic"):
+            raise ConfigError("A split model has a cache of its own: leave cache_implementation out.")
+        if generation_config.is_assistant:
+            raise ConfigError("A split model cannot be the assistant: take a small model that is all here.")
+        if (given := model_kwargs.get("past_key_values")) is not None:
+            _own(given)
+            super()._prepare_cache_for_generation(
+                generation_config, model_kwargs, generation_mode, batch_size, max_cache_length
+            )
+        elif generation_config.use_cache:
+            cache = model_kwargs["past_key_values"] = self.new_cache(max_cache_length + 1)
+            if (made := _MADE.get()) is not None:
+                made.append(cache)
+
+    # --- what transformers asks of a model --------------------------------------------------------------------------
+
+    def get_input_embeddings(self) -> nn.Module:
+        """The embedding, at the client."""
+        embedding: nn.Module = self.input_blocks.get_input_embeddings()  # type: ignore[operator]
+        return embedding
+
+    def get_output_embeddings(self) -> nn.Module:
+        """The LM head, at the client."""
+        head: nn.Module = self.output_blocks.get_output_embeddings()  # type: ignore[operator]
+        return head
+
+    def tie_weights(self, *_: Any, **__: Any) -> None:
+        """Nothing to do: the segments are loaded as they are."""
+
+    def gradient_checkpointing_enable(self, *_: Any, **__: Any) -> None:
+        """Recompute the activations of the client's blocks in the backward pass; the trunk is asked once either way."""
+        for segment in (self.decoder.segments.input_blocks, self.decoder.segments.output_blocks):
+            if len(segment.blocks):
+                checkpoint_activations(segment.model)
+
+    def to(self, *args: Any, **kwargs: Any) -> SplitCausalLM:
+        """Only to where it is: the device is chosen when the model is opened.
+
+        Raises:
+            ConfigError: Another device or type is asked for.
+        """
+        device, dtype, *_ = torch._C._nn._parse_to(*args, **kwargs)
+        moved = device is not None and (device.type, device.index or 0) != (self.device.type, self.device.index or 0)
+        if moved or dtype not in (None, self.dtype):
+            raise ConfigError("A split model stays where it is: give connect(device=...), and the plan's model.dtype.")
+        return self
+
+    def save_pretrained(
+        self, save_directory: str | Path, state_dict: Mapping[str, torch.Tensor] | None = None, **_: Any
+    ) -> None:
+        """Write what is trained here, and the config: not the base model's weights, nor anything of the trunk."""
+        folder = Path(save_directory)
+        folder.mkdir(parents=True, exist_ok=True)
+        values = dict(self.state_dict() if state_dict is None else state_dict)
+        trained = {name for name, parameter in self.named_parameters() if parameter.requires_grad}
+        save_file({name: values[name].detach().cpu().contiguous() for name in sorted(trained)}, folder / _FILE)
+        self.config.save_pretrained(folder)
+        if self.generation_config is not None:
+            self.generation_config.save_pretrained(folder)
+
+    def load_trained(self, folder: str | Path) -> None:
+        """Take over what `save_pretrained`, or a checkpoint of a trainer's, holds.
+
+        Raises:
+            ConfigError: The folder holds something else.
+        """
+        path = Path(folder) / _FILE
+        if not path.is_file():
+            raise ConfigError(f"{folder} holds no {_FILE}: give a folder of save_pretrained.")
+        held = load_file(path)
+        trained = {name: parameter for name, parameter in self.named_parameters() if parameter.requires_grad}
+        if held.keys() != trained.keys() or any(held[name].shape != trained[name].shape for name in held):
+            raise ConfigError(f"{path} was trained with another plan: its parameters are not those that train here.")
+        with torch.no_grad():
+            for name, parameter in trained.items():
+                parameter.copy_(held[name])
+
+
+def _refuse(others: Mapping[str, Any]) -> None:
+    for name in ("output_attentions", "output_hidden_states"):
+        if others.get(name):
+            raise ConfigError(f"{name} cannot be had of a split model: most of its blocks are at the server.")
+    if others.get("inputs_embeds") is not None:
+        raise ConfigError("A split model needs input_ids: the embedding is part of what it runs.")
+
+
+def _own(cache: object) -> SplitCache:
+    if not isinstance(cache, SplitCache):
+        raise ConfigError("past_key_values of a split model must come from its new_cache().")
+    return cache
+
+
+def _kept(mask_BS: torch.Tensor, logits_to_keep: int | torch.Tensor) -> torch.Tensor:
+    """Cells whose logits are wanted."""
+    wanted_S = torch.zeros(mask_BS.shape[1], dtype=torch.bool, device=mask_BS.device)
+    wanted_S[slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep.to(mask_BS.device)] = 1
+    return mask_BS & wanted_S
+
+
+def _loss(logits_TV: torch.Tensor, targets_T: torch.Tensor, num_items: int | torch.Tensor | None) -> torch.Tensor:
+    """As transformers takes it of a causal model."""
+    if num_items is None:
+        return F.cross_entropy(logits_TV.float(), targets_T, ignore_index=IGNORE)
+    total = F.cross_entropy(logits_TV.float(), targets_T, ignore_index=IGNORE, reduction="sum")
+    return total / (num_items.to(total.device) if isinstance(num_items, torch.Tensor) else num_items)
