@@ -41,7 +41,9 @@ class _PassThrough(nn.Module):
         return _Output(last_hidden_state=inputs_embeds)
 
 
-def head_of(model: PreTrainedModel, decoder_path: str) -> tuple[Logits, list[nn.Parameter]]:
+def head_of(
+    model: PreTrainedModel, decoder_path: str, linear: nn.Module | None = None
+) -> tuple[Logits, list[nn.Parameter]]:
     """The head of a model, and its trainable parameters.
 
     It is made anew for each use: adapters may replace modules of the model at any time.
@@ -49,6 +51,7 @@ def head_of(model: PreTrainedModel, decoder_path: str) -> tuple[Logits, list[nn.
     Args:
         model: A `*ForCausalLM`, whole or cut.
         decoder_path: Where its decoder is.
+        linear: Takes the place of its output embedding in the function.
 
     Returns:
         Function from final hidden states [T, H] to logits [T, V], and the parameters that it uses and that are trained.
@@ -61,6 +64,9 @@ def head_of(model: PreTrainedModel, decoder_path: str) -> tuple[Logits, list[nn.
         copied._modules[name] = inner
         assert inner is not None
         copied = inner
+    if linear is not None:
+        replaced = model.get_output_embeddings()
+        head._modules |= {name: linear for name, module in head._modules.items() if module is replaced}
 
     def logits(hidden_TH: torch.Tensor) -> torch.Tensor:
         out: torch.Tensor = head(inputs_embeds=hidden_TH[None], use_cache=False, return_dict=True).logits

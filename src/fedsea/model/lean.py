@@ -22,13 +22,11 @@ from torch.nn import functional as F
 from fedsea.model.cache import Extension
 from fedsea.model.grouping import Way
 from fedsea.model.lean_attention import attend
-from fedsea.model.products import Product
+from fedsea.model.products import MOST_PACKED_BYTES, Product
 
 _LAYERS = {"LlamaDecoderLayer", "MistralDecoderLayer", "Qwen2DecoderLayer", "Qwen3DecoderLayer"}
 _STATIC_ROTARY = {"default", "linear", "llama3", "yarn"}
 _TABLE_TOKENS = 1024
-_MOST_PACKED_BYTES = 1 << 30
-"""A segment whose weights are larger keeps them once: the memory is worth more than the speed."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -186,7 +184,7 @@ class LeanBlocks:
         self._rotary = rotary
         self._norm = None if isinstance(norm, nn.Identity) else _Norm(norm)
         self._table: tuple[torch.Tensor, torch.Tensor] | None = None
-        self._packable = sum(block.weight_bytes for block in self._blocks) <= _MOST_PACKED_BYTES
+        self._packable = sum(block.weight_bytes for block in self._blocks) <= MOST_PACKED_BYTES
         first = self._blocks[0]
         self._token_bytes = 2 * first.num_keys * first.head_size * first.qkv.weight_OH.element_size()
 

@@ -14,11 +14,14 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch import nn
 from torch.nn import functional as F
 
 _OWN_CACHE_BYTES = 2 << 20
 """Weights below this are read from the core's cache or near it, where `F.linear` is as good for one row."""
 _PACKED_FOR_ROWS = 16
+MOST_PACKED_BYTES = 1 << 30
+"""Whoever has larger weights keeps them once: the memory is worth more than the speed."""
 
 
 @functools.cache
@@ -70,3 +73,32 @@ class Product:
             return F.linear(x_TH, self.weight_OH, self.bias_O)
         out_TO: torch.Tensor = self._product(x_TH, weight_OH, self.bias_O, "none", [], "")
         return out_TO
+
+
+class FrozenLinear(nn.Module):
+    """A linear layer that is not trained, for a few rows at a time.
+
+    Args:
+        linear: Keeps its weight, which this one uses.
+    """
+
+    def __init__(self, linear: nn.Linear) -> None:
+        super().__init__()
+        self.product = Product(linear.weight.data, None if linear.bias is None else linear.bias.data)
+        self._packable = self.product.weight_OH.numel() * self.product.weight_OH.element_size() <= MOST_PACKED_BYTES
+
+    @staticmethod
+    def serves(linear: nn.Module | None) -> bool:
+        """Whether there is such a form of a layer."""
+        return type(linear) is nn.Linear and not linear.weight.requires_grad
+
+    def is_of(self, linear: nn.Linear) -> bool:
+        """Whether this still is the layer's product."""
+        return self.product.weight_OH.data_ptr() == linear.weight.data_ptr()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """As the layer."""
+        rows_TH = x.reshape(-1, x.shape[-1])
+        if self._packable and len(rows_TH) > 1:
+            self.product.pack()
+        return self.product(rows_TH).view(*x.shape[:-1], -1)

@@ -332,22 +332,27 @@ class OutputBlocks(Segment):
         """As `forward`."""
         return self.forward(hidden_TH, lengths)
 
-    def forward(
-        self, hidden_TH: torch.Tensor, lengths: Sequence[int], rows_R: torch.Tensor | None = None
-    ) -> torch.Tensor:
-        """Logits [T, V] of every row, or [R, V] of some; for training use `loss`, which does not hold them all.
+    def forward(self, hidden_TH: torch.Tensor, lengths: Sequence[int]) -> torch.Tensor:
+        """Logits [T, V] of every row; for training use `loss`, which does not hold them all.
 
         Raises:
             ConfigError: The lengths do not fit the rows.
         """
-        out_TH = self._run(self._decoder, hidden_TH, lengths)
-        return self._logits(out_TH if rows_R is None else out_TH.index_select(0, rows_R))
+        return self.logits(self.final(hidden_TH, lengths))
+
+    def final(self, hidden_TH: torch.Tensor, lengths: Sequence[int]) -> torch.Tensor:
+        """Hidden states [T, H] after the last block and the final norm; `logits` takes any rows of them.
+
+        Raises:
+            ConfigError: The lengths do not fit the rows.
+        """
+        return self._run(self._decoder, hidden_TH, lengths)
 
     def last_logits(self, hidden_TH: torch.Tensor, lengths: Sequence[int]) -> torch.Tensor:
         """Logits [B, V] of each sequence's last row; the head runs on these rows alone."""
         out_TH = self._run(self._decoder, hidden_TH, lengths)
         last_B = torch.tensor(lengths, device=out_TH.device).cumsum(0) - 1
-        return self._logits(out_TH.index_select(0, last_B))
+        return self.logits(out_TH.index_select(0, last_B))
 
     def extend(
         self, hidden_TH: torch.Tensor, extension: Extension, frozen: Frozen, rows_R: torch.Tensor | None = None
@@ -388,7 +393,8 @@ class OutputBlocks(Segment):
         with self._precision(out_TH.device):
             return summed_cross_entropy(logits, trained, out_TH, targets_T, self.model.config.vocab_size)
 
-    def _logits(self, hidden_TH: torch.Tensor) -> torch.Tensor:
+    def logits(self, hidden_TH: torch.Tensor) -> torch.Tensor:
+        """What the head makes of final hidden states."""
         logits, _ = head_of(self.model, self._layout.decoder)
         with self._precision(hidden_TH.device):
             return logits(hidden_TH)
@@ -397,7 +403,7 @@ class OutputBlocks(Segment):
         """As `_logits`; a head that is not trained is read as fast as it can be, and not put together anew."""
         linear = self.model.get_output_embeddings()
         if self._autocast is not None or not FrozenLinear.serves(linear):
-            return self._logits(hidden_RH)
+            return self.logits(hidden_RH)
         if self._few is None or not self._few[0].is_of(linear):
             fast = FrozenLinear(linear)
             self._few = fast, head_of(self.model, self._layout.decoder, fast)[0]
