@@ -23,12 +23,12 @@ from torch.nn import functional as F
 from transformers import GenerationConfig, GenerationMixin, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
+from fedsea.client.backbone import Backbone, refuse
 from fedsea.client.causal_cache import SplitCache
 from fedsea.client.decoding import SplitDecoder
 from fedsea.client.inference import OpenedDecoder, open_decoder
 from fedsea.client.padding import cells_of
 from fedsea.client.setup import ClientOptions
-from fedsea.client.through_trunk import ThroughTrunk
 from fedsea.errors import ConfigError
 from fedsea.model.attention import checkpoint_activations
 from fedsea.types import IGNORE
@@ -58,7 +58,7 @@ class SplitCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[misc]
     """
 
     main_input_name = "input_ids"
-    base_model_prefix = ""
+    base_model_prefix = "model"
     supports_gradient_checkpointing = True
     accepts_loss_kwargs = True
     _supports_sdpa = True
@@ -66,16 +66,13 @@ class SplitCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[misc]
     _no_split_modules: ClassVar[list[str]] = []
 
     def __init__(self, decoder: SplitDecoder, config: PreTrainedConfig | None = None) -> None:
-        ends = decoder.segments.input_blocks, decoder.segments.output_blocks
-        config = copy.deepcopy(ends[1].model.config if config is None else config)
+        config = copy.deepcopy(decoder.segments.output_blocks.model.config if config is None else config)
         config._attn_implementation = "sdpa"
         super().__init__(config)
         self.decoder = decoder
         self.tokenizer: PreTrainedTokenizerBase | None = None
         self.all_tied_weights_keys: dict[str, str] = {}
-        self.input_blocks: nn.Module = ends[0].model
-        self.output_blocks: nn.Module = ends[1].model
-        self._through = ThroughTrunk(decoder)
+        self.model = Backbone(decoder)
         self._connection = contextlib.ExitStack()
         self.eval()
 
@@ -175,9 +172,7 @@ class SplitCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[misc]
             ConfigError: The inputs cannot be used; the message says why.
             FedseaError: The trunk is lost.
         """
-        _refuse(others)
-        if input_ids is None:
-            raise ConfigError("A split model needs input_ids: the embedding is part of what it runs.")
+        input_ids = refuse(input_ids, others)
         cache = past_key_values
         if cache is None and use_cache:
             cache = self.new_cache()
@@ -206,15 +201,12 @@ class SplitCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[misc]
         num_items: int | torch.Tensor | None,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         cells = cells_of(input_ids_BS, attention_mask, position_ids)
-        segments, lengths = self.decoder.segments, cells.lengths
-        with self.decoder.lock:
-            hidden_TH = segments.input_blocks(cells.pack(input_ids_BS).to(self.device), lengths)
-        hidden_TH = self._through(hidden_TH, lengths)
+        final_TH = self.model.run(input_ids_BS, cells)
         whole = labels_BS is not None or (isinstance(logits_to_keep, int) and logits_to_keep == 0)
         kept_BS = cells.mask_BS if whole else _kept(cells.mask_BS, logits_to_keep)
-        rows_R = None if whole else kept_BS[cells.mask_BS].nonzero().squeeze(1).to(self.device)
-        with self.decoder.lock:
-            logits_RV = segments.output_blocks.forward(hidden_TH, lengths, rows_R)
+        if not whole:
+            final_TH = final_TH[kept_BS[cells.mask_BS].to(final_TH.device)]
+        logits_RV = self.decoder.segments.output_blocks.logits(final_TH)
         loss = None
         if labels_BS is not None:
             targets_BS = F.pad(labels_BS[:, 1:], (0, 1), value=IGNORE)
@@ -278,12 +270,12 @@ class SplitCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[misc]
 
     def get_input_embeddings(self) -> nn.Module:
         """The embedding, at the client."""
-        embedding: nn.Module = self.input_blocks.get_input_embeddings()  # type: ignore[operator]
+        embedding: nn.Module = self.model.input_blocks.get_input_embeddings()
         return embedding
 
     def get_output_embeddings(self) -> nn.Module:
         """The LM head, at the client."""
-        head: nn.Module = self.output_blocks.get_output_embeddings()  # type: ignore[operator]
+        head: nn.Module = self.model.output_blocks.get_output_embeddings()
         return head
 
     def tie_weights(self, *_: Any, **__: Any) -> None:
@@ -336,14 +328,6 @@ class SplitCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[misc]
         with torch.no_grad():
             for name, parameter in trained.items():
                 parameter.copy_(held[name])
-
-
-def _refuse(others: Mapping[str, Any]) -> None:
-    for name in ("output_attentions", "output_hidden_states"):
-        if others.get(name):
-            raise ConfigError(f"{name} cannot be had of a split model: most of its blocks are at the server.")
-    if others.get("inputs_embeds") is not None:
-        raise ConfigError("A split model needs input_ids: the embedding is part of what it runs.")
 
 
 def _own(cache: object) -> SplitCache:
