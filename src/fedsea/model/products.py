@@ -101,4 +101,4 @@ class FrozenLinear(nn.Module):
         rows_TH = x.reshape(-1, x.shape[-1])
         if self._packable and len(rows_TH) > 1:
             self.product.pack()
-        return self.product(rows_TH).view(*x.shape[:-1], -1)
+        return self.product(rows_TH).view(*x.shape[:-1], self.product.weight_OH.shape[0])
