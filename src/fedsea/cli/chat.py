@@ -44,7 +44,8 @@ def chat(
     """Talk with the federation's model; every line is a turn, and what was said before is not computed again.
 
     `/reset` forgets the conversation, `/stats` says how fast it was, `/quit` or Ctrl-D ends. Ctrl-C ends an answer.
-    The tokenizer's chat template is used, or the plain one of training. Nothing of it is kept.
+    The tokenizer's chat template is used, or the plain one of training. The conversation is written nowhere, but the
+    server can reconstruct it from what it receives, as in training.
 
     Example: `fedsea chat --server fedsea.example.org:7443 --run runs/clinic --temperature 0.7`
     """

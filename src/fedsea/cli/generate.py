@@ -57,12 +57,12 @@ def generate(
 ) -> None:
     """Let the federation's model go on from a text; the answer goes to stdout as it comes.
 
-    Needs the run folder of `fedsea train`, the base model and the server, which runs the trunk. It keeps no text.
+    Needs the run folder of `fedsea train`, the base model, and the server, which runs the trunk. Prompt and answer stay
+    on this machine, but the server can reconstruct them from what it receives, as in training.
 
     Example: `fedsea generate --server fedsea.example.org:7443 --run runs/clinic "The patient was"`
 
-    A question, in the template of training: `fedsea generate --server fedsea.example.org:7443 --run runs/clinic
-    --template instruction --file question.txt --json`
+    A question: `fedsea generate --server fedsea.example.org:7443 --template instruction --file question.txt --json`
     """
     output.begin(as_json=as_json, quiet=True)
     text = _read(prompt, file)

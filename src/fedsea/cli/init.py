@@ -52,8 +52,14 @@ the same command and goes on.
     fedsea eval --server fedsea.example.org:7443 --data notes/*.jsonl
     fedsea export --server fedsea.example.org:7443 --out adapter
 
-The text stays with the clients, but the server CAN reconstruct it from the hidden states and gradients that it
-receives (`trust.mode = "trusted-server"`): choose the operator accordingly.
+The server stays when the run is finished, and the model is used through it, each client with its own segments:
+
+    fedsea generate --server fedsea.example.org:7443 "The patient was"
+    fedsea chat --server fedsea.example.org:7443
+    fedsea gateway --server fedsea.example.org:7443
+
+The text stays with the clients, prompts and answers too, but the server CAN reconstruct it from the hidden states
+and gradients that it receives (`trust.mode = "trusted-server"`): choose the operator accordingly.
 """
 
 
