@@ -15,8 +15,9 @@ from fedsea.plan import load_plan
 
 @pytest.mark.timeout(300)
 def test_a_short_quickstart_compares_all_models_and_writes_its_page(tmp_path):
-    told = []
-    found = run(QuickstartOptions(tmp_path / "quick", steps=8), lambda *report: told.append(report))
+    told, presented, shown = [], [], []
+    options = QuickstartOptions(tmp_path / "quick", steps=8)
+    found = run(options, lambda *report: told.append(report), presented.append, shown.append)
 
     assert set(found.val_loss) == {"base", "alone", "federated", "central"}
     assert set(found.val_loss["alone"]) == set(CLIENTS)
@@ -28,6 +29,12 @@ def test_a_short_quickstart_compares_all_models_and_writes_its_page(tmp_path):
         assert loss > found.val_loss["federated"]
     assert ("federation", 8, 8) in told
     assert found.bytes_by_kind["Forward"] > found.bytes_by_kind["Backward"] > 0
+    assert [result.sample["answer"] for result in presented] == [""]
+    assert found.sample["through"] == "gateway"
+    assert "".join(shown) == found.sample["answer"]
+    assert len(shown) > 1
+    log = (tmp_path / "quick" / "logs" / "gateway.log").read_text()
+    assert not any(line in log for line in found.sample["prompt"].splitlines())
     page = found.report.read_text(encoding="utf-8")
     assert page.count("<svg") == 2
     assert "CAN reconstruct" in page

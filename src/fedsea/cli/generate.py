@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from fedsea.client.setup import ClientOptions
 
 _TEMPLATES = ("text", "instruction", "chat")
+_NEW_TOKENS = 256
 _MOST_PROMPT_BYTES = 16 << 20
 
 
@@ -40,7 +41,10 @@ def generate(
         str,
         typer.Option(metavar="NAME", help="What training put around it: text (nothing), instruction or chat."),
     ] = "text",
-    max_new_tokens: a.MaxNewTokens = 256,
+    max_new_tokens: Annotated[
+        int | None,
+        typer.Option(metavar="N", min=1, help=f"Longest answer, in tokens; {_NEW_TOKENS}, or what fits, if not given."),
+    ] = None,
     temperature: a.Temperature = 0.0,
     top_k: a.TopK = 0,
     top_p: a.TopP = 1.0,
@@ -80,7 +84,7 @@ def generate(
         retry_for=retry_for,
     )
     wanted = a.generation_settings(
-        max_new_tokens=max_new_tokens,
+        max_new_tokens=max_new_tokens or _NEW_TOKENS,
         temperature=temperature,
         top_k=top_k,
         top_p=top_p,
@@ -89,7 +93,17 @@ def generate(
         seed=seed,
         stop=stop,
     )
-    found = _generate(options, text, template, wanted, drafter=drafter, stop=stop or (), base=base, silent=as_json)
+    found = _generate(
+        options,
+        text,
+        template,
+        wanted,
+        fit=max_new_tokens is None,
+        drafter=drafter,
+        stop=stop or (),
+        base=base,
+        silent=as_json,
+    )
     if as_json:
         output.result(_document(found))
         return
@@ -104,6 +118,7 @@ def _generate(
     template: str,
     wanted: GenerationSettings,
     *,
+    fit: bool,
     drafter: str,
     stop: Sequence[str],
     base: bool,
@@ -121,7 +136,8 @@ def _generate(
             ids = prompts.chat([{"role": "user", "content": text}])
         else:
             ids = prompts.text(instruction_prompt(text) if template == "instruction" else text)
-        wanted = replace(wanted, stop_tokens=opened.stop_tokens)
+        room = max(1, opened.decoder.max_tokens - len(ids)) if fit else wanted.max_new_tokens
+        wanted = replace(wanted, max_new_tokens=min(room, wanted.max_new_tokens), stop_tokens=opened.stop_tokens)
         return a.answer(
             opened,
             ids,

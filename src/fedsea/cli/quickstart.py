@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Annotated, Self
 
 import typer
 
+from fedsea.cli import answering, output
 from fedsea.cli import options as o
-from fedsea.cli import output
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -43,11 +43,17 @@ def quickstart(
     from fedsea.evaluation.quickstart import QuickstartOptions, run
 
     with _Parts(silent) as parts:
-        found = run(QuickstartOptions(folder, steps), parts)
-    if as_json:
-        output.say(found.to_json())
-    else:
-        _show(found, folder)
+        if as_json:
+            output.say(run(QuickstartOptions(folder, steps), parts).to_json())
+            return
+
+        def present(found: QuickstartResult) -> None:
+            parts.done()
+            _show(found)
+
+        found = run(QuickstartOptions(folder, steps), parts, present, _Indented())
+    output.say(f"\n\nPlots and details: {found.report}")
+    output.say(f"Try next: look into {folder}/plan.toml, then `fedsea init my-federation` for one of your own.")
 
 
 class _Parts:
@@ -72,6 +78,10 @@ class _Parts:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        self.done()
+
+    def done(self) -> None:
+        """Nothing more will be reported; what the terminal gets next stands below the bars."""
         self._bars.stop()
 
     def __call__(self, what: str, done: int, total: int) -> None:
@@ -89,20 +99,31 @@ class _Parts:
             self._console.print(f"{what}: {done} of {total}, {state}", markup=False, highlight=False, soft_wrap=True)
 
 
-def _show(found: QuickstartResult, folder: Path) -> None:
+class _Indented:
+    """Shows an answer as it comes, set in from the left."""
+
+    def __init__(self) -> None:
+        self._begun = False
+
+    def __call__(self, piece: str) -> None:
+        if not self._begun:
+            piece, self._begun = f"    {piece.lstrip()}", bool(piece.strip())
+        if self._begun:
+            answering.show(piece.replace("\n", "\n    "))
+
+
+def _show(found: QuickstartResult) -> None:
     from rich.console import Console
 
     console = Console()
     console.print(_losses(found))
     _show_costs(console, found)
-    for title, text in (
-        ("The federation's model was given", found.sample["prompt"]),
-        ("and wrote", found.sample["answer"]),
-    ):
-        output.say(f"\n{title}\n")
-        output.say(textwrap.indent(text.strip(), "    "))
-    output.say(f"\nPlots and details: {found.report}")
-    output.say(f"Try next: look into {folder}/plan.toml, then `fedsea init my-federation` for one of your own.")
+    asked = "A program at the clinic asks the federation's model through `fedsea gateway`:"
+    if found.sample["through"] == "process":
+        asked = 'The federation\'s model is asked (`pip install "fedsea[gateway]"` lets programs at a client do so):'
+    output.say(f"\n{asked}\n")
+    output.say(textwrap.indent(found.sample["prompt"].strip(), "    "))
+    output.say("\nAnd this is what it writes:\n")
 
 
 def _losses(found: QuickstartResult) -> Table:

@@ -2,7 +2,8 @@
 
 One server and three clients run as processes of their own on loopback, with a certificate authority made for the
 occasion. Beside them, this process trains what the federation is to be compared with: each silo alone, and a
-central model on the pooled text, from the same base model with the same settings.
+central model on the pooled text, from the same base model with the same settings. At the end an application asks the
+model through a gateway at one of the clients.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import logging
 import threading
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ import torch
 from fedsea.client.run import train_alone
 from fedsea.client.setup import ClientOptions
 from fedsea.client.state import ClientStore
+from fedsea.evaluation import asking
 from fedsea.evaluation.comparison import Comparison, Losses
 from fedsea.evaluation.preparation import CLIENTS, prepare
 from fedsea.evaluation.processes import Processes
@@ -60,7 +62,8 @@ class QuickstartResult:
         bytes_by_kind: Kind of message to bytes, over all clients.
         phases_s: Phase to seconds, summed over the clients' steps.
         seconds: Wall time by part.
-        sample: A prompt, and the federation's greedy answer.
+        sample: A prompt, the federation's greedy answer, and what was asked ("through"): "gateway", or "process" where
+            the gateway's packages are not installed.
         report: The HTML page.
     """
 
@@ -77,12 +80,19 @@ class QuickstartResult:
         return json.dumps(asdict(self) | {"report": str(self.report)})
 
 
-def run(options: QuickstartOptions, progress: Progress = lambda *_: None) -> QuickstartResult:
-    """Run the whole comparison.
+def run(
+    options: QuickstartOptions,
+    progress: Progress = lambda *_: None,
+    present: Callable[[QuickstartResult], None] = lambda _: None,
+    show: Callable[[str], None] = lambda _: None,
+) -> QuickstartResult:
+    """Run the whole comparison, and ask the model something.
 
     Args:
         options: See `QuickstartOptions`.
         progress: Told how far each part is.
+        present: Given the result before the model is asked: the answer is empty yet, and there is no page.
+        show: Given the answer, piece by piece as it comes.
 
     Raises:
         ConfigError: The folder holds something already.
@@ -96,7 +106,7 @@ def run(options: QuickstartOptions, progress: Progress = lambda *_: None) -> Qui
     log.warning("%s", STATEMENTS[plan.trust.mode])
     progress("preparation", 1, 2)
     with Processes(folder / "logs") as processes:
-        _start_federation(folder, plan, processes)
+        address = _start_federation(folder, plan, processes)
         progress("preparation", 2, 2)
         watcher = _Watcher(folder, plan, processes, progress)
         with watcher:
@@ -107,20 +117,32 @@ def run(options: QuickstartOptions, progress: Progress = lambda *_: None) -> Qui
             _pool(folder, comparison)
             models["central"] = _train_alone(folder, "central.toml", "central", "pooled-train.jsonl", progress)
             others_s = time.monotonic() - started
-            processes.wait([*CLIENTS, "server"], timeout_s=600)
-    federated_s = watcher.seconds
-    models["federated"] = ServerStore.peek(folder / "runs" / "server", plan)
-    losses = {}
-    for number, (name, parameters) in enumerate(models.items()):
-        losses[name] = comparison.losses(parameters)
-        progress("evaluation", number + 1, len(models))
-    prompt = _held_out_prompt(folder, comparison, CLIENTS[0])
-    sample = {"prompt": prompt, "answer": comparison.generate(models["federated"], prompt)}
-    seconds = {"federation": federated_s, "comparison": others_s, "all": time.monotonic() - started}
-    return _result(folder, plan, losses, sample, seconds)
+            processes.wait(CLIENTS, timeout_s=600)
+        url = asking.start_gateway(folder, address, CLIENTS[0], processes)  # loads while this process evaluates
+        models["federated"] = ServerStore.peek(folder / "runs" / "server", plan)
+        losses = {}
+        for number, (name, parameters) in enumerate(models.items()):
+            losses[name] = comparison.losses(parameters)
+            progress("evaluation", number + 1, len(models))
+        seconds = {"federation": watcher.seconds, "comparison": others_s, "all": time.monotonic() - started}
+        prompt = _held_out_prompt(folder, comparison, CLIENTS[0])
+        sample = {"prompt": prompt, "answer": "", "through": "process" if url is None else "gateway"}
+        result = _result(folder, losses, sample, seconds)
+        present(result)
+        if url is None:
+            answer = comparison.generate(models["federated"], prompt)
+            show(answer)
+        else:
+            answer = asking.ask(processes.wait_for(url, timeout_s=120), plan.name, prompt, show)
+    all_s = round(time.monotonic() - started, 1)
+    result = replace(result, sample=sample | {"answer": answer}, seconds=result.seconds | {"all": all_s})
+    curves = {name: read_lines(folder / "runs" / name / "metrics.jsonl") for name in CLIENTS}
+    write_report(result, plan, curves)
+    return result
 
 
-def _start_federation(folder: Path, plan: FederationPlan, processes: Processes) -> None:
+def _start_federation(folder: Path, plan: FederationPlan, processes: Processes) -> str:
+    """Start the server and all clients; the server's address. It stays until it is ended, as a real one does."""
     ready = folder / "runs" / "address"
     ready.parent.mkdir()
     processes.start(
@@ -128,8 +150,7 @@ def _start_federation(folder: Path, plan: FederationPlan, processes: Processes) 
         [
             *("server", "--plan", str(folder / "plan.toml"), "--listen", "127.0.0.1:0", "--threads", "1"),
             *("--identity", str(folder / "server-identity"), "--ca", str(folder / "ca")),
-            *("--run", str(folder / "runs" / "server"), "--ready-file", str(ready), "--exit-when-finished", "--quiet"),
-            *("--metrics", "off"),
+            *("--run", str(folder / "runs" / "server"), "--ready-file", str(ready), "--quiet", "--metrics", "off"),
         ],
     )
     address = processes.wait_for(ready, timeout_s=120)
@@ -142,6 +163,7 @@ def _start_federation(folder: Path, plan: FederationPlan, processes: Processes) 
                 *("--run", str(folder / "runs" / name), "--json", "--quiet"),
             ],
         )
+    return address
 
 
 class _Watcher:
@@ -219,7 +241,7 @@ def _held_out_prompt(folder: Path, comparison: Comparison, name: str) -> str:
 
 
 def _result(
-    folder: Path, plan: FederationPlan, losses: dict[str, Losses], sample: dict[str, str], seconds: dict[str, float]
+    folder: Path, losses: dict[str, Losses], sample: dict[str, str], seconds: dict[str, float]
 ) -> QuickstartResult:
     summaries = [_summary(folder / "logs" / f"{name}.log") for name in CLIENTS]
     val_loss = {
@@ -228,7 +250,7 @@ def _result(
         "federated": losses["federated"].pooled,
         "central": losses["central"].pooled,
     }
-    result = QuickstartResult(
+    return QuickstartResult(
         val_loss,
         {name: item.by_silo for name, item in losses.items()},
         _added([summary["bytes_by_kind"] for summary in summaries]),
@@ -237,9 +259,6 @@ def _result(
         sample,
         folder / "report.html",
     )
-    curves = {name: read_lines(folder / "runs" / name / "metrics.jsonl") for name in CLIENTS}
-    write_report(result, plan, curves)
-    return result
 
 
 def _summary(log: Path) -> dict[str, Any]:

@@ -196,24 +196,32 @@ def test_quickstart_shows_losses_bytes_times_sample_and_report(
     by_silo = {"clinic": 1.0, "bank": 2.0}
     models = {"base": by_silo, "clinic": by_silo, "bank": by_silo, "central": by_silo, "federated": by_silo}
 
-    def run(options: quickstart.QuickstartOptions, progress: quickstart.Progress) -> quickstart.QuickstartResult:
+    def run(
+        options: quickstart.QuickstartOptions, progress: quickstart.Progress, present: Any, show: Any
+    ) -> quickstart.QuickstartResult:
         assert options == quickstart.QuickstartOptions(tmp_path / "q", 4)
         for step in range(24):
             progress("federation", step + 1, 24)
         val_loss = {"base": 3.5, "alone": {"clinic": 3.25, "bank": 3.125}, "central": 2.5, "federated": 2.5625}
-        return quickstart.QuickstartResult(
+        found = quickstart.QuickstartResult(
             val_loss, models, {"Forward": 2_000_000}, {"trunk": 4.0}, {"all": 9.0},
-            {"prompt": "Q?\ntwo lines\n", "answer": "[A]"}, tmp_path / "report.html",
+            {"prompt": "Q?\ntwo lines\n", "answer": "", "through": "gateway"}, tmp_path / "report.html",
         )  # fmt: skip
+        present(found)
+        for piece in ("\n", " A", " B", "\nC"):
+            show(piece)
+        return found
 
     monkeypatch.setattr(quickstart, "run", run)
     assert main.run(["quickstart", "--folder", str(tmp_path / "q"), "--steps", "4"]) == 0
     shown = capsys.readouterr()
-    for part in ("federated", "2.5625", "clinic alone", "3.2500", "hidden states to the server", "2.00 MB", "[A]"):
+    for part in ("federated", "2.5625", "clinic alone", "3.2500", "hidden states to the server", "2.00 MB"):
         assert part in shown.out
     for part in ("summed over the clients", "waiting for the trunk", "    Q?\n    two lines\n", "report.html"):
         assert part in shown.out
     assert shown.out.index("federated") < shown.out.index("central")
+    assert "through `fedsea gateway`" in shown.out
+    assert "\n    A B\n    C\n" in shown.out
     assert shown.err == (
         "federation: 1 of 24, under way\nfederation: 10 of 24, under way\nfederation: 20 of 24, under way\n"
         "federation: 24 of 24, done\n"

@@ -128,6 +128,14 @@ def test_json_is_one_line_with_text_counts_reason_and_figures(
 
 
 @pytest.mark.usefixtures("seen")
+def test_without_a_length_the_answer_is_as_long_as_fits(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main.run([*BASIC, "the ship", "--json"]) == 0
+    document = json.loads(capsys.readouterr().out)
+    assert document["prompt_tokens"] + document["new_tokens"] == 128
+    assert main.run([*BASIC, "the ship", "--max-new-tokens", "200", "--json"]) == 2
+
+
+@pytest.mark.usefixtures("seen")
 def test_a_stop_text_ends_the_answer_and_is_left_out(opened: OpenedDecoder, capsys: pytest.CaptureFixture[str]) -> None:
     text = expected(opened, "the ship", temperature=1.0, seed=1)
     at = next(i for i in range(2, len(text)) if text[i].isascii() and text.index(text[i]) == i)
