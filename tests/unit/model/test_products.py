@@ -1,0 +1,63 @@
+"""Products with frozen weights give what `F.linear` gives, however they are computed."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from fedsea.model import products
+from fedsea.model.products import FrozenLinear, Product
+
+LARGE = (1024, 768)
+"""Outputs and inputs of a weight that does not fit into a core's own cache."""
+
+
+@pytest.mark.parametrize("shape", [(24, 16), LARGE])
+@pytest.mark.parametrize("biased", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_product_is_the_linear_layers_for_any_number_of_rows(shape, biased, dtype):
+    weight, bias = torch.randn(shape, dtype=dtype), torch.randn(shape[0], dtype=dtype) if biased else None
+    plain, packed = Product(weight, bias), Product(weight, bias)
+    packed.pack()
+    for rows in (0, 1, 2, 7, 40):
+        x = torch.randn(rows, shape[1], dtype=dtype)
+        expected = F.linear(x, weight, bias)
+        with torch.inference_mode():
+            for product in (plain, packed):
+                torch.testing.assert_close(product(x), expected, rtol=1e-4, atol=1e-3)
+
+
+def test_without_onednn_the_blas_does_it(monkeypatch):
+    monkeypatch.setattr(products, "_onednn", lambda: None)
+    weight, x = torch.randn(LARGE), torch.randn(3, LARGE[1])
+    product = Product(weight, None)
+    product.pack()
+    for rows in (1, 3):
+        assert torch.equal(product(x[:rows]), F.linear(x[:rows], weight))
+
+
+def test_frozen_linear_keeps_leading_dimensions_and_knows_its_layer():
+    linear = nn.Linear(16, 24, bias=False).requires_grad_(False)
+    frozen = FrozenLinear(linear)
+    for shape in ((1, 0, 16), (1, 1, 16), (2, 3, 16), (5, 16)):
+        x = torch.randn(shape)
+        torch.testing.assert_close(frozen(x), linear(x))
+    assert frozen.is_of(linear)
+    linear.weight.data = linear.weight.data.clone()
+    assert not frozen.is_of(linear)
+
+
+def test_layer_that_is_trained_or_is_no_plain_linear_layer_has_no_frozen_form():
+    assert not FrozenLinear.serves(nn.Linear(4, 4))
+    assert not FrozenLinear.serves(nn.Identity())
+    assert not FrozenLinear.serves(None)
+    assert FrozenLinear.serves(nn.Linear(4, 4).requires_grad_(False))
+
+
+def test_weights_over_the_bound_are_held_once(monkeypatch):
+    monkeypatch.setattr(products, "MOST_PACKED_BYTES", 100)
+    frozen = FrozenLinear(nn.Linear(16, 24).requires_grad_(False))
+    frozen(torch.randn(3, 16))
+    assert frozen.product._packed is None
