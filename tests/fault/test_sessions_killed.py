@@ -78,7 +78,7 @@ def test_connection_that_breaks_again_and_again_needs_no_replay(make, families):
     expected = central(families["llama"], prompt, new)
     # The prompt's hidden states are 40 * 128 bytes; a message of one token is some 200 with what TLS and gRPC add.
     with CuttingProxy(fed.address, [9_000, 16_000, 22_000, 28_000]) as proxy:
-        with decoding(fed, address=proxy.address) as decoder, decoder.open(len(prompt) + new) as sequences:
+        with decoding(fed, through=proxy.address) as decoder, decoder.open(len(prompt) + new) as sequences:
             assert greedy(sequences, prompt, new) == expected
             assert sequences.session.num_replays == 0
         assert proxy.num_cuts >= 3

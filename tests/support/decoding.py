@@ -73,9 +73,9 @@ def prompt_of(length: int, seed: int = 0, vocab: int = VOCAB) -> list[int]:
 
 @contextlib.contextmanager
 def connected(
-    address: str, identity_folder: Path, model: Path | str, *, name: str = "a", retry_s: float = 60.0
+    address: str, identity_folder: Path, model: Path | str, *, name: str = "a", through: str = "", retry_s: float = 60.0
 ) -> Iterator[SplitDecoder]:
-    """A client with the base model's segments, connected as an observer."""
+    """A client with the base model's segments, connected as an observer; after the invitation through a proxy."""
     identity = Identity.load(identity_folder)
     invitation = asyncio.run(fetch_invitation(address, identity))
     plan = invitation.plan
@@ -83,18 +83,19 @@ def connected(
     limits = setup.wire_limits(plan, checkpoint, name)
     retry = RetryPolicy(retry_s, first_s=0.02, longest_s=0.2)
     segments = setup.load_segments(plan, checkpoint, name, "cpu")
-    trunk = RemoteTrunk(address, lambda: identity, invitation, limits, Standing, retry, role="observe")
+    trunk = RemoteTrunk(through or address, lambda: identity, invitation, limits, Standing, retry, role="observe")
     with trunk:
         yield SplitDecoder(plan, segments, trunk, Boundary(plan.trust.mode))
         trunk.close(0)
 
 
 def decoding(
-    federation: Federation, name: str = "a", address: str = "", retry_s: float = 60.0
+    federation: Federation, name: str = "a", through: str = "", retry_s: float = 60.0
 ) -> contextlib.AbstractContextManager[SplitDecoder]:
     """A client of a federation; see `connected`."""
     folder = federation.identities / name
-    return connected(address or federation.address, folder, federation.plan.model.path, name=name, retry_s=retry_s)
+    model = federation.plan.model.path
+    return connected(federation.address, folder, model, name=name, through=through, retry_s=retry_s)
 
 
 def alone(decoder: SplitDecoder, name: str) -> SplitDecoder:
