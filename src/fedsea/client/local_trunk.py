@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections import deque
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future
@@ -33,10 +34,14 @@ def _done(value: Any) -> Future[Any]:
 
 
 class LocalSession:
-    """See `TrunkSession`; sees the trunk as it was when it was opened."""
+    """See `TrunkSession`; sees the trunk as it was when it was opened.
 
-    def __init__(self, decoder: TrunkDecoder, memory: Memory, version: int) -> None:
+    Sessions of several threads share a trunk, which runs one at a time: what is closed may not be running.
+    """
+
+    def __init__(self, decoder: TrunkDecoder, memory: Memory, version: int, lock: threading.Lock) -> None:
         self.version = version
+        self._lock = lock
         self._decoder = decoder
         self._memory = memory
         self._error: FedseaError | None = None
@@ -46,22 +51,24 @@ class LocalSession:
     ) -> Future[torch.Tensor]:
         """See `TrunkSession.extend`."""
         future: Future[torch.Tensor] = Future()
-        if self._error is None:
-            turn = Turn(self._memory, tuple(positions), tuple(lengths), tuple(sources), hidden[""])
-            (result,) = self._decoder.run([turn])
-            if not isinstance(result, FedseaError):
-                future.set_result(result)
-                return future
-            self._error = result
-            self._memory.close()
+        with self._lock:
+            if self._error is None:
+                turn = Turn(self._memory, tuple(positions), tuple(lengths), tuple(sources), hidden[""])
+                (result,) = self._decoder.run([turn])
+                if not isinstance(result, FedseaError):
+                    future.set_result(result)
+                    return future
+                self._error = result
+                self._memory.close()
         future.set_exception(self._error)
         return future
 
     def close(self) -> None:
         """See `TrunkSession.close`."""
-        if self._error is None:
-            self._error = ProtocolError("This session was closed on this side.")
-            self._memory.close()
+        with self._lock:
+            if self._error is None:
+                self._error = ProtocolError("This session was closed on this side.")
+                self._memory.close()
 
 
 class LocalTrunk:
@@ -87,6 +94,7 @@ class LocalTrunk:
         self._passes = TrunkPasses(trunk, plan.seed, plan.training.max_batch_tokens, trains=trains)
         self._optimizer = SegmentOptimizer(adapters.trainable(trunk), plan.optimizer, plan.num_steps)
         self._decoder = TrunkDecoder(trunk)
+        self._lock = threading.Lock()
         self._num_blocks = trunk.range.stop + plan.partition_of(name).output_blocks
         self._store = None if folder is None else CheckpointStore(folder, keep=plan.durability.keep)
         self._next_step = self._rounds_done = 0
@@ -206,8 +214,9 @@ class LocalTrunk:
     def open_session(self, max_tokens: int, num_sequences: int = 1) -> LocalSession:
         """See `Trunk.open_session`."""
         blocks = self.plan.partition_of(self.name).trunk(self._num_blocks)
-        memory = self._decoder.open(num_sequences, max_tokens, blocks, self._passes.trunk.freeze())
-        return LocalSession(self._decoder, memory, self._next_step)
+        with self._lock:
+            memory = self._decoder.open(num_sequences, max_tokens, blocks, self._passes.trunk.freeze())
+        return LocalSession(self._decoder, memory, self._next_step, self._lock)
 
     def fetch(self) -> Future[m.TrunkState]:
         """See `Trunk.fetch`."""
