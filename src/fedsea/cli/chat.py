@@ -149,7 +149,8 @@ def _stats(conversation: Conversation) -> None:
     if not answers:
         _note("There is no answer yet.")
         return
-    for name, some in (("last answer", answers[-1:]), (f"all {len(answers)} answers", answers)):
+    parts = [("last answer", answers[-1:]), (f"all {len(answers)} answers", answers)]
+    for name, some in parts[: len(answers)]:
         sent, received = sum(one.bytes_sent for one in some), sum(one.bytes_received for one in some)
         _note(f"{name}: {a.figures([one.stats for one in some], sent, received)}")
 
