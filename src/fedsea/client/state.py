@@ -99,6 +99,8 @@ class ClientStore:
         self.plan = plan
         self.key = RunKey(plan, run_id, client)
         self._checkpoints = CheckpointStore(folder / "checkpoints", keep=plan.durability.keep)
+        for leftover in (*folder.glob(".prepared.safetensors.*.tmp"), *folder.glob(f".{_SUMMARY}.*.tmp")):
+            leftover.unlink(missing_ok=True)  # of a process that was killed while it wrote
         self._prepared_path = folder / "prepared.safetensors"
         self._writer = ThreadPoolExecutor(1, "fedsea-checkpoint")
         self._writing: Future[None] | None = None
