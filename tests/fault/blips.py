@@ -10,12 +10,13 @@ from typing import Any
 
 import torch
 
+from fedsea.client.remote_trunk import RemoteTrunk
 from fedsea.client.retry import RetryPolicy
 from fedsea.client.segments import ClientSegments
 from fedsea.client.setup import ClientOptions
 from fedsea.client.state import ClientStore
 from fedsea.client.trainer import Trainer
-from fedsea.client.trunk import MicroBatch, Trunk
+from fedsea.client.trunk import MicroBatch
 from fedsea.plan import FederationPlan
 from fedsea.privacy.boundary import Boundary
 from fedsea.server.service import Service
@@ -54,7 +55,7 @@ class Line:
         self.name = name
         self.proxy = CuttingProxy(federation.address)
         self.num_cuts = 0
-        self.trunk: Trunk | None = None
+        self.trunk: RemoteTrunk | None = None
 
     def __enter__(self) -> Line:
         self.proxy.__enter__()
@@ -73,6 +74,11 @@ class Line:
 
     def bytes(self, up: int, down: int) -> None:
         """Not kept."""
+
+    @property
+    def is_open(self) -> bool:
+        """Whether the client's run has begun, and it has not said goodbye."""
+        return self.trunk is not None and not self.trunk._closing.is_set()
 
     def cut(self) -> None:
         """Break the connection."""
@@ -122,7 +128,7 @@ def disturb_at_random(monkeypatch: Any, lines: dict[str, Line], seed: str, num_c
 
     def strike(name: str) -> None:
         line = lines.get(name)
-        if line is None or line.trunk is None or line.num_cuts >= num_cuts:
+        if line is None or line.num_cuts >= num_cuts or not line.is_open:
             return
         draw = draws[name].random()
         if draw < 0.1:

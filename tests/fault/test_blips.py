@@ -52,26 +52,29 @@ def run(fed: Federation, prepare: Callable[[dict[str, Line]], None]) -> dict[str
 @pytest.mark.parametrize("point", [HEAD, PREPARE], ids=["while-it-computes", "while-it-prepares"])
 @pytest.mark.parametrize("mode", MODES)
 def test_a_connection_that_breaks_and_is_back_changes_no_bit(federation, undisturbed, monkeypatch, mode, point):
+    whole = undisturbed(mode)
     impatient(monkeypatch)
     fed = federation("a", "b", **MODES[mode])
     fed.start_server()
     lines = run(fed, lambda lines: before(monkeypatch, point, strike_once(lines["a"], 2)))
     assert lines["a"].num_cuts == 1
-    assert_same_bits(fed, undisturbed(mode))
+    assert_same_bits(fed, whole)
 
 
 def test_a_connection_that_breaks_and_is_back_during_an_evaluation_changes_no_bit(federation, undisturbed, monkeypatch):
+    whole = undisturbed("round")
     impatient(monkeypatch)
     fed = federation("a", "b", **MODES["round"])
     fed.start_server()
     lines = run(fed, lambda lines: before(monkeypatch, EVALUATE, strike_once(lines["b"], 1)))
     assert lines["b"].num_cuts == 1
-    assert_same_bits(fed, undisturbed("round"))
+    assert_same_bits(fed, whole)
 
 
 def test_a_prepared_step_that_a_restarted_server_lost_is_done_again_although_the_connection_breaks_before(
     federation, undisturbed, monkeypatch
 ):
+    whole = undisturbed("round")
     impatient(monkeypatch)
     fed = federation("a", "b", **MODES["round"])
     server = fed.spawn_server()
@@ -83,17 +86,18 @@ def test_a_prepared_step_that_a_restarted_server_lost_is_done_again_although_the
     fed.start_server()
     lines = run(fed, lambda lines: before(monkeypatch, EVALUATE, strike_once(lines["a"], 1)))
     assert lines["a"].num_cuts == 1
-    assert_same_bits(fed, undisturbed("round"))
+    assert_same_bits(fed, whole)
 
 
 @pytest.mark.parametrize("mode", MODES | SEVERAL)
 def test_connections_that_break_at_random_change_no_bit(federation, undisturbed, monkeypatch, mode):
+    whole = undisturbed(mode)
     impatient(monkeypatch)
     fed = federation("a", "b", **(MODES | SEVERAL)[mode])
     fed.start_server()
     lines = run(fed, lambda lines: disturb_at_random(monkeypatch, lines, mode, num_cuts=12))
     assert min(line.num_cuts for line in lines.values()) >= 6
-    assert_same_bits(fed, undisturbed(mode))
+    assert_same_bits(fed, whole)
 
 
 def test_connections_that_break_at_random_end_no_run_that_waits_for_a_bounded_time(federation, monkeypatch):
