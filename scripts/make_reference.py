@@ -135,9 +135,9 @@ PLAN_HEAD = f"""{GENERATED}
 # The plan
 
 One TOML file at the server holds everything that both sides must agree on. Clients fetch it when they connect; both
-sides compare the SHA-256 of its canonical JSON (all keys sorted, defaults written out; the fingerprint of the base model
-instead of its path and revision), and a client refuses a plan that goes past its own limits. Nothing in it is typed in
-twice.
+sides compare the SHA-256 of its canonical JSON (all keys sorted, defaults written out; the fingerprint of the base
+model instead of its path and revision), and a client refuses a plan that goes past its own limits. Nothing in it is
+typed in twice.
 
 `fedsea init` writes a commented example. An unknown key is an error. A run folder remembers its plan: with another
 one, `fedsea server` and `fedsea train` name the fields that differ and stop.

@@ -55,6 +55,12 @@ def test_the_shipped_plan_fits_the_shipped_silos(tmp_path):
     assert "proportion" not in text, "a comment on the federation's clients"
 
 
+@pytest.mark.parametrize("steps", [1, 7, 8, 30])
+def test_the_plan_makes_as_many_steps_as_asked_for(tmp_path, steps):
+    prepare(tmp_path / "quick", steps)
+    assert load_plan(tmp_path / "quick" / "plan.toml").num_steps == steps
+
+
 def test_a_folder_with_something_in_it_is_left_alone(tmp_path):
     (tmp_path / "mine.txt").write_text("keep")
     with pytest.raises(ConfigError, match="not empty"):

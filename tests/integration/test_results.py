@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import shutil
 from dataclasses import replace
@@ -11,7 +12,7 @@ import torch
 
 from fedsea.client import results
 from fedsea.client import run as client_run
-from fedsea.errors import ConfigError, DataError
+from fedsea.errors import ConfigError, DataError, TransportError
 from fedsea.server.run import export_run
 from tests.support.assets import NUM_BLOCKS
 
@@ -97,6 +98,25 @@ def test_a_finished_run_needs_no_server_to_say_so(federation):
     assert fed.start_client("a").finish() == replace(summary, finished_before=True)
 
 
+def test_a_folder_of_somebody_else_is_no_answer_when_the_server_is_away(federation):
+    fed = federation("a", "b")
+    fed.train()
+    options = replace(fed.client_options("b"), run=fed.folder / "a", retry_for_s=0.1)
+    with pytest.raises(TransportError):
+        client_run.train(options)
+
+
+def test_a_note_of_the_end_of_another_version_counts_for_nothing(federation):
+    fed = federation("a")
+    fed.train()
+    note = fed.folder / "a" / "summary.json"
+    values = json.loads(note.read_text())
+    values["summary"]["of_a_later_version"] = 1
+    note.write_text(json.dumps(values))
+    with pytest.raises(TransportError):
+        client_run.train(replace(fed.client_options("a"), retry_for_s=0.1))
+
+
 def test_a_finished_run_alone_is_told_from_its_folder(federation):
     fed = federation("a")
     options = fed.client_options("a")
@@ -146,11 +166,13 @@ def test_results_need_a_run_folder_and_the_clients_own(federation):
     server.stop()
 
 
-def test_a_folder_that_is_behind_the_trunk_is_not_exported(federation):
+def test_a_folder_that_is_behind_the_trunk_is_evaluated_with_a_warning_and_not_exported(federation, caplog):
     fed = federation("a")
     server = fed.start_server(exit_when_finished=False)
     fed.start_client("a").finish()
     (fed.folder / "a" / "checkpoints" / "step-00000006.safetensors").unlink()
+    results.evaluate(fed.client_options("a"))
+    assert "is at step 5 and the server's trunk at step 6" in caplog.text
     with pytest.raises(ConfigError, match="behind the server's trunk: it is at step 5"):
         results.export_adapter(fed.client_options("a"), fed.folder / "out")
     server.stop()

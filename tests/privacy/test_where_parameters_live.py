@@ -7,7 +7,7 @@ from tests.support.processes import Fault
 
 def test_the_server_holds_no_embedding_or_head_and_the_client_no_trunk(federation):
     fed = federation("a", training={"rounds": 1, "steps_per_round": 1})
-    server = fed.spawn_server(Fault("fedsea.server.coordinator:Coordinator._finish", action="census"))
+    server = fed.spawn_server(Fault("fedsea.server.steps:StepRunner._finish", action="census"))
     client = fed.spawn_client("a", Fault("fedsea.client.state:ClientStore.prepare", action="census"))
     at_server, at_client = server.wait_for("census"), client.wait_for("census")
     for child in (client, server):

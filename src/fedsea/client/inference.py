@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from fedsea.client import setup
 from fedsea.client.decoding import SplitDecoder
 from fedsea.client.remote_trunk import RemoteTrunk
-from fedsea.client.results import own_run
+from fedsea.client.results import own_run, say_if_apart, status
 from fedsea.client.setup import ClientOptions
 from fedsea.client.trunk import Standing, Trunk
 from fedsea.data.tokenizer import load_tokenizer
@@ -77,7 +77,7 @@ def open_decoder(options: ClientOptions, *, base: bool = False) -> Iterator[Open
     plan, name = invited.plan, invited.name
     if not plan.inference.enabled:
         raise ConfigError("The server's plan allows no inference (inference.enabled = false): ask its operator.")
-    trained = None if base else own_run(options.run, invited.key)
+    state, trained = (None, None) if base else own_run(options.run, invited.key)
     checkpoint = setup.open_base_model(plan, options, name)
     vocab_size = int(checkpoint.config.get_text_config(decoder=True).vocab_size)
     tokenizer = load_tokenizer(str(checkpoint.folder), plan.model.revision, vocab_size=vocab_size)
@@ -94,6 +94,8 @@ def open_decoder(options: ClientOptions, *, base: bool = False) -> Iterator[Open
         options.retry,
         role="observe",
     )
+    if state is not None:
+        say_if_apart(plan, name, state, status(options.server, options.identity)["next_step"], options.run)
     with invited.keeper, trunk:
         decoder = SplitDecoder(plan, segments, trunk, Boundary(plan.trust.mode))
         yield OpenedDecoder(decoder, tokenizer, plan, name, trunk, checkpoint)

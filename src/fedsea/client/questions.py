@@ -8,6 +8,7 @@ from typing import Any
 
 from fedsea.client.trunk import StepInterrupted
 from fedsea.errors import FedseaError
+from fedsea.wire import messages as m
 from fedsea.wire.encoding import Encoded
 
 Key = tuple[str, int, int, int]
@@ -15,13 +16,18 @@ Key = tuple[str, int, int, int]
 
 
 class OpenQuestions:
-    """Futures by key. Those of a step end with it; lasting ones are asked again after a lost connection."""
+    """Futures by key. Those of a step end with it; lasting ones are asked again after a lost connection.
+
+    A server that a client comes back to opens the same step and attempt once more. So what a question belongs to is
+    the very opening that the trainer works on, not the numbers in it.
+    """
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._pending: dict[Key, Future[Any]] = {}
         self._lasting: dict[Key, Encoded] = {}
-        self._epoch = (-1, -1)
+        self._newest: m.StepOpen | None = None
+        self._taken: m.StepOpen | None = None
         self._error: FedseaError | None = None
 
     def add(self, key: Key, encoded: Encoded, *, lasting: bool) -> tuple[Future[Any], bool]:
@@ -36,13 +42,17 @@ class OpenQuestions:
             if self._error is not None:
                 future.set_exception(self._error)
                 return future, False
-            if not lasting and key[1:3] != self._epoch:
+            if not lasting and not self._belongs(key):
                 future.set_exception(StepInterrupted())
                 return future, False
             self._pending[key] = future
             if lasting:
                 self._lasting[key] = encoded
         return future, True
+
+    def _belongs(self, key: Key) -> bool:
+        opened = self._taken
+        return opened is not None and opened is self._newest and key[1:3] == (opened.step, opened.attempt)
 
     def resolve(self, key: Key, value: Any) -> None:
         """An answer came; one that nobody waits for is dropped."""
@@ -52,10 +62,16 @@ class OpenQuestions:
         if future is not None:
             future.set_result(value)
 
-    def begin(self, epoch: tuple[int, int]) -> None:
-        """Begin a new step or attempt: whatever was asked for an older one will not be answered."""
+    def take(self, opened: m.StepOpen) -> bool:
+        """The trainer turns to a step; False if something newer has come: it is to leave it."""
         with self._lock:
-            self._epoch = epoch
+            self._taken = opened
+            return opened is self._newest
+
+    def begin(self, opened: m.StepOpen | None) -> None:
+        """A step was opened (None: none is any more): whatever was asked before will not be answered."""
+        with self._lock:
+            self._newest = opened
             given_up = [key for key in self._pending if key not in self._lasting]
             futures = [self._pending.pop(key) for key in given_up]
         for future in futures:

@@ -103,10 +103,12 @@ class RemoteTrunk:
 
     def next_event(self) -> Event:
         """See `Trunk.next_event`."""
-        event = self._events.get()
-        if isinstance(event, FedseaError):
-            raise event
-        return event
+        while True:
+            event = self._events.get()
+            if isinstance(event, FedseaError):
+                raise event
+            if not isinstance(event, m.StepOpen) or self._questions.take(event):
+                return event
 
     def seal(self, release: Release) -> Sealed:
         """The payload's bytes, by the plan's codec."""
@@ -216,15 +218,15 @@ class RemoteTrunk:
         encoded = self._encoder.encode(message)
         future, sendable = self._questions.add(key, encoded, lasting=lasting)
         if sendable:
-            self._queue(encoded)
+            self._queue(encoded, future)
         return future
 
     def _send(self, message: m.Message) -> None:
         self._queue(self._encoder.encode(message))
 
-    def _queue(self, encoded: Encoded) -> None:
+    def _queue(self, encoded: Encoded, question: Future[Any] | None = None) -> None:
         with contextlib.suppress(RuntimeError):  # the loop has ended; `next_event` says why
-            self._loop.call_soon_threadsafe(self._outgoing.put_nowait, encoded)
+            self._loop.call_soon_threadsafe(self._put, encoded, question)
 
     def _stop(self) -> None:
         if not self._thread.is_alive():
@@ -246,6 +248,10 @@ class RemoteTrunk:
             self._lose_sessions(ProtocolError("The connection was closed on this side."))
             self._loop.close()
 
+    def _put(self, encoded: Encoded, question: Future[Any] | None) -> None:
+        if question is None or not question.done():  # else it was given up on its way here
+            self._outgoing.put_nowait(encoded)
+
     async def _run(self) -> None:
         pauses = self._retry.pauses()
         while True:
@@ -256,7 +262,7 @@ class RemoteTrunk:
                     await self._converse(stream)
                     return
             except FedseaError as error:
-                self._questions.begin((-1, -1))
+                self._questions.begin(None)
                 self._set_joined(False)
                 if self._closing.is_set() and (self._farewell is None or isinstance(error, PeerClosed)):
                     return
@@ -352,10 +358,10 @@ class RemoteTrunk:
             case m.TrunkState():
                 self._questions.resolve(("trunk", 0, -1, 0), message)
             case m.StepOpen():
-                self._questions.begin((message.step, message.attempt))
+                self._questions.begin(message)
                 self._events.put(message)
             case m.RoundOpen() | m.Finished():
-                self._questions.begin((-1, -1))  # a straggler may still be at a step that went on without it
+                self._questions.begin(None)  # a straggler may still be at a step that went on without it
                 self._events.put(message)
             case m.StepDone() | m.RoundResult():
                 self._events.put(message)

@@ -56,12 +56,14 @@ def evaluate(options: ClientOptions, everything: bool = False, base: bool = Fals
     """
     invited = setup.accept(options)
     plan, name = invited.plan, invited.name
-    trained = None if base else own_run(options.run, invited.key)
+    state, trained = (None, None) if base else own_run(options.run, invited.key)
     checkpoint = setup.open_base_model(plan, options, name)
     silo = setup.open_data(plan, checkpoint, options)
     segments = setup.load_segments(plan, checkpoint, name, options.device)
     if trained is not None:
         segments.load_tensors(trained)
+    if state is not None:
+        say_if_apart(plan, name, state, status(options.server, options.identity)["next_step"], options.run)
     batches = setup.every_row(plan, silo, name) if everything else setup.held_out(plan, silo, name)
     with _observing(options, invited, setup.wire_limits(plan, checkpoint, name)) as trunk:
         loss, tokens = evaluate_batches(segments, trunk, Boundary(plan.trust.mode), batches, plan)
@@ -104,13 +106,13 @@ def status(server: str, identity: Path) -> dict[str, Any]:
     return asyncio.run(call_status(server, Identity.load(identity)))
 
 
-def own_run(run: Path, key: RunKey) -> Tensors:
-    """What this client's training run left, for `ClientSegments.load_tensors`.
+def own_run(run: Path, key: RunKey) -> tuple[ClientState, Tensors]:
+    """Where this client's training run stands, and what it left, for `ClientSegments.load_tensors`.
 
     Raises:
         ConfigError: The folder holds no run, or another one.
     """
-    return _look(run, key, " With --base, the base model's own segments are used with the server's trunk.")[1]
+    return _look(run, key, " With --base, the base model's own segments are used with the server's trunk.")
 
 
 def _look(run: Path, key: RunKey, otherwise: str = "") -> tuple[ClientState, Tensors]:
@@ -123,6 +125,20 @@ def _look(run: Path, key: RunKey, otherwise: str = "") -> tuple[ClientState, Ten
 def _observing(options: ClientOptions, invited: Invited, limits: WireLimits) -> RemoteTrunk:
     current = invited.keeper.current
     return RemoteTrunk(options.server, current, invited.invitation, limits, Standing, options.retry, role="observe")
+
+
+def say_if_apart(plan: FederationPlan, name: str, state: ClientState, trunk_step: int, run: Path) -> None:
+    """In the middle of a run the parts may be at different steps; whoever uses the model has to know."""
+    try:
+        check_steps(plan, name, state, trunk_step, run, finished=state.next_step == trunk_step)
+    except ConfigError:
+        log.warning(
+            "The run in %s is at step %d and the server's trunk at step %d: these parts were not trained together, and "
+            "the model is worse for it. Come back when the run is finished.",
+            run,
+            state.next_step,
+            trunk_step,
+        )
 
 
 def check_steps(

@@ -25,6 +25,7 @@ from fedsea.model.loading import trainable_trunk
 from fedsea.plan import FederationPlan, load_plan
 from fedsea.privacy.boundary import Boundary
 from fedsea.wire import messages as m
+from fedsea.wire.identity.identity import Identity
 from fedsea.wire.limits import HANDSHAKE
 
 log = logging.getLogger(__name__)
@@ -115,11 +116,11 @@ def train(options: ClientOptions, observer: Observer | None = None) -> TrainSumm
         FedseaError: This client cannot take part, or cannot go on; what was applied is durable, and the same call
             goes on from there.
     """
-    ended = ClientStore.ended(options.run)
+    ended = _ended(options.run)
     try:
         invited = setup.accept(options if ended is None else replace(options, retry_for_s=0.0))
     except FedseaError as error:
-        if ended is None or ended.run_id == ALONE or not error.retryable:
+        if ended is None or ended.run_id == ALONE or not error.retryable or ended.client != _name_of(options):
             raise
         log.warning("The run in %s is finished, and %s cannot be asked for another one.", options.run, options.server)
         return _as_before(ended)
@@ -170,6 +171,19 @@ def _finished(store: ClientStore, summary: TrainSummary) -> TrainSummary:
     return summary
 
 
+def _ended(run: Path) -> Ended | None:
+    """How the run in a folder ended; None if it did not, or if the note of it is of another version."""
+    ended = ClientStore.ended(run)
+    try:
+        return ended if ended is None or _as_before(ended) else None
+    except TypeError:
+        return None
+
+
+def _name_of(options: ClientOptions) -> str:
+    return Identity.load(options.identity).name
+
+
 def _as_before(ended: Ended) -> TrainSummary:
     return TrainSummary(**{**ended.summary, "finished_before": True})
 
@@ -193,7 +207,7 @@ def train_alone(plan_file: Path, name: str, options: ClientOptions, observer: Ob
     plan = plan.model_copy(update={"clients": (plan.client(name),), "training": training})
     checkpoint = setup.open_base_model(plan, options, name)
     plan = plan.model_copy(update={"model": plan.model.model_copy(update={"fingerprint": fingerprint(checkpoint)})})
-    ended = ClientStore.ended(options.run)
+    ended = _ended(options.run)
     if ended is not None and ended.belongs_to(RunKey(plan, ALONE, name)):
         log.info("this run is finished (%d steps)", ended.standing.next_step)
         return _as_before(ended)

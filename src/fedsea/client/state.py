@@ -99,6 +99,8 @@ class ClientStore:
         self.plan = plan
         self.key = RunKey(plan, run_id, client)
         self._checkpoints = CheckpointStore(folder / "checkpoints", keep=plan.durability.keep)
+        for leftover in (*folder.glob(".prepared.safetensors.*.tmp"), *folder.glob(f".{_SUMMARY}.*.tmp")):
+            leftover.unlink(missing_ok=True)  # of a process that was killed while it wrote
         self._prepared_path = folder / "prepared.safetensors"
         self._writer = ThreadPoolExecutor(1, "fedsea-checkpoint")
         self._writing: Future[None] | None = None
@@ -219,9 +221,14 @@ class ClientStore:
 
     @property
     def standing(self) -> Standing:
-        """What the server needs to know at a (re)connection."""
-        prepared = -1 if self.prepared is None else self.prepared.step
-        return Standing(self.state.next_step, prepared, self.state.rounds_done)
+        """What the server needs to know at a (re)connection; from any thread.
+
+        The trainer may go on meanwhile. `save` replaces the state first and forgets the prepared step then: in the
+        opposite order of reading, a step is never missing from both.
+        """
+        prepared = self.prepared
+        state = self.state
+        return Standing(state.next_step, -1 if prepared is None else prepared.step, state.rounds_done)
 
     def flush(self) -> None:
         """Wait until the last `save` is durable.

@@ -262,8 +262,13 @@ class Trainer:
 
     def _apply(self, done: m.StepDone) -> None:
         prepared, state = self.store.prepared, self.store.state
-        if prepared is None or prepared.step != done.step:
+        if done.step < state.next_step:
             return  # told twice
+        if prepared is None or prepared.step != done.step:
+            raise ProtocolError(
+                f"The server applied step {done.step} with this client's part, of which this run folder knows nothing: "
+                "the folder is older than the run. Restore the newest run folder at this client."
+            )
         with self._timed("commit"):
             if self.plan.aggregation.sync == "step":
                 gradients, scale = dict(done.tensors), 1.0 / done.num_target_tokens  # type: ignore[arg-type]

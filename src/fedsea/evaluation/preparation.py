@@ -31,8 +31,8 @@ def prepare(folder: Path, steps: int | None) -> None:
     except OSError as error:
         raise storage_error("write to", folder, error) from None
     if steps is not None:
-        rounds = min(4, steps)
-        text = _set(_set(text, "rounds", rounds), "steps_per_round", max(1, steps // rounds))
+        rounds = next(count for count in (4, 3, 2, 1) if steps % count == 0)
+        text = _set(_set(text, "rounds", rounds), "steps_per_round", steps // rounds)
     (folder / "plan.toml").write_text(text)
     (folder / "central.toml").write_text(_central(text, load_plan(folder / "plan.toml")))
     authority = Authority.create(folder / "ca", "quickstart")

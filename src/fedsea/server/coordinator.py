@@ -112,8 +112,8 @@ class Coordinator:
             return
         if self.round_due:
             self.run.ports.send(name, m.RoundOpen(self.state.rounds_done))
-            return
-        self.steps.welcome(name, join.prepared_step)
+        else:
+            self.steps.welcome(name, join.prepared_step)
         self.advance()
 
     def leave(self, name: str) -> None:
@@ -168,14 +168,20 @@ class Coordinator:
 
     def advance(self) -> None:
         """Start everything that can start."""
-        if self.failure is not None or self.finished:
+        if self.failure is not None:
             return
         if self.round_due:
             self._advance_round()
-        else:
+        elif not self.finished:
             self.steps.start()
-            self._announce()
+        self._announce()
         self._note_waiting()
+
+    def waiting_for(self) -> tuple[str, ...]:
+        """Clients whose turn it is to send something that the step, or the round's end, needs next."""
+        if self.round_due:
+            return self.rounds.missing(self._expected())
+        return () if self.step is None else self.step.waiting_for()
 
     def tick(self) -> None:
         """Called a few times a second: leave stragglers behind when their time is up."""
@@ -192,17 +198,17 @@ class Coordinator:
 
     def _note_waiting(self) -> None:
         """Who has its turn now, and who waits: at every event, whenever ticks fall."""
+        step, turn = self.step, self.waiting_for()
         if self.round_due:
-            missing = self.rounds.missing(self._expected())
-            self._patience.note(("round", self.state.rounds_done), missing, self.rounds.updates.keys())
-        elif (step := self.step) is not None:
-            turn = step.waiting_for()
-            others = [name for name in step.members if name not in turn]
+            self._patience.note(("round", self.state.rounds_done), turn, self.rounds.updates.keys())
+        elif step is not None:
+            # Who is there without a part in the step waits for its end. One that was left behind and is silent may
+            # hang: it must not make the step end for those who work on.
+            others = self.connected.union(step.members).difference(turn, step.unheard)
             self._patience.note(("step", step.step, step.attempt), turn, others)
 
     def _announce(self) -> None:
-        step = self.step
-        waiting = () if step is None else tuple(n for n in step.waiting_for() if n not in self.connected)
+        waiting = tuple(name for name in self.waiting_for() if name not in self.connected)
         if waiting != self._announced:
             self._announced = waiting
             self._tell(m.Waiting(self.state.next_step, waiting))
@@ -260,10 +266,10 @@ class Coordinator:
         if self.rounds.aggregating:
             return
         self.rounds.aggregating = True
-        updates, before = dict(self.rounds.updates), self.state
+        contributions, before = self.rounds.contributions(), self.state
 
         def job() -> RunState:
-            result = self.run.engine.average(updates)
+            result = self.run.engine.average(contributions) if contributions else before.result
             state = replace(before, result=result, rounds_done=before.rounds_done + 1, round_tokens={})
             self.run.store.save_round(self.run.engine, state)
             return state

@@ -17,7 +17,7 @@ class RoundKeeper:
     """Collects the clients' trained parameters between a round's last step and its aggregation.
 
     Attributes:
-        updates: Client to what it sent.
+        updates: Client to what it sent; without weight if it trained on nothing of this round.
         aggregating: Whether the engine is at it.
     """
 
@@ -70,7 +70,11 @@ class RoundKeeper:
         return bool(expected) and all(name in self.updates for name in expected)
 
     def missing(self, expected: Collection[str]) -> tuple[str, ...]:
-        """Clients for whom others wait."""
-        if self.aggregating or not self.updates:
+        """Those expected whose parameters are not here."""
+        if self.aggregating:
             return ()
         return tuple(name for name in expected if name not in self.updates)
+
+    def contributions(self) -> dict[str, Contribution]:
+        """What the round is made of: not of parameters that were not trained in it, which some methods do not weigh."""
+        return {name: update for name, update in self.updates.items() if update.weight > 0}

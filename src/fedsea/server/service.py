@@ -300,7 +300,6 @@ class Service:
     def status(self, _: PeerIdentity | None = None) -> dict[str, Any]:
         """Where the run stands, for `fedsea status`."""
         coordinator, state = self.coordinator, self.coordinator.state
-        step = coordinator.step
         live = [link.session.stats for link in self._links.values()]
         sent = sum((stats.sent for stats in live), self._sent)
         received = sum((stats.received for stats in live), self._received)
@@ -318,7 +317,7 @@ class Service:
             "finished": coordinator.finished,
             "clients": list(self.plan.client_names),
             "connected": [name for name in self.plan.client_names if name in coordinator.connected],
-            "waiting_for": [] if step is None else list(step.waiting_for()),
+            "waiting_for": list(coordinator.waiting_for()),
             "target_tokens": coordinator.num_target_tokens,
             "bytes_sent": sent.total(),
             "bytes_received": received.total(),

@@ -68,8 +68,9 @@ class StepState:
         self.attempt = attempt
         self.members = {name: MemberStep(count) for name, count in members.items()}
         self.silent = frozenset(silent)
-        self.told: set[str] = set()  # members whose present connection was told to begin
+        self.told: set[str] = set()  # members that were told to begin and, as far as is known here, have not begun
         self.dropped: dict[str, MemberStep] = {}
+        self.unheard: set[str] = set()  # dropped, and nothing came from them since
         self.forwarded: set[int] = set()
         self.next_backward = 0
         self.running: set[tuple[str, int]] = set()
@@ -196,6 +197,7 @@ class StepState:
     def drop(self, name: str) -> None:
         """Go on without a member; what the trunk has of it already stays and counts."""
         self.dropped[name] = self.members.pop(name)
+        self.unheard.add(name)
 
     @property
     def num_target_tokens(self) -> int:

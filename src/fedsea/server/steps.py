@@ -90,15 +90,22 @@ class StepRunner:
                 self._tell_open(self.step, name)
 
     def welcome(self, name: str, prepared_step: int) -> None:
-        """A client is there (again): it goes on with the step, or enters it if nothing of it has run."""
+        """A client is there (again): it goes on with the step, or enters it if nothing of it has run.
+
+        It begins unless it need only say (again) that it is ready: it said where it stands before it read what was
+        sent to it, so what it was told on an earlier connection and may not have followed yet still holds.
+        """
         step = self.step
         if step is not None and name in step.members:
-            step.told.discard(name)
-            if prepared_step != step.step:
+            if step.finishing:
+                return  # the outcome is on its way
+            if name in step.told or prepared_step != step.step or not step.has_sent_all(name):
                 self._tell_open(step, name)
-        elif step is not None and self._may_still_enter(step, name):
-            step.add_member(name, self._run.plan.micro_batches_of(name)[0], self._run.plan.client_names)
-            self._tell_open(step, name)
+        elif step is not None:
+            step.unheard.discard(name)
+            if self._may_still_enter(step, name):
+                step.add_member(name, self._run.plan.micro_batches_of(name)[0], self._run.plan.client_names)
+                self._tell_open(step, name)
 
     def _may_still_enter(self, step: StepState, name: str) -> bool:
         members = place(self._run.plan, step.step).members
@@ -106,6 +113,7 @@ class StepRunner:
 
     def _tell_open(self, step: StepState, name: str) -> None:
         step.told.add(name)
+        step.members[name].ready = None
         self._run.ports.send(name, m.StepOpen(step.step, step.attempt))
 
     def leave(self, name: str) -> None:
@@ -140,6 +148,8 @@ class StepRunner:
             ProtocolError: It does not fit what the step expects of this client.
         """
         step = self.step
+        if step is not None:
+            step.unheard.discard(name)
         if isinstance(message, m.StepReady):
             self._ready(name, message)
             return
@@ -153,6 +163,7 @@ class StepRunner:
         try:
             if isinstance(message, m.Forward):
                 self._run.check_forward(name, message)
+                step.told.discard(name)
                 if not step.add_forward(name, message) and message.micro_batch in member.outputs:
                     self._replies.output(name, step, message.micro_batch)
             elif not step.add_backward(name, message) and message.micro_batch in member.propagated:
@@ -177,9 +188,10 @@ class StepRunner:
             member = step.members[name]
             if step.finishing:
                 return  # said again; the outcome is on its way
+            if name in step.told:
+                return  # said before it read that it is to begin: it will, and forget what it prepared
             if not step.has_sent_all(name):
-                if name not in step.told:  # else it has yet to read that it is to begin: once is enough
-                    self._tell_open(step, name)  # the server lost its half: do it again
+                self._tell_open(step, name)
             elif message.num_target_tokens != sum(f.num_target_tokens for f in member.forwards.values()):
                 raise ProtocolError(f"Client {name} reported another number of target tokens than it sent.")
             elif not 0.0 <= message.squared_norm <= LARGEST_GRADIENT**2:  # it would rule the clipping of everybody

@@ -99,6 +99,15 @@ def test_another_run_of_the_server_is_refused(store):
     again.close()
 
 
+def test_what_a_killed_process_left_half_written_is_removed(store):
+    leftovers = [store.folder / name for name in (".prepared.safetensors.x1.tmp", ".summary.json.x2.tmp")]
+    for leftover in leftovers:
+        leftover.write_bytes(b"half")
+    store.close()
+    ClientStore(store.folder, PLAN, "run-1").close()
+    assert not any(leftover.exists() for leftover in leftovers)
+
+
 def test_two_processes_cannot_use_one_folder(store):
     with pytest.raises(ConfigError, match="in use by another process"):
         ClientStore(store.folder, PLAN, "run-1")

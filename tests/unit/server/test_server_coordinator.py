@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from fedsea.errors import AuthError, FedseaError, NonFiniteError, ProtocolError, StorageError
-from fedsea.types import BlockRange
+from fedsea.types import BlockRange, Reply
 from fedsea.wire import messages as m
 from tests.unit.server.coordination import NAME, World, tensor_of
 
@@ -110,6 +110,29 @@ def test_a_gradient_of_a_client_that_sends_none_is_refused(world):
     w.forward("a")
     with pytest.raises(ProtocolError, match="no output"):
         w.backward("a")
+
+
+def test_at_a_rounds_end_everybody_is_told_who_is_missing(world):
+    w = world(**waits())
+    end_of_round(w, "a", "b")
+    w.coordinator.leave("b")
+    assert w.to("a", m.Waiting)[-1].waiting_for == ("b",)
+    w.update("a", 1.0)
+    assert w.coordinator.waiting_for() == ("b",)
+    w.join("b", next_step=2)
+    assert w.to("a", m.Waiting)[-1].waiting_for == ()
+    w.update("b", 1.0)
+    assert w.coordinator.waiting_for() == ("a", "b"), "in the next round's first step"
+
+
+def test_nobody_is_waited_for_when_the_run_is_over(world):
+    w = world(**waits(rounds=1))
+    end_of_round(w, "a", "b")
+    w.coordinator.leave("b")
+    w.update("a", 1.0)
+    w.pass_time(6.0)
+    assert w.coordinator.finished
+    assert w.to("a", m.Waiting)[-1].waiting_for == ()
 
 
 def test_waiting_clients_are_told_for_whom(world):
@@ -343,6 +366,65 @@ def test_a_client_that_breaks_off_goes_on_in_the_same_step(world):
     assert w.coordinator.state.next_step == 1
 
 
+def test_ready_said_before_the_opening_was_read_does_not_count(world):
+    w = world("a", **ONE_ROUND)
+    w.join("a")
+    w.work("a")
+    w.coordinator.leave("a")
+    w.join("a")  # it said where it stands while it still wrote its gradients down
+    w.ready("a")
+    assert w.coordinator.state.next_step == 0, "it will read the opening and forget what it prepared"
+    w.whole_step("a")
+    assert w.coordinator.state.next_step == 1
+    assert w.to("a", m.StepOpen) == [m.StepOpen(0, 0), m.StepOpen(0, 0), m.StepOpen(1, 0)]
+
+
+def test_an_opening_that_was_perhaps_never_read_is_told_on_the_next_connection(world):
+    w = world("a", **ONE_ROUND)
+    w.join("a", prepared_step=0)  # the server was restarted and has nothing of the step
+    assert w.to("a", m.StepOpen) == [m.StepOpen(0, 0)]
+    w.coordinator.leave("a")
+    w.join("a", prepared_step=0)
+    assert w.to("a", m.StepOpen) == [m.StepOpen(0, 0)] * 2
+
+
+def test_a_client_that_need_only_say_that_it_is_ready_does_nothing_again(world):
+    w = world(**ONE_ROUND)
+    w.join("a", "b")
+    w.work("a", "b")
+    w.coordinator.leave("a")
+    w.join("a", prepared_step=0)
+    assert w.to("a", m.StepOpen) == [m.StepOpen(0, 0)]
+    w.ready("a")
+    w.ready("b")
+    assert w.coordinator.state.next_step == 1
+
+
+def test_a_client_that_came_back_without_what_it_prepared_is_no_longer_ready(world):
+    w = world(**ONE_ROUND)
+    w.join("a", "b")
+    w.work("a", "b")
+    w.ready("a")
+    w.coordinator.leave("a")
+    w.join("a")
+    w.ready("b")
+    assert w.coordinator.state.next_step == 0
+    w.whole_step("a")
+    assert w.coordinator.state.next_step == 1
+
+
+def test_a_client_that_comes_back_while_the_step_is_applied_is_told_its_outcome_alone(world):
+    w = world("a", **ONE_ROUND)
+    w.join("a")
+    w.work("a")
+    w.coordinator.receive("a", m.StepReady(0, 0, 2, 1.0))
+    w.coordinator.leave("a")
+    w.coordinator.join("a", m.Join("", 0, 0, 0))
+    w.run()
+    assert [done.step for done in w.to("a", m.StepDone)] == [0]
+    assert w.to("a", m.StepOpen) == [m.StepOpen(0, 0), m.StepOpen(1, 0)]
+
+
 def test_a_client_that_missed_the_outcome_is_told_when_it_comes_back(world):
     w = world(**ONE_ROUND)
     w.join("a", "b")
@@ -501,6 +583,48 @@ def test_a_client_that_comes_too_late_waits_for_the_next_step(world):
     w.backward("a")
     w.ready("a")
     assert w.to("b", m.StepOpen) == [m.StepOpen(1, 0)]
+
+
+def test_a_client_alone_in_a_step_does_not_hold_up_who_came_later(world):
+    w = world(**waits(micro_batches=2))
+    w.join("a")
+    w.forward("a", 0)
+    w.join("b")
+    w.pass_time(4.9)
+    assert not w.to("b", m.StepOpen)
+    w.pass_time(0.2)
+    assert w.to("b", m.StepOpen) == [m.StepOpen(0, 1)]
+    w.forward("b", 0)
+    w.forward("b", 1)
+    w.pass_time(6.0)
+    w.whole_step("b")
+    assert w.coordinator.state.next_step == 1
+
+
+def test_a_client_alone_in_a_step_does_not_hold_up_who_was_left_behind(world):
+    w = world(**waits(micro_batches=2))
+    w.join("a", "b")
+    w.forward("a", 0)
+    w.forward("a", 1)
+    w.pass_time(6.0)
+    assert w.coordinator.step.members.keys() == {"a"}
+    w.forward("b", 0)  # late, and ignored; but it is there
+    w.pass_time(6.0)
+    assert w.to("b", m.StepOpen)[-1] == m.StepOpen(0, 1)
+
+
+def test_a_client_that_hangs_does_not_end_the_step_of_one_that_is_slow(world):
+    w = world(**waits(micro_batches=2))
+    w.join("a", "b")
+    w.forward("a", 0)
+    w.forward("a", 1)
+    w.pass_time(6.0)
+    w.pass_time(100.0)  # a computes; b is connected, and nothing comes from it
+    w.backward("a", 0)
+    w.backward("a", 1)
+    w.ready("a")
+    assert w.coordinator.state.next_step == 1
+    assert not w.ran("reset")
 
 
 def test_a_client_that_leaves_is_not_waited_for(world):
@@ -669,6 +793,52 @@ def test_a_round_goes_on_without_a_client_that_left(world):
     assert w.ran("average") == [], "it may only have lost its connection"
     w.pass_time(6.0)
     assert w.ran("average") == [("average", ("a",))]
+
+
+def test_a_round_is_not_made_of_parameters_that_were_not_trained_in_it(world):
+    w = world(**waits(rounds=2, steps_per_round=1))
+    end_of_round(w, "a")
+    w.join("b")
+    w.update("b", -100.0)
+    w.update("a", 1.0)
+    assert w.ran("average") == [("average", ("a",))]
+    assert w.to("b", m.RoundResult), "it gets the result all the same"
+
+
+def test_a_client_that_began_anew_is_not_waited_for_and_brings_nothing(world):
+    w = world(**waits(rounds=1))
+    end_of_round(w, "a", "b")
+    w.update("a", 1.0, tokens=0)
+    w.update("b", 1.0)
+    assert w.ran("average") == [("average", ("b",))]
+
+
+def test_a_round_whose_clients_all_stay_silent_keeps_the_last_average(world):
+    w = world(**waits(rounds=2, steps_per_round=1))
+    end_of_round(w, "a", "b")
+    w.update("a", 1.0)
+    w.update("b", 3.0)
+    w.coordinator.leave("b")
+    w.whole_step("a")
+    w.join("b", next_step=1, round=1)
+    w.update("b", -100.0, round=1)
+    assert not w.coordinator.finished
+    w.pass_time(6.0)
+    assert len(w.ran("average")) == 1
+    assert w.coordinator.finished
+    assert torch.equal(w.to("b", m.RoundResult)[-1].tensors.tensors[NAME], torch.full((2, 2), 2.0))
+
+
+def test_a_first_round_whose_clients_all_stay_silent_changes_nothing(world):
+    w = world(**waits(rounds=2, steps_per_round=1))
+    end_of_round(w, "a")
+    w.join("b")
+    w.update("b", -100.0)
+    w.pass_time(6.0)
+    assert not w.ran("average")
+    assert w.to("b", m.RoundResult) == [m.RoundResult(0, Reply({}))]
+    again = world(**waits(rounds=2, steps_per_round=1))
+    assert again.coordinator.state.rounds_done == 1
 
 
 def test_a_round_waits_for_those_who_trained_in_it_even_after_a_restart(world):
