@@ -103,8 +103,7 @@ def prompts_of(args: argparse.Namespace, client: Worker, vocab_size: int) -> lis
     prompts = []
     with Path(args.real[1]).open(encoding="utf-8") as file:
         for line in file:
-            row = json.loads(line)
-            text = next(row[key] for key in ("prompt", "text", "document", "story") if key in row)
+            text = max((value for value in json.loads(line).values() if isinstance(value, str)), key=len)
             ids = say(client, "encode", text=text)["ids"]
             if len(ids) >= args.tokens:
                 prompts.append(ids[: args.tokens])

@@ -17,27 +17,23 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
-from safetensors.torch import load_file, save_file
 from torch import nn
-from torch.nn import functional as F
 from transformers import GenerationConfig, GenerationMixin, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from fedsea.client.backbone import Backbone, refuse
 from fedsea.client.causal_cache import SplitCache
+from fedsea.client.causal_head import kept_logits, loss_of, targets_of
+from fedsea.client.causal_saving import load_trained, save_trained
 from fedsea.client.decoding import SplitDecoder
 from fedsea.client.inference import OpenedDecoder, open_decoder
 from fedsea.client.padding import cells_of
 from fedsea.client.setup import ClientOptions
 from fedsea.errors import ConfigError
 from fedsea.model.attention import checkpoint_activations
-from fedsea.types import IGNORE
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedTokenizerBase
-
-_FILE = "model.safetensors"
-"""The name under which transformers' `Trainer` looks for the weights of a checkpoint."""
 
 _MADE: ContextVar[list[SplitCache] | None] = ContextVar("caches that this call of generate made", default=None)
 
@@ -69,6 +65,7 @@ class SplitCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[misc]
         config = copy.deepcopy(decoder.segments.output_blocks.model.config if config is None else config)
         config._attn_implementation = "sdpa"
         super().__init__(config)
+        self.loss_type = "ForCausalLM"  # the trainer's count of targets depends on it
         self.decoder = decoder
         self.tokenizer: PreTrainedTokenizerBase | None = None
         self.all_tied_weights_keys: dict[str, str] = {}
@@ -152,6 +149,7 @@ class SplitCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[misc]
         logits_to_keep: int | torch.Tensor = 0,
         return_dict: bool | None = None,
         num_items_in_batch: int | torch.Tensor | None = None,
+        shift_labels: torch.Tensor | None = None,
         **others: Any,
     ) -> CausalLMOutputWithPast | tuple[Any, ...]:
         """Logits [B, K, V], and the loss if there are labels; gradients pass, but not with a cache.
@@ -166,6 +164,7 @@ class SplitCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[misc]
             logits_to_keep: Logits of so many last columns only, or of these columns; 0: of all.
             return_dict: False: a tuple.
             num_items_in_batch: What the summed loss is divided by; None: its number of targets.
+            shift_labels: Used instead of labels: the same, each at the token before it.
             others: `output_attentions` and `output_hidden_states` are refused; the rest is not needed here.
 
         Raises:
@@ -176,47 +175,23 @@ class SplitCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[misc]
         cache = past_key_values
         if cache is None and use_cache:
             cache = self.new_cache()
-        loss = None
+        targets, loss = targets_of(labels, shift_labels), None
         if cache is None:
-            logits, loss = self._run(
-                input_ids, attention_mask, position_ids, logits_to_keep, labels, num_items_in_batch
-            )
+            cells = cells_of(input_ids, attention_mask, position_ids)
+            final_TH = self.model.run(input_ids, cells)
+            keep = logits_to_keep if targets is None else 0
+            logits = kept_logits(self.decoder.segments.output_blocks, final_TH, cells, keep)
+            if targets is not None:
+                loss = loss_of(logits, cells, targets, num_items_in_batch)
+        elif targets is not None:
+            raise ConfigError("A loss cannot be taken with a cache: leave past_key_values out, or the labels.")
         else:
-            if labels is not None:
-                raise ConfigError("A loss cannot be taken with a cache: leave past_key_values out, or the labels.")
-            keep = logits_to_keep if isinstance(logits_to_keep, int) else 0
-            logits = _own(cache).extend(input_ids, attention_mask, keep)
+            last = logits_to_keep if isinstance(logits_to_keep, int) else 0
+            logits = _own(cache).extend(input_ids, attention_mask, last)
             if not isinstance(logits_to_keep, int):
-                logits = logits[:, logits_to_keep.to(logits.device)]
+                logits = logits[:, logits_to_keep]
         output = CausalLMOutputWithPast(loss=loss, logits=logits, past_key_values=cache)
         return output.to_tuple() if return_dict is False else output
-
-    def _run(
-        self,
-        input_ids_BS: torch.Tensor,
-        attention_mask: torch.Tensor | None,
-        position_ids: torch.Tensor | None,
-        logits_to_keep: int | torch.Tensor,
-        labels_BS: torch.Tensor | None,
-        num_items: int | torch.Tensor | None,
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        cells = cells_of(input_ids_BS, attention_mask, position_ids)
-        final_TH = self.model.run(input_ids_BS, cells)
-        whole = labels_BS is not None or (isinstance(logits_to_keep, int) and logits_to_keep == 0)
-        kept_BS = cells.mask_BS if whole else _kept(cells.mask_BS, logits_to_keep)
-        if not whole:
-            final_TH = final_TH[kept_BS[cells.mask_BS].to(final_TH.device)]
-        logits_RV = self.decoder.segments.output_blocks.logits(final_TH)
-        loss = None
-        if labels_BS is not None:
-            targets_BS = F.pad(labels_BS[:, 1:], (0, 1), value=IGNORE)
-            loss = _loss(logits_RV, cells.pack(targets_BS).to(logits_RV.device), num_items)
-        if whole:
-            return cells.spread(logits_RV), loss
-        columns: Any = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-        logits = logits_RV.new_zeros(*kept_BS.shape, logits_RV.shape[-1])
-        logits[kept_BS] = logits_RV
-        return logits[:, columns], loss
 
     # --- generate ---------------------------------------------------------------------------------------------------
 
@@ -304,13 +279,9 @@ class SplitCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[misc]
     ) -> None:
         """Write what is trained here, and the config: not the base model's weights, nor anything of the trunk."""
         folder = Path(save_directory)
-        folder.mkdir(parents=True, exist_ok=True)
-        values = dict(self.state_dict() if state_dict is None else state_dict)
-        trained = {name for name, parameter in self.named_parameters() if parameter.requires_grad}
-        save_file({name: values[name].detach().cpu().contiguous() for name in sorted(trained)}, folder / _FILE)
+        save_trained(self, folder, state_dict)
         self.config.save_pretrained(folder)
-        if self.generation_config is not None:
-            self.generation_config.save_pretrained(folder)
+        self.generation_config.save_pretrained(folder)
 
     def load_trained(self, folder: str | Path) -> None:
         """Take over what `save_pretrained`, or a checkpoint of a trainer's, holds.
@@ -318,34 +289,10 @@ class SplitCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[misc]
         Raises:
             ConfigError: The folder holds something else.
         """
-        path = Path(folder) / _FILE
-        if not path.is_file():
-            raise ConfigError(f"{folder} holds no {_FILE}: give a folder of save_pretrained.")
-        held = load_file(path)
-        trained = {name: parameter for name, parameter in self.named_parameters() if parameter.requires_grad}
-        if held.keys() != trained.keys() or any(held[name].shape != trained[name].shape for name in held):
-            raise ConfigError(f"{path} was trained with another plan: its parameters are not those that train here.")
-        with torch.no_grad():
-            for name, parameter in trained.items():
-                parameter.copy_(held[name])
+        load_trained(self, Path(folder))
 
 
 def _own(cache: object) -> SplitCache:
     if not isinstance(cache, SplitCache):
         raise ConfigError("past_key_values of a split model must come from its new_cache().")
     return cache
-
-
-def _kept(mask_BS: torch.Tensor, logits_to_keep: int | torch.Tensor) -> torch.Tensor:
-    """Cells whose logits are wanted."""
-    wanted_S = torch.zeros(mask_BS.shape[1], dtype=torch.bool, device=mask_BS.device)
-    wanted_S[slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep.to(mask_BS.device)] = 1
-    return mask_BS & wanted_S
-
-
-def _loss(logits_TV: torch.Tensor, targets_T: torch.Tensor, num_items: int | torch.Tensor | None) -> torch.Tensor:
-    """As transformers takes it of a causal model."""
-    if num_items is None:
-        return F.cross_entropy(logits_TV.float(), targets_T, ignore_index=IGNORE)
-    total = F.cross_entropy(logits_TV.float(), targets_T, ignore_index=IGNORE, reduction="sum")
-    return total / (num_items.to(total.device) if isinstance(num_items, torch.Tensor) else num_items)
