@@ -35,7 +35,9 @@ def feed(decoder: Decoder, chunks: tuple[bytes, ...] | list[bytes]) -> m.Message
 
 
 def fields(message: m.Message) -> dict[str, Any]:
-    return {f.name: getattr(message, f.name) for f in dataclasses.fields(message) if f.name not in ("tensors", "gradient")}
+    return {
+        f.name: getattr(message, f.name) for f in dataclasses.fields(message) if f.name not in ("tensors", "gradient")
+    }
 
 
 def originals(message: m.Message) -> dict[str, torch.Tensor]:
