@@ -103,9 +103,13 @@ def prompts_of(args: argparse.Namespace, client: Worker, vocab_size: int) -> lis
     prompts = []
     with Path(args.real[1]).open(encoding="utf-8") as file:
         for line in file:
-            text = max((value for value in json.loads(line).values() if isinstance(value, str)), key=len)
+            row = json.loads(line)
+            whole = "prompt" in row
+            text = row["prompt"] if whole else max((value for value in row.values() if isinstance(value, str)), key=len)
             ids = say(client, "encode", text=text)["ids"]
-            if len(ids) >= args.tokens:
+            if whole and len(ids) + args.new_tokens <= args.max_tokens:
+                prompts.append(ids)
+            elif not whole and len(ids) >= args.tokens:
                 prompts.append(ids[: args.tokens])
             if len(prompts) == args.prompts:
                 return prompts
@@ -271,7 +275,12 @@ def parsed() -> argparse.Namespace:
     """The command line."""
     parser = arguments(__doc__)
     parser.add_argument("--shape", choices=SHAPES, default="15m")
-    parser.add_argument("--real", nargs=2, metavar=("MODELDIR", "DATA"), help="a trained model, and rows of its text")
+    parser.add_argument(
+        "--real",
+        nargs=2,
+        metavar=("MODELDIR", "DATA"),
+        help="a trained model, and rows of its text; of those with a prompt, the whole prompt",
+    )
     parser.add_argument("--device", default="cpu", help="of all processes")
     parser.add_argument("--dtype", choices=("float32", "bfloat16", "bf16"), default="float32", help="of the weights")
     parser.add_argument("--codec", choices=tuple(BYTES_PER_VALUE), help="default: fp32, or bf16 with such weights")
