@@ -205,3 +205,17 @@ def test_nothing_held_out_is_no_reason_not_to_train_but_cannot_be_evaluated(fede
         results.evaluate(fed.client_options("a"))
     assert results.evaluate(fed.client_options("a"), everything=True).num_target_tokens > 0
     server.stop()
+
+
+@pytest.mark.parametrize(
+    ("before", "after"), [("rank = 4", "rank = 2"), ('name = "a"', 'name = "a"\ninput_blocks = 2')]
+)
+def test_a_run_alone_with_another_cut_or_rank_says_what_differs(federation, before, after):
+    fed = federation("a", training={"rounds": 1, "steps_per_round": 1})
+    options = fed.client_options("a")
+    client_run.train_alone(fed.plan_file, "a", options)
+    text = fed.plan_file.read_text()
+    assert before in text
+    fed.plan_file.write_text(text.replace(before, after))
+    with pytest.raises(ConfigError, match=r"started with another plan \(.*(rank|input_blocks).* new folder"):
+        client_run.train_alone(fed.plan_file, "a", options)

@@ -133,6 +133,7 @@ def train(options: ClientOptions, observer: Observer | None = None) -> TrainSumm
     store = ClientStore(options.run, plan, invited.invitation.run_id, name)
     recorder = _Recorder(observer)
     try:
+        store.check()
         segments = setup.load_segments(plan, checkpoint, name, options.device)
         trunk = RemoteTrunk(
             options.server,
@@ -215,6 +216,7 @@ def train_alone(plan_file: Path, name: str, options: ClientOptions, observer: Ob
     store = ClientStore(options.run, plan, ALONE, name)
     recorder = _Recorder(observer)
     try:
+        store.check()  # before the trunk, whose tensors may have other shapes
         segments = setup.load_segments(plan, checkpoint, name, options.device)
         blocks = plan.partition_of(name).trunk(checkpoint.num_blocks)
         segment = trainable_trunk(plan, checkpoint, blocks, options.device)

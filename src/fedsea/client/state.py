@@ -137,6 +137,23 @@ class ClientStore:
         except (OSError, ValueError, KeyError, TypeError, AttributeError):
             return None
 
+    def check(self) -> None:
+        """Refuse the folder of another run or plan, before anything is loaded for it.
+
+        Raises:
+            ConfigError: Says what differs.
+            StorageError: A file is damaged.
+        """
+        self._newest()
+
+    def _newest(self) -> tuple[Tensors, Mapping[str, Any]] | None:
+        found = self._checkpoints.latest()
+        if found is None:
+            return None
+        _, tensors, values = found
+        self.key.check(self.folder, values, "Give --run a new folder to take part in the run of today.")
+        return tensors, values
+
     def restore(self) -> Tensors | None:
         """Read the newest checkpoint and the prepared step, if any.
 
@@ -147,11 +164,10 @@ class ClientStore:
             ConfigError: The folder belongs to another run or plan.
             StorageError: A file is damaged.
         """
-        found = self._checkpoints.latest()
+        found = self._newest()
         if found is None:
             return None
-        _, tensors, values = found
-        self.key.check(self.folder, values, "Give --run a new folder to take part in the run of today.")
+        tensors, values = found
         self.state = ClientState(**values["state"])
         if self._prepared_path.exists():
             gradients, item = load_tensors(self._prepared_path)
