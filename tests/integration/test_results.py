@@ -9,12 +9,13 @@ from dataclasses import replace
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from fedsea.client import results
 from fedsea.client import run as client_run
 from fedsea.errors import ConfigError, DataError, TransportError
 from fedsea.server.run import export_run
-from tests.support.assets import NUM_BLOCKS
+from tests.support.assets import NUM_BLOCKS, write_silo
 
 
 def test_evaluation_and_export_give_the_federations_loss(federation, base_model):
@@ -219,3 +220,34 @@ def test_a_run_alone_with_another_cut_or_rank_says_what_differs(federation, befo
     fed.plan_file.write_text(text.replace(before, after))
     with pytest.raises(ConfigError, match=r"started with another plan \(.*(rank|input_blocks).* new folder"):
         client_run.train_alone(fed.plan_file, "a", options)
+
+
+def test_a_finished_run_is_no_answer_for_other_files_with_or_without_a_server(federation):
+    fed = federation("a", training={"rounds": 1, "steps_per_round": 1})
+    fed.train()
+    alone = fed.client_options("a", run=fed.folder / "alone")
+    client_run.train_alone(fed.plan_file, "a", alone)
+    other = (write_silo(fed.folder / "other.jsonl", "somebody"),)
+    server = fed.start_server(exit_when_finished=False)
+    with pytest.raises(ConfigError, match=r"not those of the finished run.*--run a new folder"):
+        client_run.train(fed.client_options("a", data=other))
+    with pytest.raises(ConfigError, match="not those of the finished run"):
+        client_run.train_alone(fed.plan_file, "a", replace(alone, data=other))
+    server.stop()
+    with pytest.raises(ConfigError, match="not those of the finished run"):
+        client_run.train(fed.client_options("a", data=other))
+    moved = (shutil.copy(fed.silos["a"], fed.folder / "moved.jsonl"),)
+    assert client_run.train(fed.client_options("a", data=moved)).finished_before
+
+
+def test_a_finished_run_is_no_answer_for_another_base_model(federation, base_model, tmp_path):
+    fed = federation("a", training={"rounds": 1, "steps_per_round": 1})
+    fed.train()
+    server = fed.start_server(exit_when_finished=False)
+    other = shutil.copytree(base_model, tmp_path / "other")
+    tensors = load_file(other / "model.safetensors")
+    changed = {name: tensor + 1 for name, tensor in tensors.items()}
+    save_file(changed, other / "model.safetensors", {"format": "pt"})
+    with pytest.raises(ConfigError, match="base model"):
+        client_run.train(fed.client_options("a", model=str(other)))
+    server.stop()

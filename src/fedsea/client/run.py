@@ -18,8 +18,9 @@ from fedsea.client.setup import ClientOptions, Invited
 from fedsea.client.state import ClientStore, Ended
 from fedsea.client.trainer import EvaluationReport, Observer, StepReport, Trainer
 from fedsea.client.trunk import Connected, Trunk
+from fedsea.data.opening import files_sha256
 from fedsea.data.silo import Silo
-from fedsea.errors import FedseaError
+from fedsea.errors import ConfigError, FedseaError
 from fedsea.model.fingerprint import fingerprint
 from fedsea.model.loading import trainable_trunk
 from fedsea.plan import FederationPlan, load_plan
@@ -122,14 +123,20 @@ def train(options: ClientOptions, observer: Observer | None = None) -> TrainSumm
     except FedseaError as error:
         if ended is None or ended.run_id == ALONE or not error.retryable or ended.client != _name_of(options):
             raise
+        _check_files(options, ended)
         log.warning("The run in %s is finished, and %s cannot be asked for another one.", options.run, options.server)
         return _as_before(ended)
     plan, name = invited.plan, invited.name
-    if ended is not None and ended.belongs_to(invited.key) and _finished_there_too(options, invited, ended):
-        log.info("this run is finished (%d steps)", ended.standing.next_step)
-        return _as_before(ended)
+    if ended is not None and ended.belongs_to(invited.key):
+        _check_files(options, ended)
+        if options.model is not None:
+            setup.open_base_model(plan, options, name)
+        if _finished_there_too(options, invited, ended):
+            log.info("this run is finished (%d steps)", ended.standing.next_step)
+            return _as_before(ended)
     checkpoint = setup.open_base_model(plan, options, name)
     silo = setup.open_data(plan, checkpoint, options)
+    files = files_sha256(options.data)
     store = ClientStore(options.run, plan, invited.invitation.run_id, name)
     recorder = _Recorder(observer)
     try:
@@ -150,7 +157,7 @@ def train(options: ClientOptions, observer: Observer | None = None) -> TrainSumm
             begin(plan, name, trunk)
         with invited.keeper, trunk:
             trainer.run()
-        return _finished(store, recorder.summary(name, store.state.next_step, trunk.traffic))
+        return _finished(store, recorder.summary(name, store.state.next_step, trunk.traffic), files)
     finally:
         store.close()
 
@@ -167,9 +174,18 @@ def _finished_there_too(options: ClientOptions, invited: Invited, ended: Ended) 
     return True
 
 
-def _finished(store: ClientStore, summary: TrainSummary) -> TrainSummary:
-    store.finish(asdict(summary))
+def _finished(store: ClientStore, summary: TrainSummary, files: str) -> TrainSummary:
+    store.finish(asdict(summary), files)
     return summary
+
+
+def _check_files(options: ClientOptions, ended: Ended) -> None:
+    """Refuse to answer for a finished run when other files are given; no files ask how it ended."""
+    if options.data and ended.data_sha256 and files_sha256(options.data) != ended.data_sha256:
+        raise ConfigError(
+            f"The run in {options.run} is finished, and these files are not those of the finished run. To train on "
+            "them, give --run a new folder; to see how that run ended, give its files again."
+        )
 
 
 def _ended(run: Path) -> Ended | None:
@@ -210,9 +226,11 @@ def train_alone(plan_file: Path, name: str, options: ClientOptions, observer: Ob
     plan = plan.model_copy(update={"model": plan.model.model_copy(update={"fingerprint": fingerprint(checkpoint)})})
     ended = _ended(options.run)
     if ended is not None and ended.belongs_to(RunKey(plan, ALONE, name)):
+        _check_files(options, ended)
         log.info("this run is finished (%d steps)", ended.standing.next_step)
         return _as_before(ended)
     silo = setup.open_data(plan, checkpoint, options)
+    files = files_sha256(options.data)
     store = ClientStore(options.run, plan, ALONE, name)
     recorder = _Recorder(observer)
     try:
@@ -226,6 +244,6 @@ def train_alone(plan_file: Path, name: str, options: ClientOptions, observer: Ob
         if (begin := getattr(observer, "begin", None)) is not None:
             begin(plan, name, None)
         trainer.run()
-        return _finished(store, recorder.summary(name, store.state.next_step, ({}, {})))
+        return _finished(store, recorder.summary(name, store.state.next_step, ({}, {})), files)
     finally:
         store.close()

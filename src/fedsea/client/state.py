@@ -70,7 +70,8 @@ class Ended:
 
     Attributes:
         standing: What a server is told.
-        summary: As given to `ClientStore.finish`.
+        summary: As given to `ClientStore.finish`, as is the next.
+        data_sha256: What identifies the silo's files; "" in a note that does not say.
     """
 
     run_id: str
@@ -78,6 +79,7 @@ class Ended:
     client: str
     standing: Standing
     summary: Mapping[str, Any]
+    data_sha256: str = ""
 
     def belongs_to(self, key: RunKey) -> bool:
         """Whether it was this run."""
@@ -215,11 +217,12 @@ class ClientStore:
         remove_durably(self._prepared_path)
         self.prepared = None
 
-    def finish(self, summary: Mapping[str, Any]) -> None:
+    def finish(self, summary: Mapping[str, Any], data_sha256: str = "") -> None:
         """Keep how the run ended, so that the same command has an answer when it is given again.
 
         Args:
             summary: Anything that `json` can write.
+            data_sha256: What identifies the silo's files, as `data.opening.files_sha256` gives it.
 
         Raises:
             StorageError: The disk refused.
@@ -232,6 +235,7 @@ class ClientStore:
             "next_step": self.state.next_step,
             "rounds_done": self.state.rounds_done,
             "summary": dict(summary),
+            "data_sha256": data_sha256,
         }
         write_bytes_atomic(self.folder / _SUMMARY, (json.dumps(values, indent=2) + "\n").encode())
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from array import array
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -99,6 +100,22 @@ def check_names(paths: Sequence[Path]) -> None:
                 f"{path}: the ending {path.suffix!r} says no known kind of file; use {', '.join(_OPENERS)} "
                 "(a .json list becomes lines with `jq -c '.[]' rows.json > rows.jsonl`)."
             )
+
+
+def files_sha256(files: Sequence[Path]) -> str:
+    """What identifies a silo's files: their bytes, in the order given; not where they lie.
+
+    Raises:
+        DataError: A file cannot be read.
+    """
+    whole = hashlib.sha256()
+    for path in files:
+        try:
+            with path.open("rb") as file:
+                whole.update(hashlib.file_digest(file, "sha256").digest())
+        except OSError as error:
+            raise DataError(f"{path} cannot be read: {error.strerror}.") from None
+    return whole.hexdigest()
 
 
 def _open_files(paths: list[Path]) -> tuple[RowFile, ...]:
