@@ -12,6 +12,8 @@ from fedsea.data.rows import MAX_ROW_BYTES, Int64s, Row, RowError, Stamp, Values
 from fedsea.errors import DataError
 
 _BOM = b"\xef\xbb\xbf"
+_SEPARATORS = {";": "';'", "\t": "a tab", ",": "','"}
+"""What spreadsheets put between columns, and its name in a message."""
 
 
 class _Lines:
@@ -207,6 +209,12 @@ class DelimitedText(_LineFile):
             raise DataError(f"{self.path}, line 1: the header is not valid CSV in UTF-8; mend or replace it.") from None
         if not header:
             raise DataError(f"{self.path} is empty; its first line must name the columns.")
+        others = [mark for mark in _SEPARATORS if mark in header[0] and mark != self._delimiter]
+        if len(header) == 1 and others:
+            raise DataError(
+                f"{self.path}, line 1: one column found; is the separator {_SEPARATORS[others[0]]}? Save the file with "
+                "commas as .csv, or with tabs as .tsv."
+            )
         if "" in header or len(set(header)) < len(header):
             raise DataError(f"{self.path}, line 1: the header has empty or repeated column names; name each once.")
         return header

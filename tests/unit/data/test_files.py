@@ -88,6 +88,9 @@ def test_byte_order_marks_blank_lines_and_missing_last_line_ends_are_allowed(sil
         ("s.csv", 'text,n\na,1\n"xyzzy-secret,2\nb,3\n', 3, "never closed"),
         ("s.csv", "text,text\nxyzzy-secret,1\n", 1, "repeated column names"),
         ("s.csv", "xyzzy-secret\nb\n", 2, "no known format"),
+        ("s.csv", "xyzzy-secret;n\na;1\n", 1, r"one column found; is the separator ';'\? Save the file with commas"),
+        ("s.csv", "xyzzy-secret\tn\na\t1\n", 1, "is the separator a tab"),
+        ("s.tsv", "xyzzy-secret,n\na,1\n", 1, "is the separator ','"),
         ("s.txt", b"a\n\nb\nxyzzy-secret \xff\n\nc\n", 4, "UTF-8"),
     ],
 )
