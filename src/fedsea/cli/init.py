@@ -42,7 +42,10 @@ The operator:
 
 Every client ({names}):
 
-    fedsea train --server fedsea.example.org:7443 --data notes/*.jsonl --settings client.toml
+    fedsea train --server fedsea.example.org:7443 --data notes/*.jsonl
+
+A client that has limits of its own (which segments may be trained there, how many blocks) copies `client.toml` to its
+machine, looks it over, and adds `--settings client.toml`.
 
 Anybody: `fedsea status --server fedsea.example.org:7443`. A process that was stopped or killed is started again with
 the same command and goes on.

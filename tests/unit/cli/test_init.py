@@ -57,6 +57,12 @@ def test_the_readme_names_commands_and_options_that_exist() -> None:
         assert {word for word in words if word.startswith("--")} <= known
 
 
+def test_a_client_is_not_told_to_use_a_file_that_only_the_operator_has() -> None:
+    readme = texts("m", ["a"])["README.md"]
+    assert not [line for line in readme.splitlines() if line.startswith("    fedsea ") and "client.toml" in line]
+    assert "copies `client.toml` to its\nmachine" in readme
+
+
 def test_nothing_is_overwritten(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "client.toml").write_text("mine")
     assert main.run(["init", str(tmp_path)]) == 2
