@@ -86,7 +86,7 @@ def approve(
 
     authority = Authority.open(folder)
     csr_pem = read_file(request, "give the path of the request that the client sent.")
-    asked, valid = authority.inspect(csr_pem, name=name)
+    asked, valid = authority.inspect(csr_pem, name=name, again=again)
     _show_request(asked, name or asked.name, valid)
     if fingerprint is not None:
         if not same_fingerprint(asked.fingerprint, fingerprint):

@@ -58,6 +58,17 @@ def test_an_operator_who_says_no_approves_nothing(fedsea):
     assert [row["role"] for row in listed(fedsea)["certificates"]] == ["server"]
 
 
+def test_a_revoked_name_is_refused_before_the_operator_is_asked_for_its_fingerprint(fedsea):
+    fedsea("ca init")
+    fedsea("enroll --name clinic")
+    fedsea("ca approve identity/clinic.request.pem --yes")
+    fedsea("ca revoke clinic")
+    result = CliRunner().invoke(app, ["ca", "approve", "identity/clinic.request.pem"], input="y\n")
+    assert "--again" in str(result.exception)
+    assert "same fingerprint" not in result.output
+    fedsea("ca approve identity/clinic.request.pem --again", answer="y\n")
+
+
 def test_a_given_fingerprint_approves_without_asking_only_if_it_is_the_same(fedsea):
     fedsea("ca init")
     fingerprint = fedsea("enroll --name clinic").split("in person:\n")[1].split()[0]

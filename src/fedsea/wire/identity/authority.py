@@ -152,14 +152,22 @@ class Authority:
             write_new_pair(folder, key, certificate)
         return folder
 
-    def inspect(self, csr_pem: bytes, *, name: str | None = None) -> tuple[SigningRequest, list[Entry]]:
+    def inspect(
+        self, csr_pem: bytes, *, name: str | None = None, again: bool = True
+    ) -> tuple[SigningRequest, list[Entry]]:
         """Check a request, and list the valid certificates that the name it asks for, or `name`, already has.
 
+        Args:
+            csr_pem: The request.
+            name: Another name than the request asks for.
+            again: As for `approve`; False refuses a name that was revoked here already.
+
         Raises:
-            AuthError: The request is damaged or unsigned, or its key has another type.
+            AuthError: The request is damaged or unsigned, its key has another type, or `approve` would refuse the name.
         """
-        request, now = read_request(csr_pem), self._clock()
-        valid = [entry for entry in self._read().named(name or request.name) if entry.status(now) == "valid"]
+        request, now, record = read_request(csr_pem), self._clock(), self._read()
+        _check_not_revoked(record, name or request.name, again)
+        valid = [entry for entry in record.named(name or request.name) if entry.status(now) == "valid"]
         return request, valid
 
     def approve(
@@ -180,10 +188,7 @@ class Authority:
         request = read_request(csr_pem)
         name = certs.check_name(name or request.name)
         with files.locked(self.folder):
-            if name in self._read().revoked_names and not again:
-                raise AuthError(
-                    f"{name} was revoked: approve it with `--again` if it is to take part again under a new key."
-                )
+            _check_not_revoked(self._read(), name, again)
             certificate, serial = self._issue(Role.CLIENT, [name], request.public_key, days)
         return self._client_certificate(certificate, name, serial)
 
@@ -294,6 +299,11 @@ class Authority:
         if certs.role_of(certificate) is not Role.SERVER:
             raise ConfigError(f"{path} is not a server's certificate: choose another folder for the server's identity.")
         return list(certs.host_names(certificate))
+
+
+def _check_not_revoked(record: Record, name: str, again: bool) -> None:
+    if name in record.revoked_names and not again:
+        raise AuthError(f"{name} was revoked: approve it with `--again` if it is to take part again under a new key.")
 
 
 def _certificate_of(entry: Entry) -> x509.Certificate:
