@@ -10,7 +10,7 @@ from fedsea.client.segments import ClientSegments
 from fedsea.client.trainer import Trainer
 from fedsea.errors import AuthError, ConfigError, DataError, FedseaError, NonFiniteError, StorageError
 from fedsea.storage import CheckpointStore
-from fedsea.wire.identity import Authority
+from fedsea.wire.identity import Authority, enroll, install, peers
 from tests.support.assets import make_checkpoint, write_silo
 from tests.support.federation import make_identities
 
@@ -228,7 +228,9 @@ def test_a_client_that_the_plan_does_not_name_is_refused(federation, identities)
         fed.start_client("b", retry_for_s=0.0).finish()
 
 
-def test_a_revoked_client_is_sent_away_in_the_middle_of_a_run(federation, tmp_path, base_model):
+def test_a_revoked_client_is_sent_away_in_the_middle_of_a_run_and_the_server_says_why(
+    tmp_path, base_model, caplog, monkeypatch
+):
     from tests.support.federation import Federation
 
     own = make_identities(tmp_path / "ids", ("a", "b"))
@@ -243,5 +245,16 @@ def test_a_revoked_client_is_sent_away_in_the_middle_of_a_run(federation, tmp_pa
         with pytest.raises(AuthError, match="was revoked"):
             parts["b"].finish()
         assert parts["a"].is_alive()
+        ended = [text for text in caplog.messages if "the stream of client b is ended" in text]
+        assert len(ended) == 1
+        assert "was revoked" in ended[0]
+        assert fed.server.service.status()["refused"] == {"b": "revoked"}
+        monkeypatch.setattr(peers, "LOOK_EVERY_S", 0.0)  # the journal is read before the next client is looked at
+        authority = Authority.open(own / "ca")
+        certificate = authority.approve(enroll(own / "new", "b").csr_pem, again=True)
+        install(own / "new", certificate.pem, authority.ca_pem, authority.fingerprint)
+        back = fed.start_client("b", retry_for_s=0.0, identity=own / "new")
+        back.watch.wait_for(lambda: bool(back.watch.steps))
+        assert fed.server.service.status()["refused"] == {}
     finally:
         fed.close()

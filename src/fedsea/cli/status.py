@@ -48,6 +48,8 @@ def _show(answer: dict[str, Any]) -> None:
     clients = Table("client", "state")
     for name in answer["clients"]:
         state = "connected" if name in answer["connected"] else "not connected"
+        if reason := answer.get("refused", {}).get(name):
+            state += f" ({reason})"
         if name in answer["waiting_for"]:
             state += ", the step waits for it"
         clients.add_row(str(name), state)

@@ -200,7 +200,7 @@ class ServerDisplay(_Screen):
             self._pace.mark(self._clock(), snapshot.step, snapshot.tokens)
         if snapshot.inference is not None:
             self._decoding.mark(self._clock(), 0, snapshot.inference.tokens)
-        people = before is None or snapshot.connected != before.connected
+        people = before is None or (snapshot.connected, snapshot.refused) != (before.connected, before.refused)
         ended = before is not None and before.step != snapshot.step == snapshot.num_steps
         if before is None or snapshot != before:
             self._changed(now=people or ended)
@@ -212,7 +212,7 @@ class ServerDisplay(_Screen):
             return "starting"
         facts = [f"step {snapshot.step}/{snapshot.num_steps}", f"round {self._round(snapshot)}"]
         facts.append(f"{len(snapshot.connected)}/{len(self._plan.clients)} clients")
-        missing = [name for name in snapshot.waiting_for if name not in snapshot.connected]
+        missing = [name + _why(name, snapshot) for name in snapshot.waiting_for if name not in snapshot.connected]
         if missing:
             facts.append(f"waiting for {', '.join(missing)}")
         sessions = self._sessions(snapshot)
@@ -253,9 +253,15 @@ class ServerDisplay(_Screen):
         return _SEPARATOR.join([f"inference: {people}", memory, *_speed(self._decoding)])
 
 
+def _why(name: str, snapshot: ServerSnapshot) -> str:
+    """Why the server does not let a client in, behind its name or state."""
+    return f" ({snapshot.refused[name]})" if name in snapshot.refused else ""
+
+
 def _state(name: str, snapshot: ServerSnapshot) -> Text:
     if name not in snapshot.connected:
-        return Text("not connected", style="red" if name in snapshot.waiting_for else "dim")
+        urgent = name in snapshot.waiting_for or name in snapshot.refused
+        return Text("not connected" + _why(name, snapshot), style="red" if urgent else "dim")
     if name in snapshot.waiting_for:
         return Text("working", style="yellow")
     return Text("connected", style="green")

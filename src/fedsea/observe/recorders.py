@@ -141,6 +141,7 @@ class ServerRecorder:
             bytes_up=status["bytes_received"],
             bytes_down=status["bytes_sent"],
             inference=_inference(status.get("inference")),
+            refused=status.get("refused", {}),
         )
         before, self._before = self._before, snapshot
         self._display.update(snapshot)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,6 +35,7 @@ class ServerSnapshot:
         tokens: Target tokens that were trained on since this process began.
         bytes_up: From clients to the server.
         inference: None if the plan does not offer it.
+        refused: Client to the reason why the server does not let it in, until it is back.
     """
 
     step: int
@@ -45,3 +47,4 @@ class ServerSnapshot:
     bytes_up: int
     bytes_down: int
     inference: InferenceSnapshot | None = None
+    refused: Mapping[str, str] = field(default_factory=dict)

@@ -193,6 +193,7 @@ async def _serve(
         service.handle,
         status=service.status,
         renew=_renewal(options.ca),
+        refused=service.refused,
         limits=HANDSHAKE,
     )
     address = f"{options.listen.rpartition(':')[0]}:{server.port}"

@@ -114,6 +114,7 @@ class Service:
         self._executor = executor
         self._links: dict[str, _Link] = {}
         self._left: set[str] = set()
+        self._refused: dict[str, str] = {}
         self._alone_since: float | None = None
         self._sent: Counter[str] = Counter()
         self._received: Counter[str] = Counter()
@@ -165,6 +166,7 @@ class Service:
     async def _handle(self, session: PeerSession) -> None:
         name = session.peer.name
         entry = self.plan.client(name)
+        self._refused.pop(name, None)
         try:
             async with asyncio.timeout(_HANDSHAKE_S):
                 await self._hello(session)
@@ -279,7 +281,12 @@ class Service:
         if alone_s > patience_s or self._left >= set(self.plan.client_names):
             self.over.set()
 
-    # --- asked from outside -----------------------------------------------------------------------------------------
+    # --- asked and told from outside --------------------------------------------------------------------------------
+
+    def refused(self, name: str, reason: str) -> None:
+        """A client was turned away or cut off at the port; said in the status until it is back."""
+        if name in self.roster:
+            self._refused[name] = reason
 
     async def tick(self) -> None:
         """Bound waiting; runs until cancelled."""
@@ -318,6 +325,7 @@ class Service:
             "clients": list(self.plan.client_names),
             "connected": [name for name in self.plan.client_names if name in coordinator.connected],
             "waiting_for": list(coordinator.waiting_for()),
+            "refused": dict(self._refused),
             "target_tokens": coordinator.num_target_tokens,
             "bytes_sent": sent.total(),
             "bytes_received": received.total(),

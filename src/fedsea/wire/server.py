@@ -18,7 +18,7 @@ from fedsea.errors import AuthError, CapacityError, ConfigError, FedseaError, Pr
 from fedsea.wire.buffers import BufferPool
 from fedsea.wire.calls import TlsIdentity
 from fedsea.wire.errors import status_of
-from fedsea.wire.identity.peers import PeerIdentity
+from fedsea.wire.identity.peers import PeerIdentity, PeerRefused
 from fedsea.wire.limits import WireLimits
 from fedsea.wire.session import PeerSession
 from fedsea.wire.transport import ADMITTED, DEFAULT_TIMING, SERVICE, Timing, aio, server_options
@@ -45,6 +45,8 @@ class Gate(Protocol):
 Handler = Callable[[PeerSession], Awaitable[None]]
 Renew = Callable[[PeerIdentity, bytes, bytes], bytes]
 """Gets the peer, its present certificate and its request; returns the new certificate. Runs in a thread."""
+Refused = Callable[[str, str], None]
+"""Gets the name of a client that the gate does not admit, or not any more, and the reason in a word or two."""
 
 
 class WireServer:
@@ -60,6 +62,7 @@ class WireServer:
         handler: Handler,
         status: Callable[[PeerIdentity], dict[str, Any]],
         renew: Renew | None,
+        refused: Refused | None,
         limits: WireLimits,
         timing: Timing,
     ) -> None:
@@ -68,6 +71,7 @@ class WireServer:
         self._handler = handler
         self._status = status
         self._renew = renew
+        self._refused = refused
         self._limits = limits
         self._timing = timing
         self._pool = BufferPool()
@@ -147,6 +151,9 @@ class WireServer:
                 error = await session.run(self._handler, self._timing.close_s)
             finally:
                 self._sessions.discard(session)
+        except PeerRefused as raised:
+            self._note(raised)
+            error = raised
         except Exception as raised:  # noqa: BLE001 (everything becomes a status; `status_of` logs what it hides)
             error = raised
         if error is not None:
@@ -189,13 +196,24 @@ class WireServer:
         while True:
             await asyncio.sleep(self._timing.check_s)
             for session in self.sessions:
+                if session.ended:
+                    continue
                 try:
                     self._gate.check(session.certificate_pem)
                 except FedseaError as error:
+                    log.warning("the stream of client %s is ended: %s", session.peer.name, error.message)
                     session.end(error)
+                    self._note(error)
                 except Exception:
                     log.exception("the gate could not check %s; its stream is ended", session.peer.name)
                     session.end(AuthError("The server could not check this certificate again; reconnect."))
+
+    def _note(self, error: FedseaError) -> None:
+        """Tell who is refused, unless the same client is here with another certificate."""
+        if self._refused is None or not isinstance(error, PeerRefused):
+            return
+        if not any(session.peer.name == error.name and not session.ended for session in self._sessions):
+            self._refused(error.name, error.reason)
 
 
 async def serve(
@@ -206,6 +224,7 @@ async def serve(
     *,
     status: Callable[[PeerIdentity], dict[str, Any]],
     renew: Renew | None = None,
+    refused: Refused | None = None,
     limits: WireLimits,
     timing: Timing = DEFAULT_TIMING,
 ) -> WireServer:
@@ -219,13 +238,14 @@ async def serve(
             (in full if it is about the client, else a generic sentence).
         status: Answers `call_status`.
         renew: Answers `call_renew`; None refuses.
+        refused: Told of clients that the gate turns away or cuts off.
         limits: Of new sessions: usually `limits.HANDSHAKE`.
         timing: Deadlines.
 
     Raises:
         ConfigError: The address is none, is in use, or is not of this machine.
     """
-    server = WireServer(gate, handler, status, renew, limits, timing)
+    server = WireServer(gate, handler, status, renew, refused, limits, timing)
     await server.start(listen, identity)
     return server
 

@@ -53,6 +53,11 @@ class PeerSession(StreamEnd):
         """All messages until the client ends the stream in good order."""
         return self._stream.__aiter__()
 
+    @property
+    def ended(self) -> bool:
+        """Whether `end` was called; the stream itself ends soon after."""
+        return self._ended.done()
+
     def end(self, error: FedseaError) -> None:
         """End the stream with this error, from any task of the event loop; the first one counts."""
         if not self._ended.done():

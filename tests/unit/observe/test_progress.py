@@ -148,6 +148,17 @@ def test_a_server_names_the_missing_clients() -> None:
     assert out.getvalue() == expected
 
 
+def test_a_server_says_why_a_missing_client_does_not_come() -> None:
+    out, console = plain()
+    with ServerDisplay(PLAN, console=console) as display:
+        display.update(replace(snapshot(), refused={"bank": "revoked"}))
+    assert "waiting for bank (revoked)" in out.getvalue()
+    out = io.StringIO()
+    with ServerDisplay(PLAN, console=Console(file=out, force_terminal=True, width=120)) as display:
+        display.update(replace(snapshot(), refused={"bank": "expired"}))
+    assert "not connected (expired)" in out.getvalue()
+
+
 def test_a_server_shows_decoding_while_somebody_decodes() -> None:
     (out, console), clock = plain(), Clock()
     decoding = InferenceSnapshot(2, 5, 3_000_000, 1_000_000_000, tokens=10, batches=4)

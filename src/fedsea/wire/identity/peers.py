@@ -46,6 +46,19 @@ class PeerIdentity:
     not_after: datetime
 
 
+class PeerRefused(AuthError):  # noqa: N818 (what happened to whom, not what went wrong here)
+    """The gate does not admit a client that it knows by name.
+
+    Attributes:
+        name: From its certificate.
+        reason: A word or two for the server's operator.
+    """
+
+    def __init__(self, message: str, name: str, reason: str) -> None:
+        super().__init__(message)
+        self.name, self.reason = name, reason
+
+
 class PeerGate:
     """Admits clients whose certificate is issued, unrevoked, unexpired and allowed.
 
@@ -98,27 +111,35 @@ class PeerGate:
             raise AuthError("The server cannot read its list of clients, so it admits nobody: tell the operator.")
         entry = record.entries.get(peer.serial)
         if entry is None or entry.name != peer.name:
-            raise AuthError(
+            raise PeerRefused(
                 f"The server's journal does not know the certificate of {peer.name}: ask the operator to approve a new "
-                "request (`fedsea enroll --again`)."
+                "request (`fedsea enroll --again`).",
+                peer.name,
+                "not in the journal",
             )
         if entry.revoked is not None or peer.name in record.revoked_names:
-            raise AuthError(
+            raise PeerRefused(
                 f"The certificate of {peer.name} was revoked: ask the operator why, and to approve a new request "
-                "(`fedsea enroll --again`) if you are to take part again."
+                "(`fedsea enroll --again`) if you are to take part again.",
+                peer.name,
+                "revoked",
             )
         if self._clock() > peer.not_after:
             if record.successor(entry) is not None:
                 raise TransportError(
                     f"The certificate of this connection of {peer.name} has run out and was renewed: reconnect."
                 )
-            raise AuthError(
+            raise PeerRefused(
                 f"The certificate of {peer.name} expired on {peer.not_after:%Y-%m-%d %H:%M} UTC: run `fedsea enroll "
-                "--again` and send the request to the operator."
+                "--again` and send the request to the operator.",
+                peer.name,
+                "expired",
             )
         if names is not None and peer.name not in names:
-            raise AuthError(
-                f"{peer.name} is not on the server's list of clients: ask the operator to add it to the plan."
+            raise PeerRefused(
+                f"{peer.name} is not on the server's list of clients: ask the operator to add it to the plan.",
+                peer.name,
+                "not on the list",
             )
         return peer
 
