@@ -93,6 +93,18 @@ def test_a_client_whose_run_is_finished_says_goodbye_to_a_server_that_was_starte
     server.finish()
 
 
+def test_evaluation_reads_the_files_as_training_was_told_to(federation):
+    fed = federation("a", training={"rounds": 1, "steps_per_round": 1})
+    fed.silos["a"].write_text(fed.silos["a"].read_text().replace('"text"', '"note"'))
+    server = fed.start_server(exit_when_finished=False)
+    fed.start_client("a", format="text", fields={"text": "note"}).finish()
+    options = fed.client_options("a")
+    assert results.evaluate(options).num_target_tokens > 0
+    with pytest.raises(DataError, match="no known format"):
+        results.evaluate(options, base=True)
+    server.stop()
+
+
 def test_a_finished_run_needs_no_server_to_say_so(federation):
     fed = federation("a")
     summary = fed.train()["a"].result

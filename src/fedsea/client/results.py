@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -16,6 +16,7 @@ from fedsea.client.run_key import RunKey
 from fedsea.client.setup import ClientOptions, Invited
 from fedsea.client.state import ClientState, ClientStore, Tensors
 from fedsea.client.trunk import Standing
+from fedsea.data.formats import DataFormat
 from fedsea.errors import ConfigError
 from fedsea.federation.schedule import place
 from fedsea.model import export
@@ -46,7 +47,8 @@ def evaluate(options: ClientOptions, everything: bool = False, base: bool = Fals
     """Loss of the federation's model on this client's data, through the server.
 
     Args:
-        options: `options.run` holds this client's training run with the server; its parameters are used.
+        options: `options.run` holds this client's training run with the server; its parameters are used, and, if
+            `options` names no format of its own, its format of rows.
         everything: All rows instead of the held-out split.
         base: Use the base model's own segments with the server's trunk, whatever `options.run` holds.
 
@@ -57,6 +59,9 @@ def evaluate(options: ClientOptions, everything: bool = False, base: bool = Fals
     invited = setup.accept(options)
     plan, name = invited.plan, invited.name
     state, trained = (None, None) if base else own_run(options.run, invited.key)
+    if trained is not None and options.data_format == DataFormat():
+        known = ClientStore.format_of(options.run)
+        options = replace(options, format=known.name, fields=known.fields)
     checkpoint = setup.open_base_model(plan, options, name)
     silo = setup.open_data(plan, checkpoint, options)
     segments = setup.load_segments(plan, checkpoint, name, options.device)

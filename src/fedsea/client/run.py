@@ -137,7 +137,7 @@ def train(options: ClientOptions, observer: Observer | None = None) -> TrainSumm
     checkpoint = setup.open_base_model(plan, options, name)
     silo = setup.open_data(plan, checkpoint, options)
     files = files_sha256(options.data)
-    store = ClientStore(options.run, plan, invited.invitation.run_id, name)
+    store = ClientStore(options.run, plan, invited.invitation.run_id, name, options.data_format)
     recorder = _Recorder(observer)
     try:
         store.check()
@@ -231,7 +231,7 @@ def train_alone(plan_file: Path, name: str, options: ClientOptions, observer: Ob
         return _as_before(ended)
     silo = setup.open_data(plan, checkpoint, options)
     files = files_sha256(options.data)
-    store = ClientStore(options.run, plan, ALONE, name)
+    store = ClientStore(options.run, plan, ALONE, name, options.data_format)
     recorder = _Recorder(observer)
     try:
         store.check()  # before the trunk, whose tensors may have other shapes

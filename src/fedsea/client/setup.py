@@ -69,6 +69,15 @@ class ClientOptions:
     skip_bad_rows: bool = False
 
     @property
+    def data_format(self) -> DataFormat:
+        """How rows are read, as the type that the silo takes.
+
+        Raises:
+            ConfigError: There is no such format, or it has no such role.
+        """
+        return DataFormat(self.format, self.fields)  # type: ignore[arg-type]
+
+    @property
     def retry(self) -> RetryPolicy:
         """As the type that the trunk takes."""
         return RetryPolicy(self.retry_for_s)
@@ -173,7 +182,7 @@ def open_data(plan: FederationPlan, checkpoint: Checkpoint, options: ClientOptio
         options.data,
         tokenizer,
         plan.data,
-        format=DataFormat(options.format, options.fields),  # type: ignore[arg-type]
+        format=options.data_format,
         seed=plan.seed,
         on_bad_row="skip" if options.skip_bad_rows else "error",
     )

@@ -21,6 +21,7 @@ import torch
 
 from fedsea.client.run_key import RunKey
 from fedsea.client.trunk import Standing
+from fedsea.data.formats import DataFormat
 from fedsea.plan import FederationPlan
 from fedsea.storage import CheckpointStore, load_tensors, remove_durably, save_tensors, write_bytes_atomic
 
@@ -94,12 +95,21 @@ class ClientStore:
         plan: The plan as fetched; compared with the one that the folder was made with.
         run_id: Identity of the server's run.
         client: Name of the client; a folder of another one is refused.
+        data_format: How the silo's rows were said to be read, for whoever uses the run later.
     """
 
-    def __init__(self, folder: Path, plan: FederationPlan, run_id: str, client: str = "") -> None:
+    def __init__(
+        self,
+        folder: Path,
+        plan: FederationPlan,
+        run_id: str,
+        client: str = "",
+        data_format: DataFormat = DataFormat(),  # noqa: B008 (frozen)
+    ) -> None:
         self.folder = folder
         self.plan = plan
         self.key = RunKey(plan, run_id, client)
+        self._data_format = data_format
         self._checkpoints = CheckpointStore(folder / "checkpoints", keep=plan.durability.keep)
         for leftover in (*folder.glob(".prepared.safetensors.*.tmp"), *folder.glob(f".{_SUMMARY}.*.tmp")):
             leftover.unlink(missing_ok=True)  # of a process that was killed while it wrote
@@ -128,6 +138,12 @@ class ClientStore:
         _, tensors, values = found
         key.check(folder, values, "Give --run the folder of this client's `fedsea train` with this server.")
         return ClientState(**values["state"]), tensors
+
+    @staticmethod
+    def format_of(folder: Path) -> DataFormat:
+        """How the run in a folder was told to read its rows; "auto" if it was not, or there is no run."""
+        found = CheckpointStore(folder / "checkpoints", read_only=True).latest()
+        return DataFormat(**({} if found is None else found[2].get("data_format", {})))
 
     @staticmethod
     def ended(folder: Path) -> Ended | None:
@@ -192,6 +208,7 @@ class ClientStore:
             "state": asdict(state),
             "run_id": self.key.run_id,
             "client": self.key.client,
+            "data_format": {"name": self._data_format.name, "fields": dict(self._data_format.fields)},
             "plan": self.plan.to_json(),
             "plan_sha256": self.plan.sha256(),
         }
