@@ -132,6 +132,6 @@ def test_logits_that_are_not_finite_end_the_answer(decoder, monkeypatch):
     generation = generate(decoder, PROMPT, GenerationSettings(NEW, temperature=1.0))
     next(generation)
     broken = decoder.segments.output_blocks
-    monkeypatch.setattr(broken, "_logits", lambda hidden_TH: torch.full((hidden_TH.shape[0], 97), float("nan")))
+    monkeypatch.setattr(broken, "_few_logits", lambda hidden_TH: torch.full((hidden_TH.shape[0], 97), float("nan")))
     with pytest.raises(NonFiniteError):
         next(generation)
