@@ -226,3 +226,15 @@ def test_quickstart_shows_losses_bytes_times_sample_and_report(
         "federation: 1 of 24, under way\nfederation: 10 of 24, under way\nfederation: 20 of 24, under way\n"
         "federation: 24 of 24, done\n"
     )
+
+
+def test_status_says_why_a_client_is_not_let_in(capsys: pytest.CaptureFixture[str]) -> None:
+    from fedsea.cli.status import _show
+
+    answer: dict[str, Any] = {
+        **{"federation": "f", "run_id": "r", "version": "1", "trust_mode": "trusted-server", "finished": False},
+        **{"next_step": 1, "num_steps": 2, "rounds_done": 0, "rounds": 1, "bytes_received": 0, "bytes_sent": 0},
+        **{"clients": ["bank"], "connected": [], "waiting_for": ["bank"], "refused": {"bank": "revoked"}},
+    }
+    _show(answer)
+    assert "not connected (revoked), the step waits for it" in capsys.readouterr().out
