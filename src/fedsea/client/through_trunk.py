@@ -35,8 +35,8 @@ class _Asked:
 class ThroughTrunk:
     """Hidden states through the trunk, in as many messages as it takes, all under way at once.
 
-    The trunk runs without dropout and learns nothing; if its hidden states want a gradient, it is asked for in the
-    backward pass.
+    The trunk runs without dropout and learns nothing. A gradient at its input is asked for in the backward pass, if the
+    plan lets this client train something below the cut; else none leaves it, whatever autograd would want.
 
     Args:
         decoder: Trunk, boundary and plan.
@@ -58,7 +58,7 @@ class ThroughTrunk:
             ConfigError: A sequence is longer than the plan allows.
             FedseaError: The trunk is lost.
         """
-        if hidden_TH.requires_grad and torch.is_grad_enabled():
+        if self._decoder.segments.trains_input and hidden_TH.requires_grad and torch.is_grad_enabled():
             self._check_longest(lengths)
             through: torch.Tensor = _Function.apply(hidden_TH, self, lengths)  # type: ignore[no-untyped-call]
             return through

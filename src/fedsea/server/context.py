@@ -43,6 +43,11 @@ class Run:
 
     def check_forward(self, name: str, message: m.Forward | m.Pullback) -> None:
         """Sizes and shapes were checked on arrival; here, what the plan gives this client."""
+        if isinstance(message, m.Pullback) and not self.plan.trains_below_cut(name):
+            raise ProtocolError(
+                f"Client {name} asked for a gradient at the trunk's input, and the plan has it train nothing below the "
+                "cut: install the same version of fedsea on both sides."
+            )
         expected = self.roster[name].blocks
         if message.blocks != expected:
             raise ProtocolError(

@@ -326,6 +326,15 @@ def test_a_client_whose_folder_is_older_than_the_run_is_refused(world):
         w.join("a", next_step=0, prepared_step=0)
 
 
+def test_a_pull_back_for_a_client_that_trains_nothing_below_the_cut_is_refused(world):
+    w = world("a", adapter={"input": "frozen"}, **ONE_ROUND)
+    w.join("a")
+    two = torch.ones(2, 3)
+    message = m.Pullback(0, 0, BlockRange(1, 4), (2,), {"": two}, two)
+    with pytest.raises(ProtocolError, match="train nothing below the cut"):
+        w.coordinator.answer("a", message, lambda _: None)
+
+
 def test_a_sequence_longer_than_the_plans_is_refused(world):
     w = world("a", data={"max_tokens": 8}, **ONE_ROUND)
     w.join("a")
