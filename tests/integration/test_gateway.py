@@ -313,6 +313,13 @@ def test_more_requests_than_may_wait_are_told_when_to_come_back(bench, monkeypat
     assert int(refused.value.response.headers["Retry-After"]) >= 1
 
 
+def test_a_request_with_more_choices_than_could_ever_run_is_refused_as_wrong(bench):
+    at = bench()
+    client = at.client(at.gateway(most_running=1, most_waiting=1))
+    with pytest.raises(openai.BadRequestError, match="2 is the most"):
+        client.completions.create(model="test", prompt="a", max_tokens=1, n=3)
+
+
 def test_server_without_room_is_told_as_429(bench):
     at = bench(inference={"max_sequences": 1})
     with at.opened.decoder.open(8) as others:

@@ -18,7 +18,7 @@ from starlette.requests import ClientDisconnect
 
 from fedsea.client.decoding import Sequences, SplitDecoder
 from fedsea.client.drafters import Drafter
-from fedsea.client.gateway.errors import unforeseen
+from fedsea.client.gateway.errors import RequestError, unforeseen
 from fedsea.client.gateway.forms import Delta, End, Token
 from fedsea.client.gateway.metrics import GatewayMetrics
 from fedsea.client.gateway.pieces import Pieces
@@ -140,8 +140,15 @@ class Workers:
             after_prompt: Whether the text continues the prompt's; else it is a text of its own.
 
         Raises:
+            RequestError: There would never be room for so many choices.
             CapacityError: Too many choices wait already.
         """
+        if len(choices) > self._room:
+            raise RequestError(
+                f"{len(choices)} choices were asked for at once, and {self._room} is the most that this gateway takes: "
+                "send several requests.",
+                param="n",
+            )
         loop, arrived = asyncio.get_running_loop(), asyncio.Queue[Event | None]()
 
         def deliver(event: Event) -> None:
