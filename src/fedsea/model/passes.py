@@ -122,6 +122,7 @@ class TrunkPasses:
         """
         for client, gradient in gradients.items():
             check_gradient(client, gradient)
+        self.trunk.model.train()  # checkpointed blocks run again here; decoding or evaluation may have come in between
         results: dict[str, torch.Tensor | None] = {}
         for graph in self._graphs.pop(slot):
             pairs = [
