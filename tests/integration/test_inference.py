@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import re
+import threading
+
 import pytest
 import torch
 
 from fedsea.client import results
 from fedsea.client.inference import open_decoder
 from fedsea.errors import ConfigError
+from tests.support.federation import DEADLINE_S, Watch
 
 PROMPT = [5, 6, 7, 8]
 
@@ -34,6 +38,33 @@ def test_opened_decoder_is_the_federations_model(federation, base_model):
         expected = whole(torch.tensor([PROMPT])).logits[0, -1]
     torch.testing.assert_close(_logits(options), expected, rtol=1e-4, atol=1e-5)
     assert not torch.allclose(_logits(options, base=True), expected, rtol=1e-4, atol=1e-5)
+
+
+class Halt(Watch):
+    """Holds a client after its second step, in the middle of a round."""
+
+    def __init__(self):
+        super().__init__()
+        self.there, self.go = threading.Event(), threading.Event()
+
+    def step(self, report):
+        if report.step == 1:
+            self.there.set()
+            assert self.go.wait(DEADLINE_S)
+
+
+def test_answers_of_a_trunk_that_is_behind_the_run_in_the_middle_of_a_round_are_said_to_be(federation, caplog):
+    """Client and server are at one step, but sessions see the trunk as it was when the round began."""
+    fed, halt = federation("a"), Halt()
+    fed.start_server()
+    client = fed.start_client("a", halt)
+    assert halt.there.wait(DEADLINE_S)
+    try:
+        _logits(fed.client_options("a", data=()))
+    finally:
+        halt.go.set()
+    assert re.search(r"is at step [12] and the server's trunk that answers here at step 0", caplog.text)
+    client.finish()
 
 
 def test_without_a_run_the_base_model_must_be_asked_for(federation):

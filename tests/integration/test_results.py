@@ -185,7 +185,7 @@ def test_a_folder_that_is_behind_the_trunk_is_evaluated_with_a_warning_and_not_e
     fed.start_client("a").finish()
     (fed.folder / "a" / "checkpoints" / "step-00000006.safetensors").unlink()
     results.evaluate(fed.client_options("a"))
-    assert "is at step 5 and the server's trunk at step 6" in caplog.text
+    assert "is at step 5 and the server's trunk that answers here at step 6" in caplog.text
     with pytest.raises(ConfigError, match="behind the server's trunk: it is at step 5"):
         results.export_adapter(fed.client_options("a"), fed.folder / "out")
     server.stop()

@@ -28,6 +28,7 @@ from fedsea.client.causal_saving import load_trained, save_trained
 from fedsea.client.decoding import SplitDecoder
 from fedsea.client.inference import OpenedDecoder, open_decoder
 from fedsea.client.padding import cells_of
+from fedsea.client.results import status
 from fedsea.client.setup import ClientOptions
 from fedsea.errors import ConfigError
 from fedsea.model.attention import checkpoint_activations
@@ -114,6 +115,8 @@ class SplitCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[misc]
         with contextlib.ExitStack() as connection:
             opened = connection.enter_context(open_decoder(options, base=base))
             made = cls.of(opened)
+            if not base:  # without a cache it is not the published trunk that answers, but the one as it is now
+                opened.decoder.on_version(status(options.server, options.identity)["next_step"])
             made._connection = connection.pop_all()
         return made
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import copy
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
 
@@ -32,13 +32,22 @@ class SplitDecoder:
         segments: This client's segments.
         trunk: Where hidden states go.
         boundary: Maker of releases.
+        on_version: Told of the trunk's version (see `TrunkSession`) at the first answer of any sequences.
     """
 
-    def __init__(self, plan: FederationPlan, segments: ClientSegments, trunk: Trunk, boundary: Boundary) -> None:
+    def __init__(
+        self,
+        plan: FederationPlan,
+        segments: ClientSegments,
+        trunk: Trunk,
+        boundary: Boundary,
+        on_version: Callable[[int], None] = lambda _: None,
+    ) -> None:
         self.plan = plan
         self.segments = segments
         self.trunk = trunk
         self.boundary = boundary
+        self.on_version = on_version
         self.lock = threading.Lock()  # around what is computed here; never held while the trunk is waited for
         self.input_adapters = segments.input_blocks.freeze()
         self.output_adapters = segments.output_blocks.freeze()
@@ -106,7 +115,7 @@ class Sequences:
         self.tokens: list[list[int]] = [[] for _ in self.lengths]
         self._decoder = decoder
         self._sources: tuple[int, ...] = ()
-        self._closed = False
+        self._answered = self._closed = False
         segments = decoder.segments
         with decoder.lock:
             self._inputs = [segments.input_blocks.open_cache(max_tokens) for _ in self.lengths]
@@ -177,6 +186,9 @@ class Sequences:
         logits = []
         for piece in pieces:
             hidden_TH = piece.output.result().to(segments.device)
+            if not self._answered:
+                self._answered = True
+                decoder.on_version(self.session.version)
             with decoder.lock:
                 self._check_open()
                 extension = _extension(piece.lengths, self._outputs)

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from fedsea.client import setup
 from fedsea.client.decoding import SplitDecoder
 from fedsea.client.remote_trunk import RemoteTrunk
-from fedsea.client.results import own_run, say_if_apart, status
+from fedsea.client.results import PartsWatch, own_run
 from fedsea.client.setup import ClientOptions
 from fedsea.client.trunk import Standing, Trunk
 from fedsea.data.tokenizer import load_tokenizer
@@ -62,7 +62,8 @@ class OpenedDecoder:
 def open_decoder(options: ClientOptions, *, base: bool = False) -> Iterator[OpenedDecoder]:
     """Open the federation's model for this client, through the server; the connection lasts as long as the context.
 
-    A lost connection is sought for `options.retry_for_s`; answers under way then go on where they were.
+    A lost connection is sought for `options.retry_for_s`; answers under way then go on where they were. The log says so
+    when answers come from a version of the trunk that this client's parameters were not trained with.
 
     Args:
         options: `options.run` holds this client's training run with the server; its parameters are used. No data.
@@ -94,8 +95,7 @@ def open_decoder(options: ClientOptions, *, base: bool = False) -> Iterator[Open
         options.retry,
         role="observe",
     )
-    if state is not None:
-        say_if_apart(plan, name, state, status(options.server, options.identity)["next_step"], options.run)
+    watch = (lambda _: None) if state is None else PartsWatch(plan, name, state, options.run)
     with invited.keeper, trunk:
-        decoder = SplitDecoder(plan, segments, trunk, Boundary(plan.trust.mode))
+        decoder = SplitDecoder(plan, segments, trunk, Boundary(plan.trust.mode), on_version=watch)
         yield OpenedDecoder(decoder, tokenizer, plan, name, trunk, checkpoint)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import math
+import threading
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -132,14 +133,42 @@ def _observing(options: ClientOptions, invited: Invited, limits: WireLimits) -> 
     return RemoteTrunk(options.server, current, invited.invitation, limits, Standing, options.retry, role="observe")
 
 
+class PartsWatch:
+    """`say_if_apart` for each version of the trunk that answers come from, once. Any number of threads may call it.
+
+    Sessions see the trunk as it was published last, at the start of the run or at the end of a round; how far the
+    server is by now says nothing about them.
+
+    Args:
+        plan: The federation's plan.
+        name: The client.
+        state: Where its run stands.
+        run: Its run folder.
+    """
+
+    def __init__(self, plan: FederationPlan, name: str, state: ClientState, run: Path) -> None:
+        self._about = plan, name, state, run
+        self._lock = threading.Lock()
+        self._seen: set[int] = set()
+
+    def __call__(self, version: int) -> None:
+        """Answers come from the trunk as it was after so many steps."""
+        with self._lock:
+            if version in self._seen:
+                return
+            self._seen.add(version)
+        plan, name, state, run = self._about
+        say_if_apart(plan, name, state, version, run)
+
+
 def say_if_apart(plan: FederationPlan, name: str, state: ClientState, trunk_step: int, run: Path) -> None:
     """In the middle of a run the parts may be at different steps; whoever uses the model has to know."""
     try:
         check_steps(plan, name, state, trunk_step, run, finished=state.next_step == trunk_step)
     except ConfigError:
         log.warning(
-            "The run in %s is at step %d and the server's trunk at step %d: these parts were not trained together, and "
-            "the model is worse for it. Come back when the run is finished.",
+            "The run in %s is at step %d and the server's trunk that answers here at step %d: these parts were not "
+            "trained together, and the model is worse for it. Start this again when the run is finished.",
             run,
             state.next_step,
             trunk_step,

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from fedsea.client.results import check_steps
+from fedsea.client.results import PartsWatch, check_steps
 from fedsea.client.state import ClientState
 from fedsea.errors import ConfigError
 from fedsea.plan import FederationPlan, parse_plan
@@ -76,3 +76,12 @@ def test_a_trunk_that_is_behind_the_run_is_the_operators_to_mend():
 def test_steps_that_did_not_wait_for_a_client_do_not_keep_it_from_its_finished_run():
     bounded = plan(**PERSONAL, training={"wait": 1.0})
     check_steps(bounded, "a", ClientState(next_step=4), 6, RUN, finished=True)
+
+
+def test_every_version_of_the_trunk_that_was_not_trained_with_the_run_is_said_once(caplog):
+    watch = PartsWatch(plan(), "a", ClientState(next_step=3, rounds_done=1), RUN)
+    for version in (3, 0, 0, 3, 6, 0, 6):
+        watch(version)
+    said = [record.getMessage() for record in caplog.records]
+    assert ["step 0:" in text for text in said] == [True, False]
+    assert "is at step 3 and the server's trunk that answers here at step 6: these parts were not trained" in said[1]
