@@ -82,7 +82,7 @@ def chat(
 
 def _talk(conversation: Conversation) -> None:
     """Read lines and answer them until there are no more."""
-    from fedsea.errors import CapacityError, ConfigError
+    from fedsea.errors import CapacityError, ConfigError, SessionLost
 
     on_terminal = sys.stdin.isatty()
     if on_terminal:
@@ -105,7 +105,10 @@ def _talk(conversation: Conversation) -> None:
             case text:
                 try:
                     _turn(conversation, text)
-                except (CapacityError, ConfigError) as error:  # the conversation can go on
+                except SessionLost as error:  # the conversation can go on, here and below
+                    output.say("")
+                    output.failure(error.code, f"{error.message} The conversation stays as it was before this turn.")
+                except (CapacityError, ConfigError) as error:
                     output.failure(error.code, error.message)
 
 

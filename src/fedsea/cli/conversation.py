@@ -15,7 +15,7 @@ from fedsea.client.decoding import Sequences
 from fedsea.client.generation import GenerationSettings
 from fedsea.client.inference import OpenedDecoder
 from fedsea.data.prompts import PromptMaker
-from fedsea.errors import ConfigError
+from fedsea.errors import ConfigError, SessionLost
 
 _LEAST_TOKENS = 1024
 """Memory is set aside for so many at least, and for twice as many as are needed whenever it has to be more."""
@@ -53,21 +53,41 @@ class Conversation:
     def say(self, text: str) -> Answer:
         """One turn: what the user says, and the model's answer, which is shown as it comes.
 
+        Where the server no longer has what was said before, as after a round of training, it is computed again.
         Ctrl-C ends the answer after the token under way; a second one at once, where the server does not answer.
 
         Raises:
+            SessionLost: It was lost when a part of it was shown already: ask again.
             FedseaError: There is no answer; the conversation is as it was before.
         """
         asked = [*self._messages, {"role": "user", "content": text}]
         ids = self._prompts.chat(asked)
+        shown = threading.Event()
+        try:
+            found = self._answer(ids, shown)
+        except SessionLost:
+            if shown.is_set():
+                raise
+            found = self._answer(ids, shown)
+        self._messages = [*asked, {"role": "assistant", "content": found.text}]
+        self.answers.append(found)
+        return found
+
+    def _answer(self, ids: Sequence[int], shown: threading.Event) -> Answer:
+        """One try at an answer; `shown` is set when something of it is on the screen."""
+
+        def show(piece: str) -> None:
+            shown.set()
+            a.show(piece)
+
         settings = self._fitting(len(ids))
         try:
             with _interruptible() as interrupted:
-                found = a.answer(
+                return a.answer(
                     self._opened,
                     ids,
                     settings,
-                    a.show,
+                    show,
                     drafter=self._drafter,
                     sequences=self._room(len(ids)),
                     stop=self._stop,
@@ -76,9 +96,6 @@ class Conversation:
         except BaseException:  # also a second Ctrl-C: a message under way leaves the caches out of step
             self.close()
             raise
-        self._messages = [*asked, {"role": "assistant", "content": found.text}]
-        self.answers.append(found)
-        return found
 
     def reset(self) -> None:
         """Forget what was said; figures of answers stay."""

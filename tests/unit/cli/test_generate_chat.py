@@ -8,10 +8,12 @@ import io
 import signal
 import sys
 from collections.abc import Iterator
+from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from fedsea.cli import answering, main
 from fedsea.cli.conversation import Conversation
@@ -19,7 +21,7 @@ from fedsea.client import inference
 from fedsea.client.decoding import Sequences
 from fedsea.client.generation import GenerationSettings, generate
 from fedsea.client.inference import OpenedDecoder
-from fedsea.errors import CapacityError, ConfigError, TransportError
+from fedsea.errors import CapacityError, ConfigError, SessionLost, TransportError
 from tests.support.opened import open_local, pages
 
 TEMPLATE = (
@@ -218,6 +220,39 @@ def test_a_full_server_ends_the_turn_and_a_lost_one_the_program(
     told = [line for line in shown.err.splitlines() if line.startswith("Error")]
     assert told == ["Error: The server's memory is full.", "Error: The server is lost."]
     assert pages(opened) == [0, 0, 0]
+
+
+def test_a_turn_whose_session_is_lost_before_its_answer_begins_is_computed_again(
+    opened: OpenedDecoder, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with contextlib.closing(Conversation(opened, settings(opened))) as conversation:
+        first = conversation.say("hi")
+        assert conversation._sequences is not None
+        session, lost = conversation._sequences.session, Future[torch.Tensor]()
+        lost.set_exception(SessionLost("The adapters have changed."))
+        monkeypatch.setattr(session, "extend", lambda *_: lost)
+        second = conversation.say("and")
+    assert second.text == alone(opened, f"<u>hi<a>{first.text}<u>and<a>")
+    assert second.stats.cached_tokens == 0
+    assert capsys.readouterr().out == first.text + second.text
+
+
+def test_a_session_lost_in_the_middle_of_an_answer_is_told_and_the_conversation_stays(
+    opened: OpenedDecoder, talk: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    turns, original = iter(["hi", "lost", "and"]), answering.answer
+
+    def answer(*args: Any, **kwargs: Any) -> Any:
+        if next(turns) == "lost":
+            args[3]("par")
+            raise SessionLost("The adapters have changed.")
+        return original(*args, **kwargs)
+
+    monkeypatch.setattr(answering, "answer", answer)
+    assert talk("hi", "lost", "and") == 0
+    first, shown = alone(opened, "<u>hi<a>"), capsys.readouterr()
+    assert shown.out == f"{first}\npar\n{alone(opened, f'<u>hi<a>{first}<u>and<a>')}\n"
+    assert "Error: The adapters have changed. The conversation stays as it was before this turn." in shown.err
 
 
 def test_a_line_that_is_no_text_is_one_sentence(talk: Any, capsys: pytest.CaptureFixture[str]) -> None:
