@@ -1,7 +1,8 @@
 """Keys and values of past tokens, and what runs on new tokens of several sequences at once.
 
 Every sequence has a slot of its own, for its own length; what is batched are the rows. So sequences join and leave at
-every step, and nothing is moved or copied when they do. Memory is counted in pages of `PAGE_TOKENS` tokens.
+every step, and nothing is moved or copied when they do. A sequence has pages of `PAGE_TOKENS` tokens set aside; memory
+is made, charged and given back by the slab, which is several sequences' room.
 
     T  new tokens of all sequences end to end, N  key/value heads, C  capacity in tokens, D  head size
 """
@@ -19,70 +20,14 @@ from torch import nn
 from transformers.cache_utils import Cache
 
 from fedsea.errors import CapacityError, ConfigError
+from fedsea.model.slabs import PAGE_TOKENS, Slab, pages_for
 
-PAGE_TOKENS = 32
-"""Tokens of a page."""
-
-_SLOTS = 16
-_SLAB_TOKENS = 64 << 10
-"""Most tokens of a slab, if that is more than one sequence."""
-
-
-def pages_for(num_tokens: int) -> int:
-    """Pages that are set aside for a sequence of so many tokens: a power of two, so that rooms can be used again.
-
-    >>> pages_for(1), pages_for(32), pages_for(33), pages_for(300)
-    (1, 1, 2, 16)
-    """
-    return 1 << (-(-num_tokens // PAGE_TOKENS) - 1).bit_length()
-
-
-class Slab:
-    """Memory for several sequences of one capacity, so that one attention call serves them all.
-
-    A block's part is made when the first token reaches that block; on a CPU the system gives memory for it only as it
-    is written.
-
-    Attributes:
-        capacity: Most tokens of a sequence.
-        free: Slots that no sequence has.
-    """
-
-    def __init__(self, num_blocks: int, capacity: int) -> None:
-        self.capacity = capacity
-        self.num_slots = max(1, min(_SLOTS, _SLAB_TOKENS // capacity))
-        self.free = list(range(self.num_slots))[::-1]
-        self._blocks: list[tuple[torch.Tensor, torch.Tensor] | None] = [None] * num_blocks
-
-    def of(self, block: int, keys_NTD: torch.Tensor, values_NTD: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Keys and values [slots, N, C, D] of a block, made like these if there are none yet."""
-        found = self._blocks[block]
-        if found is None:
-            found = self._blocks[block] = self._made_like(keys_NTD), self._made_like(values_NTD)
-        return found
-
-    def _made_like(self, part_NTD: torch.Tensor) -> torch.Tensor:
-        heads, _, size = part_NTD.shape
-        # Zeros, because masked values are still multiplied, and garbage may be NaN; the system's pages are zero anyway.
-        return torch.zeros(self.num_slots, heads, self.capacity, size, dtype=part_NTD.dtype, device=part_NTD.device)
-
-    def copy(self, source: int, target: int, length: int) -> None:
-        """Copy one slot's first tokens to another slot of this slab."""
-        for pair in self._blocks:
-            for memory in pair or ():
-                memory[target, :, :length] = memory[source, :, :length]
-
-    def wipe(self, slot: int, start: int, stop: int) -> None:
-        """Make some of a slot's tokens zero again."""
-        for pair in self._blocks:
-            for memory in pair or ():
-                memory[slot, :, start:stop] = 0
-
-    @property
-    def num_bytes(self) -> int:
-        """Memory at full capacity."""
-        held = (memory for pair in self._blocks for memory in pair or ())
-        return sum(memory.numel() * memory.element_size() for memory in held)
+_MOST_SLOTS = 16
+_UNBOUNDED_TOKENS = 4 << 10
+"""Most tokens of a slab where memory has no bound, if that is more than one sequence."""
+_SLAB_SHARE = 16
+"""A slab is at most this part of a bounded arena's memory, if that is more than one sequence: few sequences that stay
+in many slabs keep what the others leave."""
 
 
 class CacheArena:
@@ -96,34 +41,75 @@ class CacheArena:
         self.pages = 0
         self._num_blocks = num_blocks
         self._slabs: dict[int, list[Slab]] = {}
+        self._num_tokens = 0
+        self._token_bytes = 0
+        self._max_bytes = 0
+
+    def bound(self, token_bytes: int, max_bytes: int) -> None:
+        """Let `num_bytes` never become more than so much.
+
+        Args:
+            token_bytes: Keys and values of one token of one sequence in all blocks.
+            max_bytes: The bound.
+        """
+        self._token_bytes, self._max_bytes = token_bytes, max_bytes
 
     def open(self, max_tokens: int) -> SequenceCache:
-        """An empty cache for a sequence of at most so many tokens."""
+        """An empty cache for a sequence of at most so many tokens.
+
+        Raises:
+            CapacityError: There is no room for it within the bound at the moment.
+        """
         if max_tokens < 1:
             raise ConfigError("A sequence needs room for at least one token.")
-        pages = pages_for(max_tokens)
-        slabs = self._slabs.setdefault(pages, [])
-        slab = next((slab for slab in slabs if slab.free), None)
-        if slab is None:
-            slab = Slab(self._num_blocks, pages * PAGE_TOKENS)
-            slabs.append(slab)
-        self.pages += pages
+        slab = self._slab_for(pages_for(max_tokens) * PAGE_TOKENS)
+        self.pages += slab.capacity // PAGE_TOKENS
         # The lowest slot: sequences that lie side by side are attended to without a copy.
         slot = min(slab.free)
         slab.free.remove(slot)
         return SequenceCache(self, slab, slot)
 
+    def _slab_for(self, capacity: int) -> Slab:
+        """A slab with a free slot: of this capacity, or where memory is short also of a larger one."""
+        if (slab := self._fullest(capacity)) is not None:
+            return slab
+        if num_slots := self._slots_of_new(capacity):
+            slab = Slab(self._num_blocks, capacity, num_slots)
+            self._slabs.setdefault(capacity, []).append(slab)
+            self._num_tokens += slab.num_tokens
+            return slab
+        for larger in sorted(self._slabs):
+            if larger > capacity and (slab := self._fullest(larger)) is not None:
+                return slab
+        raise CapacityError("The memory for keys and values is full at the moment; try again later.", 1.0)
+
+    def _fullest(self, capacity: int) -> Slab | None:
+        """Of the slabs with a free slot, the one with fewest, so that others may become empty."""
+        free = (slab for slab in self._slabs.get(capacity, ()) if slab.free)
+        return min(free, key=lambda slab: len(slab.free), default=None)
+
+    def _slots_of_new(self, capacity: int) -> int:
+        if not self._max_bytes:
+            return max(1, min(_MOST_SLOTS, _UNBOUNDED_TOKENS // capacity))
+        slot_bytes = capacity * self._token_bytes
+        wanted = max(1, min(_MOST_SLOTS, self._max_bytes // _SLAB_SHARE // slot_bytes))
+        return min(wanted, max(0, self._max_bytes - self.num_bytes) // slot_bytes)
+
     def close(self, cache: SequenceCache) -> None:
         """Give a sequence's pages back; see `SequenceCache.close`."""
-        pages = cache.capacity // PAGE_TOKENS
-        self.pages -= pages
-        cache.slab.free.append(cache.slot)
-        if len(cache.slab.free) == cache.slab.num_slots:
-            self._slabs[pages].remove(cache.slab)
+        slab = cache.slab
+        self.pages -= slab.capacity // PAGE_TOKENS
+        slab.free.append(cache.slot)
+        if len(slab.free) == slab.num_slots:
+            self._slabs[slab.capacity].remove(slab)
+            self._num_tokens -= slab.num_tokens
+            slab.drop()
 
     @property
     def num_bytes(self) -> int:
-        """Memory of all slabs at full capacity."""
+        """Memory of all slabs; in a bounded arena at full capacity, whether it was made yet or not."""
+        if self._max_bytes:
+            return self._num_tokens * self._token_bytes
         return sum(slab.num_bytes for slabs in self._slabs.values() for slab in slabs)
 
 

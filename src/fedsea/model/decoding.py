@@ -13,8 +13,9 @@ from dataclasses import dataclass, field
 import torch
 
 from fedsea.errors import CapacityError, FedseaError, NonFiniteError, ProtocolError
-from fedsea.model.cache import PAGE_TOKENS, Extension, Frozen, SequenceCache, pages_for
+from fedsea.model.cache import Extension, Frozen, SequenceCache
 from fedsea.model.segments import Trunk
+from fedsea.model.slabs import PAGE_TOKENS, pages_for
 from fedsea.model.trunk import CachedPart
 from fedsea.types import BlockRange
 
@@ -117,7 +118,7 @@ def rearranged(caches: Sequence[SequenceCache], sources: Sequence[int]) -> list[
 
 
 class TrunkDecoder:
-    """Decodes through a trunk; to be used by one thread at a time, except for `open` and `bytes_for`.
+    """Decodes through a trunk; to be used by one thread at a time, except for `open`, `bytes_for` and closing.
 
     Args:
         trunk: The trunk segment, adapters attached.
@@ -136,22 +137,33 @@ class TrunkDecoder:
             hidden_TH = torch.zeros(1, trunk.hidden_size, device=trunk.device)
             with torch.inference_mode():
                 trunk.extend_group([CachedPart(hidden_TH, Extension((1,), (cache,)), trunk.range)], trunk.freeze())
-            self._token_bytes = trunk.arena.num_bytes // (cache.slab.num_slots * cache.capacity)
+            self._token_bytes = cache.slab.num_bytes // cache.slab.num_tokens
             cache.close()
         return self._token_bytes
 
+    def bound(self, max_bytes: int) -> None:
+        """Let the caches never take more memory than this: `open` raises CapacityError instead."""
+        self.trunk.arena.bound(self.token_bytes, max_bytes)
+
     def bytes_for(self, num_sequences: int, max_tokens: int) -> int:
-        """Memory that a session will have set aside."""
+        """Memory that a session needs at least; more is charged where it begins a slab of which others get a part."""
         return num_sequences * pages_for(max_tokens) * PAGE_TOKENS * self.token_bytes
 
     def open(self, num_sequences: int, max_tokens: int, blocks: BlockRange, frozen: Frozen) -> Memory:
         """An empty session.
 
         Raises:
-            ConfigError: The family cannot decode with a cache.
+            ConfigError: The model cannot decode with a cache, or not so far.
+            CapacityError: There is no memory for it at the moment; nothing is set aside then.
         """
-        caches = [self.trunk.open_cache(max_tokens) for _ in range(num_sequences)]
-        return Memory(caches, blocks, max_tokens, frozen)
+        memory = Memory([], blocks, max_tokens, frozen)
+        try:
+            for _ in range(num_sequences):
+                memory.caches.append(self.trunk.open_cache(max_tokens))
+        except FedseaError:
+            memory.close()
+            raise
+        return memory
 
     @torch.inference_mode()
     def run(self, turns: Sequence[Turn]) -> list[torch.Tensor | FedseaError]:

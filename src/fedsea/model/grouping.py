@@ -16,7 +16,8 @@ from itertools import accumulate
 
 import torch
 
-from fedsea.model.cache import Extension, SequenceCache, Slab
+from fedsea.model.cache import Extension, SequenceCache
+from fedsea.model.slabs import Slab
 
 _CALL_BYTES = {"cpu": 300 << 10, "cuda": 64 << 20}
 """Keys and values that are read in the time in which one more call is made."""

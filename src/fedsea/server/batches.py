@@ -29,7 +29,6 @@ class Session:
     Attributes:
         client: Whose; from the certificate.
         key: Its process's number and its own.
-        num_bytes: Set aside for it.
         owners: The stream on which it was opened last; messages of others are not taken.
         answer: Queues a reply on that stream.
         waiting: Messages of that stream that have not run yet, in order.
@@ -40,7 +39,6 @@ class Session:
     key: tuple[int, int]
     memory: Memory
     version: int
-    num_bytes: int
     owners: Owners
     answer: Answer
     last_used: float

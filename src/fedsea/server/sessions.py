@@ -52,7 +52,6 @@ class Sessions:
         self._roster = roster
         self._sessions: dict[tuple[str, int, int], Session] = {}
         self._published: tuple[int, Frozen] | None = None
-        self._used_bytes = 0
         self._used_sequences: Counter[str] = Counter()
         self._batcher = Batcher(decoder, settings.batch_tokens)
         self._submitted = False
@@ -64,7 +63,8 @@ class Sessions:
     def publish(self, engine: Engine) -> None:
         """Let sessions that open from now on use the trunk as it is now; on the engine thread."""
         if self._decoder.trunk.caches:
-            _ = self._decoder.token_bytes  # found here, where nothing else runs
+            # A token's memory is measured here, where nothing else runs.
+            self._decoder.bound(self._settings.kv_memory_mb << 20)
         self._published = (engine.next_step, self._decoder.trunk.freeze())
 
     # --- messages ---------------------------------------------------------------------------------------------------
@@ -154,14 +154,11 @@ class Sessions:
                 f"A session would need {num_bytes >> 20} MB for keys and values, and the server has {room >> 20} MB in "
                 "all: ask for fewer or shorter sequences, or raise inference.kv_memory_mb in the plan."
             )
-        if self._used_bytes + num_bytes > room:
-            raise CapacityError("The server's memory for sessions is full at the moment; try again later.", 1.0)
         version, frozen = self._published
         memory = self._decoder.open(message.num_sequences, message.max_tokens, message.blocks, frozen)
-        self._used_bytes += num_bytes
         self._used_sequences[client] += message.num_sequences
         key = (message.owner, message.session)
-        return Session(client, key, memory, version, num_bytes, owners, answer, self._ports.clock())
+        return Session(client, key, memory, version, owners, answer, self._ports.clock())
 
     def _forward(self, client: str, owners: Owners, message: m.SessionForward) -> None:
         session = self._of(client, owners, message.session)
@@ -234,7 +231,6 @@ class Sessions:
 
     def _free(self, session: Session) -> None:
         session.memory.close()
-        self._used_bytes -= session.num_bytes
         self._used_sequences[session.client] -= len(session.memory.caches)
 
     def leave(self, owners: Owners) -> None:
@@ -256,7 +252,7 @@ class Sessions:
         return {
             "sessions": len(self._sessions),
             "sequences": self._used_sequences.total(),
-            "kv_bytes": self._used_bytes,
+            "kv_bytes": self._decoder.trunk.arena.num_bytes,
             "kv_bytes_limit": self._settings.kv_memory_mb << 20,
             "pages": self._decoder.trunk.arena.pages,
             "tokens": self.num_tokens,

@@ -20,13 +20,17 @@ def refused(answer: m.Message, code: str, text: str) -> m.SessionFailed:
 # --- admission --------------------------------------------------------------------------------------------------------
 
 
-def test_memory_is_counted_in_pages_and_comes_back():
+SLAB_BYTES = 16 * 32 * TOKEN_BYTES
+"""Of sequences of up to 32 tokens; what one takes alone."""
+
+
+def test_memory_is_counted_in_slabs_and_comes_back():
     world = World()
     stream = Stream(world, "a")
     opened = stream.open(max_tokens=33, num_sequences=3)
     assert isinstance(opened, m.SessionOpened)
     assert (opened.held, opened.version, opened.lease_s) == ((0, 0, 0), 0, 300.0)
-    assert world.used == (6, 6 * 32 * TOKEN_BYTES, 3)
+    assert world.used == (6, 2 * SLAB_BYTES, 3)
     stream.send(m.SessionClose(0))
     stream.send(m.SessionClose(0))
     assert world.used == (0, 0, 0)
@@ -43,6 +47,38 @@ def test_full_memory_says_when_to_try_again_and_has_room_when_somebody_leaves():
     refused(second.answers[-1], "SESSION_LOST", "open it again")
     first.send(m.SessionClose(0))
     assert isinstance(second.open(max_tokens=32), m.SessionOpened)
+
+
+def test_session_that_does_not_fit_leaves_nothing_of_itself():
+    half = (1 << 19) // TOKEN_BYTES
+    world = World("a", "b", kv_memory_mb=1, max_tokens=half)
+    first, second = Stream(world, "a"), Stream(world, "b")
+    first.open(max_tokens=half)
+    before = world.used
+    refused(second.open(max_tokens=half, num_sequences=2), "CAPACITY", "full at the moment")
+    assert world.used == before
+    assert world.decoder.trunk.arena.num_bytes == 1 << 19
+
+
+def test_memory_that_was_made_is_within_the_bound_when_sessions_of_one_length_leave_room_to_those_of_another():
+    world = World("a", "b", kv_memory_mb=1, max_sequences=4096)
+    first, second = Stream(world, "a"), Stream(world, "b")
+    sessions = 0
+    while isinstance(first.open(sessions, max_tokens=64), m.SessionOpened):
+        first.forward(sessions, 0, rows(1))
+        sessions += 1
+    world.run()
+    slabs = {}
+    for session in world.sessions._sessions.values():
+        (cache,) = session.memory.caches
+        slabs.setdefault(id(cache.slab), []).append(session)
+    for members in slabs.values():
+        for session in members[1:]:  # one stays in each, and with it all of its memory
+            first.send(m.SessionClose(session.key[1]))
+    assert world.used[1] == 1 << 20
+    refused(second.open(max_tokens=128), "CAPACITY", "full at the moment")
+    assert isinstance(second.open(max_tokens=32), m.SessionOpened)
+    assert world.used[1] == 1 << 20
 
 
 def test_session_that_can_never_fit_is_refused_for_good():
@@ -164,7 +200,7 @@ def test_wrong_message_ends_its_session_alone_and_gives_the_memory_back(wrong, c
     assert codes[0] == code
     assert set(codes[1:]) <= {"SESSION_LOST"}
     torch.testing.assert_close(good.outputs(), {(0, 1): rows(2).sum(0) + rows(1, 5)})
-    assert world.used == (before[0] - 1, before[1] - 32 * TOKEN_BYTES, 1)
+    assert world.used == (before[0] - 1, before[1], 1)
 
 
 def test_what_was_not_finite_does_not_reach_whoever_has_the_slot_next():
@@ -221,7 +257,7 @@ def test_slot_is_not_given_away_while_the_engine_writes_to_it():
     stream.forward(0, 0, rows(2))
     deliver = world.start()
     stream.send(m.SessionClose(0))
-    assert world.used == (1, 32 * TOKEN_BYTES, 1), "what is not free is not counted as free"
+    assert world.used == (1, SLAB_BYTES, 1), "what is not free is not counted as free"
     deliver()
     assert world.used == (0, 0, 0)
     assert stream.answers == []
