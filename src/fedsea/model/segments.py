@@ -20,7 +20,7 @@ from torch import nn
 
 from fedsea.errors import ConfigError
 from fedsea.model.attention import OwnMaskError
-from fedsea.model.cache import CacheArena, Extension, Frozen, SequenceCache
+from fedsea.model.cache import CacheArena, Extension, Frozen, SequenceCache, most_tokens
 from fedsea.model.head import Logits, head_of, summed_cross_entropy
 from fedsea.model.lean import LeanBlocks, lean_blocks
 from fedsea.model.packing import extend, keeps_apart, run
@@ -142,16 +142,29 @@ class Segment:
         with torch.inference_mode(False):  # the weights become views of what is made here, and are trained with
             return lean_blocks(self._decoder, list(layers))
 
+    @functools.cached_property
+    def most_cached_tokens(self) -> int | None:
+        """Longest sequence that can be decoded with a cache; None if the model sets no bound."""
+        return most_tokens(self.model.config)
+
     def open_cache(self, max_tokens: int) -> SequenceCache:
         """An empty cache for one sequence.
 
         Raises:
-            ConfigError: The family keeps something else than keys and values.
+            ConfigError: The family keeps something else than keys and values, or its keys change in so long a sequence.
+            CapacityError: There is no memory for it at the moment.
         """
         if not self.caches:
             raise ConfigError(
                 f"Models of type {self.model.config.model_type!r} cannot decode with a cache here: their blocks do not "
                 "keep sequences of one batch apart. Training and evaluation work."
+            )
+        most = self.most_cached_tokens
+        if most is not None and max_tokens > most:
+            raise ConfigError(
+                f"This model changes the frequencies of its positions at {most} tokens, so decoding with a cache ends "
+                f"there, and a sequence of up to {max_tokens} was asked for: shorten prompt or answer. Training and "
+                "evaluation work."
             )
         return self.arena.open(max_tokens)
 
