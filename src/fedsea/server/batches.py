@@ -91,8 +91,8 @@ class Batcher:
         with self._lock:
             (self._small if small else self._large).setdefault(session.client, deque()).append(ready)
 
-    def discard(self, session: Session) -> bool:
-        """Take a session's message out again; False if the engine has it already."""
+    def discard(self, session: Session) -> Ready | None:
+        """Take a session's message out again; None if the engine has it already."""
         with self._lock:
             for queues in (self._small, self._large):
                 queue = queues.get(session.client, ())
@@ -101,8 +101,8 @@ class Batcher:
                     queues[session.client].remove(found)
                     if not queue:
                         del queues[session.client]
-                    return True
-        return False
+                    return found
+        return None
 
     @property
     def waiting(self) -> bool:

@@ -227,6 +227,7 @@ class Service:
                     return
                 case m.SessionOpen() | m.SessionForward() | m.SessionClose():
                     self.sessions.receive(link.session.peer.name, owners, message, link.put)
+                    await self.sessions.room(link.session.peer.name)
                 case _:
                     await self._ask(link, message)
 

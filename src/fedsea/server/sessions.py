@@ -10,6 +10,7 @@ between those of the new stream, they would make a cache that the client does no
 
 from __future__ import annotations
 
+import asyncio
 import logging
 from collections import Counter
 from typing import Any
@@ -31,6 +32,8 @@ log = logging.getLogger(__name__)
 
 _MOST_WAITING = 64
 """Messages of one session that may wait."""
+_WAITING_MESSAGES = 4
+"""A client's streams are not read on while as many new tokens wait as so many of the largest messages have."""
 
 
 class Sessions:
@@ -53,6 +56,9 @@ class Sessions:
         self._sessions: dict[tuple[str, int, int], Session] = {}
         self._published: tuple[int, Frozen] | None = None
         self._used_sequences: Counter[str] = Counter()
+        self._most_rows = _WAITING_MESSAGES * settings.most_rows
+        self._waiting_rows: Counter[str] = Counter()
+        self._some_ran = asyncio.Event()
         self._batcher = Batcher(decoder, settings.batch_tokens)
         self._submitted = False
         self.num_tokens = 0
@@ -98,6 +104,15 @@ class Sessions:
                 raise
             answer(_failure(number, error))
 
+    async def room(self, client: str) -> None:
+        """Wait until few enough of a client's new tokens wait; it is not read from meanwhile."""
+        while self._is_full(client):
+            self._some_ran.clear()
+            await self._some_ran.wait()
+
+    def _is_full(self, client: str) -> bool:
+        return self._waiting_rows[client] >= self._most_rows
+
     def _of(self, client: str, owners: Owners, number: int) -> Session | None:
         """The session that a message means, if it belongs to the message's stream."""
         session = self._sessions.get((client, owners.get(number, -1), number))
@@ -114,9 +129,7 @@ class Sessions:
             raise ProtocolError("A session was opened again in another shape.")
         owners[message.session] = message.owner
         # What still waits was sent on a stream that broke; the client sends it again.
-        session.waiting.clear()
-        if session.running and self._batcher.discard(session):
-            session.running = False
+        self._drop_waiting(session)
         session.owners, session.answer = owners, answer
         session.last_used = self._ports.clock()
         answer(m.SessionOpened(message.session, session.memory.held, session.version, self._settings.lease_s))
@@ -175,6 +188,7 @@ class Sessions:
             raise ProtocolError("Too many messages of one session wait; read the answers.")
         session.last_used = self._ports.clock()
         session.waiting.append(message)
+        self._waiting_rows[client] += sum(message.lengths)
         self._offer(session)
 
     # --- batches ----------------------------------------------------------------------------------------------------
@@ -202,6 +216,7 @@ class Sessions:
     def _ran_one(self, ready: Ready, result: torch.Tensor | FedseaError) -> None:
         session, message = ready.session, ready.message
         session.running = False
+        self._no_longer_waiting(session, ready.num_tokens)
         if session.closed:
             self._free(session)
             return
@@ -222,12 +237,25 @@ class Sessions:
         if session.closed:
             return
         session.closed = True
-        session.waiting.clear()
         del self._sessions[session.client, *session.key]
         session.owners.pop(session.key[1], None)
-        if session.running and not self._batcher.discard(session):
+        self._drop_waiting(session)
+        if session.running:
             return  # the engine writes to its caches: they are free when the batch has run
         self._free(session)
+
+    def _drop_waiting(self, session: Session) -> None:
+        """Nothing of it runs any more, except for what the engine has already."""
+        num_rows = sum(sum(message.lengths) for message in session.waiting)
+        session.waiting.clear()
+        if session.running and (ready := self._batcher.discard(session)) is not None:
+            session.running = False
+            num_rows += ready.num_tokens
+        self._no_longer_waiting(session, num_rows)
+
+    def _no_longer_waiting(self, session: Session, num_rows: int) -> None:
+        self._waiting_rows[session.client] -= num_rows
+        self._some_ran.set()
 
     def _free(self, session: Session) -> None:
         session.memory.close()
@@ -243,7 +271,9 @@ class Sessions:
         """End sessions whose lease has run out."""
         now, lease_s = self._ports.clock(), self._settings.lease_s
         for session in list(self._sessions.values()):
-            if not session.running and not session.waiting and now - session.last_used > lease_s:
+            if self._is_full(session.client):
+                session.last_used = now  # its next message may have come, and is not read yet
+            elif not session.running and not session.waiting and now - session.last_used > lease_s:
                 log.info("a session of client %s ended: nothing came for %g s", session.client, lease_s)
                 self._end(session)
 

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from fedsea.errors import FedseaError, NonFiniteError, ProtocolError
-from fedsea.server.service import _MOST_QUESTIONS, _MOST_WAITING, _Link
+from fedsea.server.service import _MOST_QUESTIONS, _MOST_WAITING, Service, _Link
 from fedsea.wire import messages as m
 
 ANSWER = m.Failure("PROTOCOL", "", 0.0, -1, False)
@@ -89,5 +89,39 @@ def test_an_answer_that_cannot_be_sent_ends_the_stream(raised, kind, sentence):
         assert type(error) is kind
         assert sentence in error.message
         assert "private" not in error.message
+
+    asyncio.run(work())
+
+
+def test_stream_is_not_read_on_before_the_sessions_have_room():
+    async def work() -> None:
+        room, received = asyncio.Event(), []
+
+        async def messages():
+            for number in range(3):
+                yield m.SessionClose(number)
+            yield m.Finished()
+
+        sessions = SimpleNamespace(
+            receive=lambda client, owners, message, answer: received.append(message.session),
+            room=lambda client: room.wait(),
+            leave=lambda owners: received.append("left"),
+        )
+
+        class Incoming:
+            peer = SimpleNamespace(name="a")
+
+            def __aiter__(self) -> Any:
+                return messages()
+
+        service: Any = SimpleNamespace(sessions=sessions)
+        link: Any = SimpleNamespace(session=Incoming(), put=None)
+        reading = asyncio.ensure_future(Service._observe(service, link))
+        for _ in range(10):
+            await asyncio.sleep(0)
+        assert received == [0]
+        room.set()
+        await asyncio.wait_for(reading, 5.0)
+        assert received == [0, 1, 2, "left"]
 
     asyncio.run(work())

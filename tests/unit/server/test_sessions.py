@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+
 import pytest
 import torch
 
@@ -244,6 +246,71 @@ def test_client_that_sends_without_end_loses_that_session():
     world.run()
     assert world.used == (0, 0, 0)
     assert {answer.code for answer in stream.answers} == {"SESSION_LOST"}
+
+
+def test_client_is_not_read_from_while_many_of_its_tokens_wait_and_others_are():
+    async def reads(world, client):
+        reading = asyncio.ensure_future(world.sessions.room(client))
+        await asyncio.sleep(0)
+        return reading
+
+    async def work():
+        world = World("a", "b", prefill_tokens=16, max_sequences=1, max_tokens=64)
+        most = 4 * 16
+        streams = {client: Stream(world, client) for client in ("a", "b")}
+        for stream in streams.values():
+            stream.open(max_tokens=64)
+        for number in range(4):
+            assert (await reads(world, "a")).done()
+            streams["a"].forward(0, number, rows(16), 16 * number)
+        assert world.sessions._waiting_rows["a"] == most
+        reading = await reads(world, "a")
+        assert not reading.done()
+        assert (await reads(world, "b")).done()
+        world.start()()
+        await asyncio.wait_for(reading, 5.0)
+        world.run()
+        assert world.sessions._waiting_rows["a"] == 0
+        assert len(streams["a"].answers) == 5, "the opening's, and all four"
+
+    asyncio.run(work())
+
+
+@pytest.mark.parametrize("end", ["close", "reopen", "error", "at the engine"])
+def test_client_is_read_from_again_when_what_waited_is_dropped(end):
+    world = World("a", prefill_tokens=16, max_sequences=1, max_tokens=64)
+    stream = Stream(world, "a")
+    stream.open(max_tokens=64)
+    for number in range(4):
+        stream.forward(0, number, rows(16), 64 if end == "error" else 16 * number)
+    assert world.sessions._is_full("a")
+    if end == "reopen":
+        stream.open(max_tokens=64)
+    elif end == "close":
+        stream.send(m.SessionClose(0))
+    elif end == "at the engine":
+        deliver = world.start()
+        stream.send(m.SessionClose(0))
+        assert world.sessions._waiting_rows["a"] == 16
+        deliver()
+    world.run()
+    assert world.sessions._waiting_rows["a"] == 0
+
+
+def test_lease_of_a_client_that_is_not_read_from_does_not_run():
+    world = World("a", prefill_tokens=16, max_sequences=2, max_tokens=256, lease_s=10)
+    stream = Stream(world, "a")
+    stream.open(0, max_tokens=32)
+    stream.open(1, max_tokens=256)
+    for number in range(8):
+        stream.forward(1, number, rows(16), 16 * number)
+    world.now = 10.5
+    world.sessions.tick()
+    assert world.used[2] == 2
+    world.run()
+    world.now = 21.0
+    world.sessions.tick()
+    assert world.used[2] == 0
 
 
 # --- ends while the engine works --------------------------------------------------------------------------------------
