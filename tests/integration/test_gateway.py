@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import logging
 import socket
@@ -22,6 +23,7 @@ from fedsea.client.gateway.run import Gateway, GatewaySettings, serve
 from fedsea.client.inference import OpenedDecoder, open_decoder
 from fedsea.data.detokenize import TextStream
 from fedsea.errors import ConfigError, TransportError
+from fedsea.model.decoding import TrunkDecoder
 from tests.support.federation import Federation, ServerThread
 
 KEY = "a key for tests"
@@ -88,10 +90,11 @@ def token_ids(text: str) -> list[int]:
 def bench(federation) -> Iterator[Callable[..., Bench]]:
     with ExitStack() as stack:
 
-        def make(**plan) -> Bench:
+        def make(answer_within_s: float = 120.0, **plan) -> Bench:
             fed = federation("a", **plan)
             server = fed.start_server(exit_when_finished=False)
-            opened = stack.enter_context(open_decoder(fed.client_options("a", data=()), base=True))
+            options = fed.client_options("a", data=(), answer_within_s=answer_within_s)
+            opened = stack.enter_context(open_decoder(options, base=True))
             return Bench(fed, server, opened, stack)
 
         yield make
@@ -328,6 +331,28 @@ def test_server_without_room_is_told_as_429(bench):
         with pytest.raises(openai.RateLimitError, match="no room"):
             client.completions.create(model="test", prompt="a", max_tokens=2)
     assert client.completions.create(model="test", prompt="a", max_tokens=2).choices
+
+
+@pytest.mark.parametrize("streams", [True, False], ids=["streamed", "whole"])
+def test_a_server_that_is_there_and_does_not_answer_holds_no_thread_for_ever(bench, monkeypatch, streams):
+    at = bench(answer_within_s=0.4)
+    client, original = at.client(at.gateway(most_running=1)), TrunkDecoder.run
+    asked = {"model": "test", "prompt": "a", "max_tokens": 4}
+    client.completions.create(**asked)
+    hung, calls = threading.Event(), itertools.count()
+
+    def run(*args):
+        if next(calls) == 1:  # after the prompt, so that a stream has begun
+            hung.wait(30.0)
+        return original(*args)
+
+    monkeypatch.setattr(TrunkDecoder, "run", run)
+    try:
+        with pytest.raises(openai.APIError, match=r"did not answer in 0\.4 s"):
+            list(client.completions.create(**asked, stream=streams))
+    finally:
+        hung.set()
+    assert client.completions.create(**asked).choices  # the thread is free, and the server is back
 
 
 @pytest.mark.parametrize("streams", [True, False], ids=["streamed", "whole"])

@@ -9,8 +9,10 @@ import pytest
 import torch
 
 from fedsea.client import results
+from fedsea.client.causal_lm import SplitCausalLM
 from fedsea.client.inference import open_decoder
-from fedsea.errors import ConfigError
+from fedsea.errors import ConfigError, TransportError
+from fedsea.model.passes import TrunkPasses
 from tests.support.federation import DEADLINE_S, Watch
 
 PROMPT = [5, 6, 7, 8]
@@ -81,3 +83,15 @@ def test_plan_without_inference_is_refused_at_once(federation):
     fed.start_server()
     with pytest.raises(ConfigError, match=r"inference\.enabled"):
         _logits(fed.client_options("a"), base=True)
+
+
+def test_an_evaluation_that_a_server_which_is_there_does_not_answer_ends(federation, monkeypatch):
+    fed, hung, original = federation("a"), threading.Event(), TrunkPasses.evaluate
+    fed.start_server()
+    monkeypatch.setattr(TrunkPasses, "evaluate", lambda *args: hung.wait(30.0) and original(*args))
+    options = fed.client_options("a", data=(), answer_within_s=0.4)
+    try:
+        with open_decoder(options, base=True) as opened, pytest.raises(TransportError, match="did not answer in"):
+            SplitCausalLM.of(opened)(torch.tensor([PROMPT]))
+    finally:
+        hung.set()

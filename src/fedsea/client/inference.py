@@ -94,6 +94,7 @@ def open_decoder(options: ClientOptions, *, base: bool = False) -> Iterator[Open
         Standing,
         options.retry,
         role="observe",
+        answer_within_s=options.answer_within_s,
     )
     watch = (lambda _: None) if state is None else PartsWatch(plan, name, state, options.run)
     with invited.keeper, trunk:

@@ -6,6 +6,7 @@ import threading
 from concurrent.futures import Future
 from typing import Any
 
+from fedsea.client.patience import Patience
 from fedsea.client.trunk import StepInterrupted
 from fedsea.errors import FedseaError
 from fedsea.wire import messages as m
@@ -29,6 +30,7 @@ class OpenQuestions:
         self._newest: m.StepOpen | None = None
         self._taken: m.StepOpen | None = None
         self._error: FedseaError | None = None
+        self._patience = Patience()  # with lasting ones; a step's may wait for other clients
 
     def add(self, key: Key, encoded: Encoded, *, lasting: bool) -> tuple[Future[Any], bool]:
         """Note a question.
@@ -58,7 +60,8 @@ class OpenQuestions:
         """An answer came; one that nobody waits for is dropped."""
         with self._lock:
             future = self._pending.pop(key, None)
-            self._lasting.pop(key, None)
+            if self._lasting.pop(key, None) is not None:
+                self._patience.renew()
         if future is not None:
             future.set_result(value)
 
@@ -80,7 +83,18 @@ class OpenQuestions:
     def lasting(self) -> list[Encoded]:
         """What is to be sent again on a new connection, as the very same bytes."""
         with self._lock:
+            self._patience.renew()
             return list(self._lasting.values())
+
+    def look(self, silence: FedseaError) -> None:
+        """Taken every so often while the connection is there: lasting questions end if none was answered too long."""
+        with self._lock:
+            if not self._patience.look(waits=bool(self._lasting)):
+                return
+            futures = [self._pending.pop(key) for key in self._lasting if key in self._pending]
+            self._lasting.clear()
+        for future in futures:
+            future.set_exception(silence)
 
     def fail(self, error: FedseaError) -> None:
         """The trunk is lost for good: every question, also a later one, ends with this error."""

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from fedsea.client.patience import Patience
 from fedsea.client.trunk import Sealed
 from fedsea.errors import CapacityError, FedseaError, ProtocolError, SessionLost
 from fedsea.types import BlockRange
@@ -81,6 +82,7 @@ class RemoteSession:
         self._pauses: Iterator[float] | None = None
         self._waited_s = 0.0
         self._error: FedseaError | None = None
+        self._patience = Patience()
 
     # --- from the caller's thread -----------------------------------------------------------------------------------
 
@@ -127,6 +129,7 @@ class RemoteSession:
         owner = self._owner
         if self._standing is _Standing.OVER or not owner.online:
             return
+        self._patience.renew()
         self._standing = _Standing.ASKED if self._standing is _Standing.NEW else _Standing.AGAIN
         owner.post.send(m.SessionOpen(self.number, owner.owner, self.num_sequences, self.max_tokens, self.blocks))
         self._pump()
@@ -144,6 +147,7 @@ class RemoteSession:
 
     def opened(self, message: m.SessionOpened) -> None:
         """There is room; go on, or rebuild what was lost."""
+        self._patience.renew()
         if self._standing not in (_Standing.ASKED, _Standing.AGAIN) or len(message.held) != self.num_sequences:
             self._leave(ProtocolError("The server opened a session that it was not asked for, or another one."))
             return
@@ -181,6 +185,7 @@ class RemoteSession:
 
     def answered(self, message: m.SessionOutput) -> None:
         """Hand an output to whoever waits for it."""
+        self._patience.renew()
         sent = self._in_flight.pop(message.number, None)
         if sent is None:
             self._leave(ProtocolError("The server answered a message of a session that was not sent."))
@@ -198,6 +203,12 @@ class RemoteSession:
             self._merge()
             self._owner.deliver(future, output)
         self._pump()
+
+    def look(self, silence: FedseaError) -> None:
+        """Taken every so often while the stream is there: a server that owes an answer too long ends the session."""
+        asked = self._standing in (_Standing.ASKED, _Standing.AGAIN, _Standing.OPEN)
+        if self._patience.look(waits=asked and any(sent.future is not None for sent in self._history)):
+            self._leave(silence)
 
     def failed(self, error: FedseaError) -> None:
         """Try again what can be tried again; else the session is over."""

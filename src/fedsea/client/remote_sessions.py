@@ -107,6 +107,13 @@ class RemoteSessions:
                     session.failed(_error_of(message))
         self.settle()
 
+    def look(self, silence: FedseaError) -> None:
+        """See `RemoteSession.look`."""
+        with self.lock:
+            for session in list(self._sessions.values()):
+                session.look(silence)
+        self.settle()
+
     def lost(self, error: FedseaError) -> None:
         """The stream will not come back."""
         with self.lock:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import math
 import queue
 import threading
 from collections import Counter
@@ -20,6 +21,7 @@ from typing import Any
 import torch
 
 from fedsea.client.invitation import Invitation, greet, pause_before
+from fedsea.client.patience import pause_s, silence
 from fedsea.client.questions import Key, OpenQuestions
 from fedsea.client.remote_sessions import RemoteSession, RemoteSessions
 from fedsea.client.retry import RetryPolicy
@@ -50,6 +52,8 @@ class RemoteTrunk:
         retry: How long a lost connection is sought.
         role: "train" or "observe".
         on_waiting: Told for whom the server waits.
+        answer_within_s: A server that is connected and owes an answer to a session, or to what is asked outside any
+            step, longer than this counts as lost for it. What belongs to a step may wait for other clients.
     """
 
     def __init__(
@@ -62,6 +66,7 @@ class RemoteTrunk:
         retry: RetryPolicy,
         role: str = "train",
         on_waiting: Callable[[tuple[str, ...]], None] = lambda _: None,
+        answer_within_s: float = math.inf,
     ) -> None:
         self.address = address
         self.invitation = invitation
@@ -73,6 +78,8 @@ class RemoteTrunk:
         self._retry = retry
         self._role = role
         self._on_waiting = on_waiting
+        self._answer_within_s = answer_within_s
+        self._writing = False
         wire = invitation.plan.wire
         self._encoder = Encoder("client", {Channel.HIDDEN: wire.hidden, Channel.GRADIENT: wire.gradient})
         self._events: queue.SimpleQueue[Event | FedseaError] = queue.SimpleQueue()
@@ -318,6 +325,7 @@ class RemoteTrunk:
         self._stream = stream
         reader = asyncio.create_task(self._read(stream))
         writer = asyncio.create_task(self._write(stream))
+        watcher = asyncio.create_task(self._watch(stream))
         try:
             done, _ = await asyncio.wait({reader, writer}, return_when=asyncio.FIRST_COMPLETED)
             for task in done:
@@ -325,9 +333,10 @@ class RemoteTrunk:
             if self._farewell is not None:
                 await reader  # the server ends the stream when it has heard the goodbye
         finally:
-            reader.cancel()
-            writer.cancel()
-            await asyncio.gather(reader, writer, return_exceptions=True)
+            tasks = (reader, writer, watcher)
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
             self._traffic_before, self._stream = self.traffic, None
 
     async def _write(self, stream: ClientStream) -> None:
@@ -337,7 +346,24 @@ class RemoteTrunk:
                 if self._farewell is not None:
                     await stream.send(self._farewell)
                 return
+            self._writing = True
             await stream.send(encoded)
+            self._writing = False
+
+    async def _watch(self, stream: ClientStream) -> None:
+        """End the wait of whoever is owed an answer by a server that is there and says nothing."""
+        if math.isinf(self._answer_within_s):
+            return
+        self._writing, before = False, (-1, -1)
+        while True:
+            await asyncio.sleep(pause_s(self._answer_within_s))
+            now = stream.stats.sent_bytes, stream.stats.received_bytes
+            uploads = now[0] != before[0] and (self._writing or not self._outgoing.empty())
+            if self._sessions is not None and not uploads:
+                self._sessions.look(silence(self._answer_within_s))
+            if now == before:  # else a large answer may be on its way
+                self._questions.look(silence(self._answer_within_s))
+            before = now
 
     async def _read(self, stream: ClientStream) -> None:
         while True:

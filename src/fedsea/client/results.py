@@ -130,7 +130,16 @@ def _look(run: Path, key: RunKey, otherwise: str = "") -> tuple[ClientState, Ten
 
 def _observing(options: ClientOptions, invited: Invited, limits: WireLimits) -> RemoteTrunk:
     current = invited.keeper.current
-    return RemoteTrunk(options.server, current, invited.invitation, limits, Standing, options.retry, role="observe")
+    return RemoteTrunk(
+        options.server,
+        current,
+        invited.invitation,
+        limits,
+        Standing,
+        options.retry,
+        role="observe",
+        answer_within_s=options.answer_within_s,
+    )
 
 
 class PartsWatch:

@@ -51,6 +51,7 @@ class ClientOptions:
         device: Where the segments run.
         evaluate: Evaluate the held-out split before training, after every round and at the end.
         retry_for_s: How long a lost server is sought.
+        answer_within_s: How long a server that is connected may owe an answer outside training; see `RemoteTrunk`.
         skip_bad_rows: Count malformed rows instead of refusing the file.
     """
 
@@ -66,6 +67,7 @@ class ClientOptions:
     device: str = "cpu"
     evaluate: bool = True
     retry_for_s: float = 600.0
+    answer_within_s: float = 120.0
     skip_bad_rows: bool = False
 
     @property

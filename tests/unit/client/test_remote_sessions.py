@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 import pytest
 import torch
 
+from fedsea.client.patience import LOOKS
 from fedsea.client.remote_session import _MOST_LOSSES, _WINDOW
 from fedsea.client.remote_sessions import RemoteSession, RemoteSessions
 from fedsea.client.retry import RetryPolicy
@@ -588,3 +589,49 @@ def test_error_of_the_engine_ends_its_session_with_the_servers_words():
     for future in futures:
         with pytest.raises(FedseaError, match="logged why"):
             future.result(0)
+
+
+SILENCE = TransportError("The server says nothing.")
+
+
+def look(bench: Bench, times: int = LOOKS) -> None:
+    for _ in range(times):
+        bench.sessions.look(SILENCE)
+
+
+def test_server_that_owes_an_answer_too_long_ends_the_session_and_is_told():
+    bench = Bench()
+    session, other = bench.open(), bench.open()
+    future = say(session, "ab", 0)
+    bench.post.take()
+    look(bench)
+    assert not future.done()
+    look(bench, 1)
+    assert future.exception(0) is SILENCE
+    assert bench.post.take() == [m.SessionClose(session.number)]
+    assert not say(other, "a", 0).done()
+
+
+def test_patience_begins_anew_with_every_answer_and_every_connection():
+    bench = Bench()
+    session = bench.open()
+    first, second = say(session, "a", 0), say(session, "b", 1)
+    look(bench)
+    bench.answer(bench.post.take()[0])
+    assert told(first, 0)
+    look(bench)
+    bench.reconnect()
+    look(bench)
+    bench.opened(session, (1,))
+    look(bench)
+    assert not second.done()
+
+
+def test_who_waits_for_room_or_for_nothing_is_not_owed_an_answer():
+    bench = Bench()
+    idle, full = bench.open(), bench.open(answered=False)
+    future = say(full, "a", 0)
+    bench.failed(full, CapacityError("No room.", 5.0))
+    look(bench, 3 * LOOKS)
+    assert not future.done()
+    assert not say(idle, "a", 0).done()
