@@ -100,7 +100,7 @@ def test_stream_is_not_read_on_before_the_sessions_have_room():
         async def messages():
             for number in range(3):
                 yield m.SessionClose(number)
-            yield m.Finished()
+            yield m.Finished(0)
 
         sessions = SimpleNamespace(
             receive=lambda client, owners, message, answer: received.append(message.session),
