@@ -10,21 +10,28 @@ from fedsea.errors import TransportError
 
 LOOKS = 8
 """So many without an answer are borne."""
+_BUSY = 10
+"""And so many times as many while the server answers others in the meantime: it may have long prompts before it."""
 
 
 class Patience:
     """Counts looks without an answer; one for everybody who is answered in turn."""
 
     def __init__(self) -> None:
-        self._looks = 0
+        self._looks = 0.0
 
     def renew(self) -> None:
         """An answer came, or it is asked anew."""
-        self._looks = 0
+        self._looks = 0.0
 
-    def look(self, *, waits: bool) -> bool:
-        """Take a look; True if there has been no answer for too long."""
-        self._looks = self._looks + 1 if waits else 0
+    def look(self, *, waits: bool, busy: bool = False) -> bool:
+        """Take a look; True if there has been no answer for too long.
+
+        Args:
+            waits: Whether an answer is owed.
+            busy: Whether others were answered since the last look.
+        """
+        self._looks = self._looks + (1 / _BUSY if busy else 1) if waits else 0.0
         return self._looks > LOOKS
 
 

@@ -204,10 +204,11 @@ class RemoteSession:
             self._owner.deliver(future, output)
         self._pump()
 
-    def look(self, silence: FedseaError) -> None:
+    def look(self, silence: FedseaError, *, busy: bool) -> None:
         """Taken every so often while the stream is there: a server that owes an answer too long ends the session."""
         asked = self._standing in (_Standing.ASKED, _Standing.AGAIN, _Standing.OPEN)
-        if self._patience.look(waits=asked and any(sent.future is not None for sent in self._history)):
+        waits = asked and any(sent.future is not None for sent in self._history)
+        if self._patience.look(waits=waits, busy=busy):
             self._leave(silence)
 
     def failed(self, error: FedseaError) -> None:

@@ -59,6 +59,7 @@ class RemoteSessions:
         self._sessions: dict[int, RemoteSession] = {}
         self._lost: FedseaError | None = None
         self._next = 0
+        self._answered = False  # any session, since the last look
         self._due: deque[tuple[Future[torch.Tensor], Any]] = deque()
 
     def open(self, max_tokens: int, num_sequences: int) -> RemoteSession:
@@ -102,6 +103,7 @@ class RemoteSessions:
                 case m.SessionOpened():
                     session.opened(message)
                 case m.SessionOutput():
+                    self._answered = True
                     session.answered(message)
                 case m.SessionFailed():
                     session.failed(_error_of(message))
@@ -110,8 +112,9 @@ class RemoteSessions:
     def look(self, silence: FedseaError) -> None:
         """See `RemoteSession.look`."""
         with self.lock:
+            busy, self._answered = self._answered, False
             for session in list(self._sessions.values()):
-                session.look(silence)
+                session.look(silence, busy=busy)
         self.settle()
 
     def lost(self, error: FedseaError) -> None:

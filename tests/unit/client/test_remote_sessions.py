@@ -635,3 +635,16 @@ def test_who_waits_for_room_or_for_nothing_is_not_owed_an_answer():
     look(bench, 3 * LOOKS)
     assert not future.done()
     assert not say(idle, "a", 0).done()
+
+
+def test_server_that_is_busy_with_other_sessions_is_given_longer_and_not_for_ever():
+    bench = Bench()
+    other, session = bench.open(), bench.open()
+    future = say(session, "ab", 0)
+    bench.post.take()
+    for at in range(10 * LOOKS + 2):
+        assert future.done() is (at == 10 * LOOKS + 1)
+        say(other, "a", at)
+        bench.answer(bench.post.take()[-1])
+        look(bench, 1)
+    assert future.exception(0) is SILENCE
