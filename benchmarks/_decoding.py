@@ -55,7 +55,10 @@ class Split:
         settings = GenerationSettings(max_new_tokens=new_tokens)
         before, start = self._bytes(), time.perf_counter()
         with generate(self._decoder, prompt, settings, drafter=drafters[drafter]()) as generation:
-            tokens = [token.id for token in generation]
+            tokens, first_bytes = [], (0, 0)
+            for token in generation:
+                first_bytes = first_bytes if tokens else self._since(before)
+                tokens.append(token.id)
             stats = generation.stats
         return {
             "tokens": tokens,
@@ -65,16 +68,18 @@ class Split:
             "drafted": stats.drafted,
             "accepted": stats.accepted,
             "bytes": self._since(before),
+            "first_token_bytes": first_bytes,
         }
 
     def naive(self, prompt: list[int], new_tokens: int) -> dict[str, Any]:
         """An answer without caches: the whole prefix travels, and is computed, for every token."""
-        before, start, first = self._bytes(), time.perf_counter(), 0.0
+        before, start, first, first_bytes = self._bytes(), time.perf_counter(), 0.0, (0, 0)
         ids = list(prompt)
         for _ in range(new_tokens):
             with self._decoder.open(len(ids)) as sequences:
                 ids.append(int(sequences.extend([ids]).argmax()))
-            first = first or time.perf_counter() - start
+            if not first:
+                first, first_bytes = time.perf_counter() - start, self._since(before)
         wall = time.perf_counter() - start
         return {
             "tokens": ids[len(prompt) :],
@@ -82,6 +87,7 @@ class Split:
             "wall_s": wall,
             "round_trips": new_tokens,
             "bytes": self._since(before),
+            "first_token_bytes": first_bytes,
         }
 
     def prefill(self, prompt: list[int], new_tokens: int) -> dict[str, Any]:
