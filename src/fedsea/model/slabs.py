@@ -5,6 +5,10 @@ N  key/value heads, T  new tokens, C  capacity in tokens, D  head size
 
 from __future__ import annotations
 
+import math
+import mmap
+import sys
+
 import torch
 
 PAGE_TOKENS = 32
@@ -55,8 +59,7 @@ class Slab:
 
     def _made_like(self, part_NTD: torch.Tensor) -> torch.Tensor:
         heads, _, size = part_NTD.shape
-        # Zeros, because masked values are still multiplied, and garbage may be NaN; the system's pages are zero anyway.
-        return torch.zeros(self.num_slots, heads, self.capacity, size, dtype=part_NTD.dtype, device=part_NTD.device)
+        return _zeros((self.num_slots, heads, self.capacity, size), part_NTD.dtype, part_NTD.device)
 
     def copy(self, source: int, target: int, length: int) -> None:
         """Copy one slot's first tokens to another slot of this slab."""
@@ -79,3 +82,19 @@ class Slab:
         """Memory that was made so far."""
         made = (memory for pair in self._blocks for memory in pair or ())
         return sum(memory.numel() * memory.element_size() for memory in made)
+
+
+def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """Zeros, because masked values are still multiplied, and garbage may be NaN.
+
+    On a CPU straight from the operating system, in pages that it hands out as they are written and has back at once
+    when the tensor goes: torch's zeros are all written, and the C library keeps what is freed.
+    """
+    if device.type != "cpu":
+        return torch.zeros(shape, dtype=dtype, device=device)
+    num_bytes = math.prod(shape) * dtype.itemsize
+    if sys.platform == "win32":
+        memory = mmap.mmap(-1, num_bytes)
+    else:
+        memory = mmap.mmap(-1, num_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    return torch.frombuffer(memory, dtype=dtype).view(shape)

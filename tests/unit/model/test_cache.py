@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 
+import psutil
 import pytest
 import torch
 
@@ -100,6 +101,22 @@ def test_memory_is_gone_with_the_last_sequence_even_if_somebody_still_holds_a_cl
     fill(cache)
     cache.close()
     assert cache.slab.num_bytes == 0
+
+
+def test_operating_system_has_memory_only_as_it_is_written_and_has_it_back_at_once():
+    arena, process, megabytes = CacheArena(1), psutil.Process(), 1 << 20
+    part = torch.ones(16, 1, 256)
+    before = process.memory_info().rss
+    cache = arena.open(4096)
+    cache.write(0, part, part)
+    assert arena.num_bytes == 128 * megabytes
+    assert process.memory_info().rss - before < 16 * megabytes
+    whole = torch.ones(1, 1, 1).expand(16, 4096, 256)
+    cache.write(0, whole, whole)
+    full = process.memory_info().rss
+    assert full - before > 96 * megabytes
+    cache.close()
+    assert full - process.memory_info().rss > 96 * megabytes
 
 
 def test_new_sequences_go_where_fewest_places_are_free():
