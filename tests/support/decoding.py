@@ -29,7 +29,7 @@ VOCAB = 97
 FAMILIES = {"llama": {}, "qwen2": {}, "mistral": {"sliding_window": 6}, "glm4": {}}
 
 
-def family_checkpoint(folder: Path, family: str) -> Path:
+def family_checkpoint(folder: Path, family: str, **changes: int) -> Path:
     """A model of a family with random weights, without a tokenizer."""
     settings = {
         "vocab_size": VOCAB,
@@ -45,6 +45,7 @@ def family_checkpoint(folder: Path, family: str) -> Path:
         "eos_token_id": 2,
         "tie_word_embeddings": False,
         **FAMILIES[family],
+        **changes,
     }
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **settings))
