@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -20,6 +21,8 @@ Owners = dict[int, int]
 _SMALL_TURN = 16
 """A message with more new tokens per sequence is a prefill: one of those runs in a batch, beside small ones."""
 _MOST_IN_BATCH = 1024
+LONGEST_GATHERING_S = 0.02
+"""Sessions that are about to come back are waited for at most so long."""
 
 
 @dataclass(slots=True, eq=False)
@@ -33,6 +36,8 @@ class Session:
         answer: Queues a reply on that stream.
         waiting: Messages of that stream that have not run yet, in order.
         running: Whether one of its messages is in the batcher or at the engine.
+        answered_at: When its last batch ended.
+        back_after_s: So long it usually takes from there to its next message.
     """
 
     client: str
@@ -45,6 +50,8 @@ class Session:
     waiting: deque[m.SessionForward] = field(default_factory=deque)
     running: bool = False
     closed: bool = False
+    answered_at: float = 0.0
+    back_after_s: float = 1.0
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -75,12 +82,19 @@ class Batcher:
     Args:
         decoder: Runs the batches.
         batch_tokens: Most new tokens of a batch, unless a single message has more.
+        clock: Monotonic seconds.
     """
 
-    def __init__(self, decoder: TrunkDecoder, batch_tokens: int) -> None:
+    def __init__(
+        self, decoder: TrunkDecoder, batch_tokens: int, clock: Callable[[], float] = time.perf_counter
+    ) -> None:
         self._decoder = decoder
         self._batch_tokens = batch_tokens
+        self._clock = clock
         self._lock = threading.Lock()
+        self._news = threading.Condition(self._lock)
+        self._away: dict[Session, None] = {}
+        self._last_batch_s = 0.0
         self._small: Queues = {}
         self._large: Queues = {}
 
@@ -90,6 +104,10 @@ class Batcher:
         small = ready.num_tokens <= _SMALL_TURN * len(message.lengths)
         with self._lock:
             (self._small if small else self._large).setdefault(session.client, deque()).append(ready)
+            if session in self._away:
+                del self._away[session]
+                session.back_after_s += (self._clock() - session.answered_at - session.back_after_s) / 2
+            self._news.notify()
 
     def discard(self, session: Session) -> Ready | None:
         """Take a session's message out again; None if the engine has it already."""
@@ -120,14 +138,44 @@ class Batcher:
             room = self._batch_tokens - sum(ready.num_tokens for ready in small)
             return small + _in_turn(self._large, max(room, 1), most=1)
 
+    def gather(self) -> None:
+        """Wait a moment for sessions that are about to come back: on the engine thread, before a batch.
+
+        Sessions that are answered together come back together, while the others' batch runs; without this, two halves
+        would take turns for ever, each at nearly the cost of the whole. Only those count that usually are back within
+        about the time of a batch, so nobody far away is waited for, and a session alone never waits.
+        """
+        longest = min(LONGEST_GATHERING_S, 2 * self._last_batch_s)
+        with self._news:
+            until = self._clock() + longest
+            self._news.wait_for(lambda: not self._about_to_come(until), timeout=longest)
+
+    def _about_to_come(self, until: float) -> bool:
+        now = self._clock()
+        for session in list(self._away):
+            due = session.answered_at + session.back_after_s
+            if session.closed or now - due > LONGEST_GATHERING_S:
+                del self._away[session]
+            elif due <= until:
+                return True
+        return False
+
     def run(self) -> list[tuple[Ready, torch.Tensor | FedseaError]]:
         """Run the next batch; on the engine thread."""
-        batch = self.take()
+        self.gather()
+        batch, began = self.take(), self._clock()
         turns = [
             Turn(r.session.memory, r.message.positions, r.message.lengths, r.message.sources, r.message.tensors[""])  # type: ignore[index]
             for r in batch
         ]
-        return list(zip(batch, self._decoder.run(turns), strict=True))
+        results = list(zip(batch, self._decoder.run(turns), strict=True))
+        with self._lock:
+            now = self._clock()
+            self._last_batch_s = now - began
+            for ready in batch:
+                ready.session.answered_at = now
+                self._away[ready.session] = None
+        return results
 
 
 def _heads(queues: Queues) -> Iterator[Ready]:

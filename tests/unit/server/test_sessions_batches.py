@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import threading
 from collections import Counter
 
+import pytest
 import torch
 
 from tests.unit.server.session_world import Stream, World, rows
@@ -127,3 +129,38 @@ def test_sequences_of_a_session_and_drafts_are_small_whatever_their_sum():
     stream.forward(0, 0, rows(64), (0,) * 8, lengths=(8,) * 8)
     stream.forward(1, 0, rows(64), (0,) * 8, lengths=(8,) * 8)
     assert len(batch(world)) == 2
+
+
+def test_sessions_that_are_about_to_come_back_are_waited_for(monkeypatch):
+    monkeypatch.setattr("fedsea.server.batches.LONGEST_GATHERING_S", 30.0)
+    world = World()
+    stream = opened(world, "a", 2)
+    for session in range(2):
+        stream.forward(session, 0, rows(1, session))
+    assert len(batch(world)) == 2
+    batcher = world.sessions._batcher
+    batcher._last_batch_s = 30.0
+    for session in batcher._away:
+        session.back_after_s = 1e-3
+    stream.forward(0, 1, rows(1, 0), 1)
+    found: list[tuple[str, int, int]] = []
+    engine = threading.Thread(target=lambda: found.extend(batch(world)))
+    engine.start()
+    stream.forward(1, 1, rows(1, 1), 1)
+    engine.join(timeout=20)
+    assert sorted(number for _, number, _ in found) == [0, 1]
+
+
+def test_sessions_that_take_longer_and_those_that_are_gone_are_not_waited_for(monkeypatch):
+    world = World()
+    stream = opened(world, "a", 3)
+    for session in range(3):
+        stream.forward(session, 0, rows(1, session))
+    assert len(batch(world)) == 3
+    batcher = world.sessions._batcher
+    far, gone, _ = batcher._away
+    far.back_after_s, gone.back_after_s = 60.0, 0.0
+    gone.closed = True
+    stream.forward(2, 1, rows(1, 2), 1)
+    monkeypatch.setattr(batcher._news, "wait", lambda *_: pytest.fail("the engine waits"))
+    assert [number for _, number, _ in batch(world)] == [2]
