@@ -15,6 +15,13 @@ from fedsea.wire import messages as m
 ANSWER = m.Failure("PROTOCOL", "", 0.0, -1, False)
 
 
+async def a_turn() -> None:
+    """Let whatever is ready on the event loop run."""
+    over = asyncio.Event()
+    asyncio.get_running_loop().call_soon(over.set)
+    await over.wait()
+
+
 class FakeSession:
     """A stream that sends when it is let, or fails."""
 
@@ -118,7 +125,7 @@ def test_stream_is_not_read_on_before_the_sessions_have_room():
         link: Any = SimpleNamespace(session=Incoming(), put=None)
         reading = asyncio.ensure_future(Service._observe(service, link))
         for _ in range(10):
-            await asyncio.sleep(0)
+            await a_turn()
         assert received == [0]
         room.set()
         await asyncio.wait_for(reading, 5.0)
