@@ -74,7 +74,7 @@ def test_all_of_many_unequal_answers_go_on_when_the_server_was_killed(make, fami
 def test_connection_that_breaks_again_and_again_needs_no_replay(make, families):
     fed = make(families["llama"])
     fed.spawn_server()
-    prompt, new = prompt_of(40), 30
+    prompt, new = prompt_of(40), 80
     expected = central(families["llama"], prompt, new)
     # The prompt's hidden states are 40 * 128 bytes; a message of one token is some 200 with what TLS and gRPC add.
     with CuttingProxy(fed.address, [9_000, 16_000, 22_000, 28_000]) as proxy:
