@@ -25,7 +25,9 @@ from transformers.masking_utils import eager_mask, sdpa_mask
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from fedsea.errors import ConfigError
+from fedsea.model.branching import BRANCHING
 from fedsea.model.cache import EXTENDING, Extension
+from fedsea.model.rowwise import are_rows_apart, attend_own
 
 SDPA = "fedsea_segments"
 EAGER = "fedsea_segments_eager"
@@ -91,6 +93,11 @@ def _by_segment(
     attention_mask: torch.Tensor | None,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
+    if are_rows_apart():
+        inner = attend_own
+    branches = BRANCHING.get()
+    if branches is not None:
+        return branches.attend(module, query_1NTD, key_1NTD, value_1NTD, **kwargs), None
     extension = EXTENDING.get()
     if extension is not None:
         return _by_sequence(inner, extension, module, query_1NTD, key_1NTD, value_1NTD, attention_mask, **kwargs)
@@ -156,6 +163,8 @@ def _corner(
     **kwargs: Any,
 ) -> torch.Tensor | None:
     """Mask of the longest sequence, which comes first: every other one's is the corner of it."""
+    if BRANCHING.get() is not None:
+        return None
     extension = EXTENDING.get()
     if extension is not None:
         kwargs.pop("q_offset", None), kwargs.pop("kv_offset", None), kwargs.pop("attention_mask", None)
