@@ -110,6 +110,13 @@ class NonFiniteError(FedseaError):
         self.client = client
 
 
+class AggregationError(FedseaError):
+    """A round's sum cannot be made: too few members are left, or what they sent does not fit; nothing is lost."""
+
+    code = "AGGREGATION"
+    exit_code = 12
+
+
 class PrivacyError(FedseaError):
     """Something would have left the client that must not leave it."""
 

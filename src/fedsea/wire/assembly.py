@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import cast
 
 import numpy as np
@@ -11,26 +12,26 @@ from fedsea.errors import ProtocolError
 from fedsea.tensors import all_finite
 from fedsea.wire.buffers import BufferPool
 from fedsea.wire.checks import place
-from fedsea.wire.codecs import CODECS
+from fedsea.wire.codecs import CODECS, IN_PLACE, WORDS
 from fedsea.wire.errors import NonFiniteMessage
-from fedsea.wire.frames import Frame
+from fedsea.wire.frames import Frame, TensorSpec
 from fedsea.wire.messages import Message
 
 
 class Assembly:
     """One message whose payload is arriving.
 
-    fp32 tensors are filled in place; the others go through `staging`, which the next message uses again.
+    fp32 tensors and words are filled in place; the others go through `staging`, which the next message uses again.
     """
 
     def __init__(self, frame: Frame, pool: BufferPool, staging: np.ndarray) -> None:
         self.frame = frame
         self.missing = frame.payload_bytes
-        self.tensors = [pool.empty(spec.shape) for spec in frame.specs]
+        self.tensors = [_memory(pool, spec) for spec in frame.specs]
         self.raw: list[np.ndarray] = []
         start = 0
         for spec, tensor in zip(frame.specs, self.tensors, strict=True):
-            if spec.codec == "fp32":
+            if spec.codec in IN_PLACE:
                 self.raw.append(tensor.view(-1).view(torch.uint8).numpy())
             else:
                 self.raw.append(staging[start : start + spec.wire_bytes])
@@ -57,9 +58,9 @@ class Assembly:
         """The decoded message; its tensors are checked to be finite."""
         frame, fields = self.frame, dict(self.frame.fields)
         for spec, tensor, raw in zip(frame.specs, self.tensors, self.raw, strict=False):
-            if spec.codec != "fp32":
+            if spec.codec not in IN_PLACE:
                 CODECS[spec.codec].decode(torch.from_numpy(raw), tensor)
-            if not all_finite(tensor):
+            if tensor.is_floating_point() and not all_finite(tensor):
                 raise NonFiniteMessage(
                     f"A {frame.kind.name} held a NaN or an infinity and was dropped; the peer's model or data produced "
                     "it: lower the learning rate, or look at that side's log.",
@@ -77,6 +78,12 @@ class Assembly:
             except UnicodeDecodeError:
                 raise ProtocolError("The plan that the server sent is not text.") from None
         return cast(Message, frame.kind.cls(**fields))
+
+
+def _memory(pool: BufferPool, spec: TensorSpec) -> torch.Tensor:
+    if spec.codec != WORDS:
+        return pool.empty(spec.shape)
+    return pool.empty((2 * math.prod(spec.shape),)).view(torch.int64).view(spec.shape)
 
 
 class Discarded:

@@ -12,6 +12,7 @@ from typing import Any
 
 from fedsea.errors import ProtocolError
 from fedsea.types import BlockRange, Channel
+from fedsea.wire.codecs import WORDS
 from fedsea.wire.errors import NonFiniteMessage
 from fedsea.wire.frames import Frame, Kind, TensorSpec
 from fedsea.wire.limits import MAX_COUNT, MAX_MESSAGE_CHARACTERS, MAX_PLAN_BYTES, WireLimits
@@ -23,10 +24,20 @@ _PATTERNS: Mapping[str, re.Pattern[str]] = {
     "run_id": re.compile(r"[0-9A-Za-z._-]{1,128}"),
     "role": re.compile(r"train|observe"),
     "waiting_for": re.compile(r"[ -~]{1,128}"),
+    "names": re.compile(r"[a-z0-9][a-z0-9._-]{0,62}"),
     "code": re.compile(r"[A-Z][A-Z_]{0,63}"),
     "message": re.compile(rf"[^\x00-\x1f\x7f-\x9f]{{0,{MAX_MESSAGE_CHARACTERS}}}"),
 }
 _LONGEST_RETRY_S = 86400.0
+_KEY, _CERTIFICATE, _SIGNATURE = range(32, 33), range(64, 4097), range(8, 129)
+_SIZES: Mapping[str, range] = {
+    **dict.fromkeys(("certificate", "certificates"), _CERTIFICATE),
+    **dict.fromkeys(("signature", "signatures"), _SIGNATURE),
+    **dict.fromkeys(("sharing_key", "sharing_keys", "mask_key", "mask_keys", "commitment", "commitments"), _KEY),
+    "sealed": range(82, 83),
+    "shares": range(33, 34),
+}
+"""Bytes that a field may have."""
 
 
 def check_fields(kind: Kind, fields: Mapping[str, Any]) -> None:
@@ -40,6 +51,8 @@ def check_fields(kind: Kind, fields: Mapping[str, Any]) -> None:
         items = value if isinstance(value, tuple) else (value,)
         for item in items:
             _check_value(kind, name, item, fields)
+    if "names" in fields:
+        _check_names(kind, fields)
     if kind.name == "Forward":
         _check_micro_batch(fields)
     elif kind.name == "Pullback" and not all(fields["lengths"]):
@@ -54,6 +67,8 @@ def _check_value(kind: Kind, name: str, value: Any, fields: Mapping[str, Any]) -
     good = True
     if isinstance(value, str):
         good = _PATTERNS[name].fullmatch(value) is not None
+    elif isinstance(value, bytes):
+        good = len(value) in _SIZES[name]
     elif isinstance(value, bool | BlockRange):
         good = True
     elif isinstance(value, float):
@@ -66,6 +81,14 @@ def _check_value(kind: Kind, name: str, value: Any, fields: Mapping[str, Any]) -
         good = isinstance(value, int) and least <= value < MAX_COUNT
     if not good:
         raise ProtocolError(f"The field {name} of a {kind.name} holds what the protocol does not allow.")
+
+
+def _check_names(kind: Kind, fields: Mapping[str, Any]) -> None:
+    names = fields["names"]
+    if len(set(names)) != len(names) or any(
+        len(value) != len(names) for value in fields.values() if isinstance(value, tuple)
+    ):
+        raise ProtocolError(f"A {kind.name} names a client twice, or has not one entry for each.")
 
 
 def _check_micro_batch(fields: Mapping[str, Any]) -> None:
@@ -176,14 +199,15 @@ def _check_tensor(kind: Kind, spec: TensorSpec, channel: Channel, limits: WireLi
 
 def _check_bundle(kind: Kind, specs: tuple[TensorSpec, ...], limits: WireLimits) -> None:
     seen: set[str] = set()
+    shapes, codec = (limits.masked_shapes, WORDS) if kind.masked else (limits.bundle_shapes, "fp32")
     for spec in specs:
-        expected = limits.bundle_shapes.get(spec.name)
+        expected = shapes.get(spec.name)
         if expected is None:
             raise ProtocolError(f"A {kind.name} holds a tensor that the plan does not name (number {len(seen) + 1}).")
         if spec.name in seen:
             raise ProtocolError(f"A {kind.name} holds {spec.name} twice.")
-        if spec.codec != "fp32":
-            raise ProtocolError(f"A {kind.name} uses the codec {spec.codec}; parameters travel as fp32.")
+        if spec.codec != codec:
+            raise ProtocolError(f"A {kind.name} uses the codec {spec.codec}; its tensors travel as {codec}.")
         if spec.shape != tuple(expected):
             raise ProtocolError(
                 f"A {kind.name} holds {spec.name} with shape {spec.shape}; it must be {tuple(expected)}."

@@ -18,7 +18,7 @@ from fedsea.types import Channel, Release, Reply
 from fedsea.wire.assembly import Assembly, Discarded
 from fedsea.wire.buffers import BufferPool
 from fedsea.wire.checks import check_fields, check_frame, place
-from fedsea.wire.codecs import CODECS, check_codec
+from fedsea.wire.codecs import CODECS, IN_PLACE, WORDS, check_codec
 from fedsea.wire.errors import NonFiniteMessage
 from fedsea.wire.frames import KINDS, Frame, Kind, Role, TensorSpec, fields_of, read_header, write_header
 from fedsea.wire.limits import CHUNK_BYTES, WireLimits
@@ -151,7 +151,7 @@ class Encoder:
         return self._pack(channel, value.tensors)
 
     def _pack(self, channel: Channel, tensors: Mapping[str, torch.Tensor]) -> Sealed:
-        codec_name = "fp32" if channel is Channel.UPDATE else self._codec(channel)
+        codec_name = _codec_of_bundle(tensors) if channel is Channel.UPDATE else self._codec(channel)
         specs = tuple(TensorSpec(name, codec_name, tuple(tensor.shape)) for name, tensor in tensors.items())
         pieces = [piece for tensor in tensors.values() for piece in CODECS[codec_name].encode(tensor)]
         return Sealed(channel, specs, tuple(piece.view(-1).view(torch.uint8).numpy() for piece in pieces))
@@ -162,7 +162,16 @@ class Encoder:
         return self.codecs[channel]
 
 
+def _codec_of_bundle(tensors: Mapping[str, torch.Tensor]) -> str:
+    masked = bool(tensors) and all(tensor.dtype is torch.int64 for tensor in tensors.values())
+    return WORDS if masked else "fp32"
+
+
 def _check_own_specs(kind: Kind, specs: Sequence[TensorSpec], fields: Mapping[str, Any]) -> None:
+    if any((spec.codec == WORDS) != kind.masked for spec in specs):
+        raise UnprotectedRelease(
+            f"The tensors of a {kind.name} must {'' if kind.masked else 'not '}be masked integers: nothing was sent."
+        )
     if kind.channel is Channel.UPDATE:
         good = all(spec.name for spec in specs)
     elif not specs:
@@ -281,7 +290,7 @@ class Decoder:
         return Assembly(frame, self._pool, self._staging_for(frame))
 
     def _staging_for(self, frame: Frame) -> np.ndarray:
-        num_bytes = sum(spec.wire_bytes for spec in frame.specs if spec.codec != "fp32")
+        num_bytes = sum(spec.wire_bytes for spec in frame.specs if spec.codec not in IN_PLACE)
         if len(self._staging) < num_bytes:
             self._staging = np.empty(num_bytes, dtype=np.uint8)
         return self._staging

@@ -54,6 +54,7 @@ TABLE: dict[str, Row] = {
     "CAPACITY": Row(grpc.StatusCode.RESOURCE_EXHAUSTED),
     "SESSION_LOST": Row(grpc.StatusCode.ABORTED),
     "NON_FINITE": Row(grpc.StatusCode.FAILED_PRECONDITION),
+    "AGGREGATION": Row(grpc.StatusCode.FAILED_PRECONDITION),
     "PRIVACY": Row(grpc.StatusCode.FAILED_PRECONDITION, _PRIVACY),
     "BUDGET_EXHAUSTED": Row(grpc.StatusCode.FAILED_PRECONDITION, _PRIVACY),
     "UNPROTECTED_RELEASE": Row(grpc.StatusCode.FAILED_PRECONDITION, _PRIVACY),

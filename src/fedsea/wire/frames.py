@@ -52,6 +52,7 @@ class Kind:
         channel: Which kind of tensors it carries, if any; a hidden state or gradient is one tensor called "",
             an update is a bundle of named tensors.
         optional: Whether it may come without any tensor.
+        masked: Whether the bundle is of masked integers ("words64"), not of parameters.
         second: Channel of a second tensor of the same shape, called "gradient"; it is the message's `gradient`.
     """
 
@@ -61,6 +62,7 @@ class Kind:
     channel: Channel | None = None
     optional: bool = False
     second: Channel | None = None
+    masked: bool = False
 
     @property
     def name(self) -> str:
@@ -90,7 +92,7 @@ class TensorSpec:
 
     @property
     def float_bytes(self) -> int:
-        """Size as float32."""
+        """Size as float32, by which tensors are limited."""
         return 4 * math.prod(self.shape)
 
 
@@ -123,6 +125,15 @@ def _kinds() -> dict[type[Any], Kind]:
         Kind(m.RoundOpen, "round_open", server),
         Kind(m.RoundUpdate, "round_update", client, update, optional=True),
         Kind(m.RoundResult, "round_result", server, update, optional=True),
+        Kind(m.SecureKeys, "secure_keys", client),
+        Kind(m.SecureRoster, "secure_roster", server),
+        Kind(m.SecureShares, "secure_shares", client),
+        Kind(m.SecureDelivery, "secure_delivery", server),
+        Kind(m.SecureUpdate, "secure_update", client, update, masked=True),
+        Kind(m.SecureSurvivors, "secure_survivors", server),
+        Kind(m.SecureConsent, "secure_consent", client),
+        Kind(m.SecureEvidence, "secure_evidence", server),
+        Kind(m.SecureReveal, "secure_reveal", client),
         Kind(m.FetchTrunk, "fetch_trunk", client),
         Kind(m.TrunkState, "trunk_state", server, update, optional=True),
         Kind(m.SessionOpen, "session_open", client),
@@ -142,7 +153,9 @@ KINDS: Mapping[type[Any], Kind] = _kinds()
 _KIND_OF_FIELD: Mapping[str, Kind] = {kind.field: kind for kind in KINDS.values()}
 _IN_PAYLOAD = frozenset({"tensors", "gradient", "plan_json"})
 """Attributes that travel behind the header."""
-_REPEATED = frozenset({"lengths", "waiting_for", "held", "positions", "sources"})
+_REPEATED = frozenset({"lengths", "waiting_for", "held", "positions", "sources"}) | frozenset(
+    {"names", "certificates", "sharing_keys", "mask_keys", "commitments", "signatures", "sealed", "shares"}
+)
 _FIELDS: Mapping[type[Any], tuple[str, ...]] = {
     cls: tuple(f.name for f in dataclasses.fields(cls) if f.name not in _IN_PAYLOAD) for cls in KINDS
 }

@@ -184,9 +184,14 @@ class StepDone:
 
 @dataclass(frozen=True, slots=True)
 class RoundOpen:
-    """Server: the round's steps are done; the client sends its `RoundUpdate`."""
+    """Server: the round's steps are done; the client sends its `RoundUpdate`, or its `SecureKeys`.
+
+    Attributes:
+        attempt: With `aggregation.secure`, counts the attempts to make the round's sum.
+    """
 
     round: int
+    attempt: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -204,6 +209,100 @@ class RoundResult:
 
     round: int
     tensors: Release | Reply | Tensors
+
+
+@dataclass(frozen=True, slots=True)
+class SecureKeys:
+    """Client: its keys of one attempt of a secure round; see `federation.secure.messages.Advertisement`."""
+
+    round: int
+    attempt: int
+    certificate: bytes
+    sharing_key: bytes
+    mask_key: bytes
+    commitment: bytes
+    signature: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class SecureRoster:
+    """Server: the keys of all members, one entry of each tuple a member, as they signed them."""
+
+    round: int
+    attempt: int
+    names: tuple[str, ...]
+    certificates: tuple[bytes, ...]
+    sharing_keys: tuple[bytes, ...]
+    mask_keys: tuple[bytes, ...]
+    commitments: tuple[bytes, ...]
+    signatures: tuple[bytes, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class SecureShares:
+    """Client: shares of its secrets, sealed for the other members that `names` says."""
+
+    round: int
+    attempt: int
+    names: tuple[str, ...]
+    sealed: tuple[bytes, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class SecureDelivery:
+    """Server: shares that the members of `names` have sealed for this client."""
+
+    round: int
+    attempt: int
+    names: tuple[str, ...]
+    sealed: tuple[bytes, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class SecureUpdate:
+    """Client: its trained parameters times its weight, and the weight, as masked integers mod 2^64."""
+
+    round: int
+    attempt: int
+    tensors: Release | Reply | Tensors
+
+
+@dataclass(frozen=True, slots=True)
+class SecureSurvivors:
+    """Server: whose masked values are in the sum."""
+
+    round: int
+    attempt: int
+    names: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class SecureConsent:
+    """Client: its signature of the survivors."""
+
+    round: int
+    attempt: int
+    signature: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class SecureEvidence:
+    """Server: signatures of the survivors by the members of `names`."""
+
+    round: int
+    attempt: int
+    names: tuple[str, ...]
+    signatures: tuple[bytes, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class SecureReveal:
+    """Client: one share for each member of `names`, which takes the masks off the sum."""
+
+    round: int
+    attempt: int
+    names: tuple[str, ...]
+    shares: tuple[bytes, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -348,6 +447,15 @@ Message: TypeAlias = (
     | RoundOpen
     | RoundUpdate
     | RoundResult
+    | SecureKeys
+    | SecureRoster
+    | SecureShares
+    | SecureDelivery
+    | SecureUpdate
+    | SecureSurvivors
+    | SecureConsent
+    | SecureEvidence
+    | SecureReveal
     | FetchTrunk
     | TrunkState
     | SessionOpen

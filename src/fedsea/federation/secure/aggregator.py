@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import enum
 import itertools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 
 import torch
 from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
@@ -70,15 +70,16 @@ class Aggregator:
     # --- what is collected ------------------------------------------------------------------------------------------
 
     @property
-    def _arrived(self) -> Mapping[str, object] | set[str]:
-        return {
+    def _arrived(self) -> Collection[str]:
+        collections: dict[Phase, Collection[str]] = {
             Phase.KEYS: self.roster,
             Phase.SHARES: self._sealed,
             Phase.MASKED: self._masked,
             Phase.CONSENT: self.signatures,
             Phase.REVEAL: self._revealed,
-            Phase.DONE: set(self.members),
-        }[self.phase]
+            Phase.DONE: self.members,
+        }
+        return collections[self.phase]
 
     def waiting_for(self) -> tuple[str, ...]:
         """Members from whom this phase still awaits something."""
@@ -146,7 +147,9 @@ class Aggregator:
         self._expect(name, Phase.CONSENT)
         statement = agreed_survivors(self._digest, self.sharers, self.survivors)
         if not self._verifier.verify(self.roster[name].certificate, statement, signature):
-            raise ProtocolError(f"Client {name} sent a consent to secure aggregation that it did not sign for this sum.")
+            raise ProtocolError(
+                f"Client {name} sent a consent to secure aggregation that it did not sign for this sum."
+            )
         self.signatures[name] = signature
 
     def add_reveal(self, name: str, shares: Mapping[str, bytes]) -> None:

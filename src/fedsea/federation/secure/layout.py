@@ -89,7 +89,7 @@ class Layout:
 
     def to_tensors(self, words: Words) -> dict[str, torch.Tensor]:
         """A client's words as int64 tensors by parameter name, and its weights as one more."""
-        tensors = {}
+        tensors: dict[str, torch.Tensor] = {}
         for index, vector in words.items():
             whole = torch.from_numpy(vector.view(np.int64))
             tensors |= {n: whole[part].view(shape) for n, shape, part in self.groups[index].slices()}

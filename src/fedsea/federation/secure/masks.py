@@ -13,7 +13,7 @@ import numpy as np
 from cryptography.exceptions import InvalidTag
 from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey, X25519PublicKey
-from cryptography.hazmat.primitives.ciphers import Cipher, algorithms, modes
+from cryptography.hazmat.primitives.ciphers import Cipher, CipherContext, algorithms, modes
 from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 from cryptography.hazmat.primitives.kdf.hkdf import HKDF
 
@@ -108,5 +108,5 @@ def add_streams(words: np.ndarray, adding: Sequence[bytes], subtracting: Sequenc
             np.subtract(piece, noise, out=piece) if negative else np.add(piece, noise, out=piece)
 
 
-def _stream(key: bytes):  # type: ignore[no-untyped-def]  # noqa: ANN202
+def _stream(key: bytes) -> CipherContext:
     return Cipher(algorithms.AES(key), modes.CTR(bytes(16))).encryptor()

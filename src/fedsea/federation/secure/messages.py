@@ -90,9 +90,7 @@ def roster_digest(place: bytes, roster: Sequence[Advertisement]) -> bytes:
 
 def agreed_survivors(digest: bytes, sharers: Collection[str], survivors: Collection[str]) -> bytes:
     """What a member signs before it reveals anything: who shared, and whose masked values are in the sum."""
-    return joined(
-        "fedsea secure survivors 1", digest, joined(*sorted(sharers)), joined(*sorted(survivors))
-    )
+    return joined("fedsea secure survivors 1", digest, joined(*sorted(sharers)), joined(*sorted(survivors)))
 
 
 def commitment_to(seed: bytes, place: bytes, name: str) -> bytes:

@@ -14,11 +14,13 @@ class Codec(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     CODEC_BF16: _ClassVar[Codec]
     CODEC_FP16: _ClassVar[Codec]
     CODEC_INT8: _ClassVar[Codec]
+    CODEC_WORDS64: _ClassVar[Codec]
 CODEC_UNSPECIFIED: Codec
 CODEC_FP32: Codec
 CODEC_BF16: Codec
 CODEC_FP16: Codec
 CODEC_INT8: Codec
+CODEC_WORDS64: Codec
 
 class TensorHeader(_message.Message):
     __slots__ = ("shared", "suffix", "codec", "shape")
@@ -167,10 +169,12 @@ class StepDone(_message.Message):
     def __init__(self, step: _Optional[int] = ..., num_target_tokens: _Optional[int] = ..., clip_coefficient: _Optional[float] = ...) -> None: ...
 
 class RoundOpen(_message.Message):
-    __slots__ = ("round",)
+    __slots__ = ("round", "attempt")
     ROUND_FIELD_NUMBER: _ClassVar[int]
+    ATTEMPT_FIELD_NUMBER: _ClassVar[int]
     round: int
-    def __init__(self, round: _Optional[int] = ...) -> None: ...
+    attempt: int
+    def __init__(self, round: _Optional[int] = ..., attempt: _Optional[int] = ...) -> None: ...
 
 class RoundUpdate(_message.Message):
     __slots__ = ("round", "num_target_tokens")
@@ -185,6 +189,120 @@ class RoundResult(_message.Message):
     ROUND_FIELD_NUMBER: _ClassVar[int]
     round: int
     def __init__(self, round: _Optional[int] = ...) -> None: ...
+
+class SecureKeys(_message.Message):
+    __slots__ = ("round", "attempt", "certificate", "sharing_key", "mask_key", "commitment", "signature")
+    ROUND_FIELD_NUMBER: _ClassVar[int]
+    ATTEMPT_FIELD_NUMBER: _ClassVar[int]
+    CERTIFICATE_FIELD_NUMBER: _ClassVar[int]
+    SHARING_KEY_FIELD_NUMBER: _ClassVar[int]
+    MASK_KEY_FIELD_NUMBER: _ClassVar[int]
+    COMMITMENT_FIELD_NUMBER: _ClassVar[int]
+    SIGNATURE_FIELD_NUMBER: _ClassVar[int]
+    round: int
+    attempt: int
+    certificate: bytes
+    sharing_key: bytes
+    mask_key: bytes
+    commitment: bytes
+    signature: bytes
+    def __init__(self, round: _Optional[int] = ..., attempt: _Optional[int] = ..., certificate: _Optional[bytes] = ..., sharing_key: _Optional[bytes] = ..., mask_key: _Optional[bytes] = ..., commitment: _Optional[bytes] = ..., signature: _Optional[bytes] = ...) -> None: ...
+
+class SecureRoster(_message.Message):
+    __slots__ = ("round", "attempt", "names", "certificates", "sharing_keys", "mask_keys", "commitments", "signatures")
+    ROUND_FIELD_NUMBER: _ClassVar[int]
+    ATTEMPT_FIELD_NUMBER: _ClassVar[int]
+    NAMES_FIELD_NUMBER: _ClassVar[int]
+    CERTIFICATES_FIELD_NUMBER: _ClassVar[int]
+    SHARING_KEYS_FIELD_NUMBER: _ClassVar[int]
+    MASK_KEYS_FIELD_NUMBER: _ClassVar[int]
+    COMMITMENTS_FIELD_NUMBER: _ClassVar[int]
+    SIGNATURES_FIELD_NUMBER: _ClassVar[int]
+    round: int
+    attempt: int
+    names: _containers.RepeatedScalarFieldContainer[str]
+    certificates: _containers.RepeatedScalarFieldContainer[bytes]
+    sharing_keys: _containers.RepeatedScalarFieldContainer[bytes]
+    mask_keys: _containers.RepeatedScalarFieldContainer[bytes]
+    commitments: _containers.RepeatedScalarFieldContainer[bytes]
+    signatures: _containers.RepeatedScalarFieldContainer[bytes]
+    def __init__(self, round: _Optional[int] = ..., attempt: _Optional[int] = ..., names: _Optional[_Iterable[str]] = ..., certificates: _Optional[_Iterable[bytes]] = ..., sharing_keys: _Optional[_Iterable[bytes]] = ..., mask_keys: _Optional[_Iterable[bytes]] = ..., commitments: _Optional[_Iterable[bytes]] = ..., signatures: _Optional[_Iterable[bytes]] = ...) -> None: ...
+
+class SecureShares(_message.Message):
+    __slots__ = ("round", "attempt", "names", "sealed")
+    ROUND_FIELD_NUMBER: _ClassVar[int]
+    ATTEMPT_FIELD_NUMBER: _ClassVar[int]
+    NAMES_FIELD_NUMBER: _ClassVar[int]
+    SEALED_FIELD_NUMBER: _ClassVar[int]
+    round: int
+    attempt: int
+    names: _containers.RepeatedScalarFieldContainer[str]
+    sealed: _containers.RepeatedScalarFieldContainer[bytes]
+    def __init__(self, round: _Optional[int] = ..., attempt: _Optional[int] = ..., names: _Optional[_Iterable[str]] = ..., sealed: _Optional[_Iterable[bytes]] = ...) -> None: ...
+
+class SecureDelivery(_message.Message):
+    __slots__ = ("round", "attempt", "names", "sealed")
+    ROUND_FIELD_NUMBER: _ClassVar[int]
+    ATTEMPT_FIELD_NUMBER: _ClassVar[int]
+    NAMES_FIELD_NUMBER: _ClassVar[int]
+    SEALED_FIELD_NUMBER: _ClassVar[int]
+    round: int
+    attempt: int
+    names: _containers.RepeatedScalarFieldContainer[str]
+    sealed: _containers.RepeatedScalarFieldContainer[bytes]
+    def __init__(self, round: _Optional[int] = ..., attempt: _Optional[int] = ..., names: _Optional[_Iterable[str]] = ..., sealed: _Optional[_Iterable[bytes]] = ...) -> None: ...
+
+class SecureUpdate(_message.Message):
+    __slots__ = ("round", "attempt")
+    ROUND_FIELD_NUMBER: _ClassVar[int]
+    ATTEMPT_FIELD_NUMBER: _ClassVar[int]
+    round: int
+    attempt: int
+    def __init__(self, round: _Optional[int] = ..., attempt: _Optional[int] = ...) -> None: ...
+
+class SecureSurvivors(_message.Message):
+    __slots__ = ("round", "attempt", "names")
+    ROUND_FIELD_NUMBER: _ClassVar[int]
+    ATTEMPT_FIELD_NUMBER: _ClassVar[int]
+    NAMES_FIELD_NUMBER: _ClassVar[int]
+    round: int
+    attempt: int
+    names: _containers.RepeatedScalarFieldContainer[str]
+    def __init__(self, round: _Optional[int] = ..., attempt: _Optional[int] = ..., names: _Optional[_Iterable[str]] = ...) -> None: ...
+
+class SecureConsent(_message.Message):
+    __slots__ = ("round", "attempt", "signature")
+    ROUND_FIELD_NUMBER: _ClassVar[int]
+    ATTEMPT_FIELD_NUMBER: _ClassVar[int]
+    SIGNATURE_FIELD_NUMBER: _ClassVar[int]
+    round: int
+    attempt: int
+    signature: bytes
+    def __init__(self, round: _Optional[int] = ..., attempt: _Optional[int] = ..., signature: _Optional[bytes] = ...) -> None: ...
+
+class SecureEvidence(_message.Message):
+    __slots__ = ("round", "attempt", "names", "signatures")
+    ROUND_FIELD_NUMBER: _ClassVar[int]
+    ATTEMPT_FIELD_NUMBER: _ClassVar[int]
+    NAMES_FIELD_NUMBER: _ClassVar[int]
+    SIGNATURES_FIELD_NUMBER: _ClassVar[int]
+    round: int
+    attempt: int
+    names: _containers.RepeatedScalarFieldContainer[str]
+    signatures: _containers.RepeatedScalarFieldContainer[bytes]
+    def __init__(self, round: _Optional[int] = ..., attempt: _Optional[int] = ..., names: _Optional[_Iterable[str]] = ..., signatures: _Optional[_Iterable[bytes]] = ...) -> None: ...
+
+class SecureReveal(_message.Message):
+    __slots__ = ("round", "attempt", "names", "shares")
+    ROUND_FIELD_NUMBER: _ClassVar[int]
+    ATTEMPT_FIELD_NUMBER: _ClassVar[int]
+    NAMES_FIELD_NUMBER: _ClassVar[int]
+    SHARES_FIELD_NUMBER: _ClassVar[int]
+    round: int
+    attempt: int
+    names: _containers.RepeatedScalarFieldContainer[str]
+    shares: _containers.RepeatedScalarFieldContainer[bytes]
+    def __init__(self, round: _Optional[int] = ..., attempt: _Optional[int] = ..., names: _Optional[_Iterable[str]] = ..., shares: _Optional[_Iterable[bytes]] = ...) -> None: ...
 
 class FetchTrunk(_message.Message):
     __slots__ = ()
@@ -293,7 +411,7 @@ class SessionFailed(_message.Message):
     def __init__(self, session: _Optional[int] = ..., code: _Optional[str] = ..., message: _Optional[str] = ..., retry_after_s: _Optional[float] = ...) -> None: ...
 
 class Header(_message.Message):
-    __slots__ = ("tensors", "hello", "welcome", "join", "step_open", "forward", "output", "backward", "input_gradient", "step_ready", "step_done", "round_update", "round_result", "fetch_trunk", "trunk_state", "waiting", "finished", "failure", "round_open", "session_open", "session_opened", "session_forward", "session_output", "session_close", "session_failed", "pullback")
+    __slots__ = ("tensors", "hello", "welcome", "join", "step_open", "forward", "output", "backward", "input_gradient", "step_ready", "step_done", "round_update", "round_result", "fetch_trunk", "trunk_state", "waiting", "finished", "failure", "round_open", "session_open", "session_opened", "session_forward", "session_output", "session_close", "session_failed", "pullback", "secure_keys", "secure_roster", "secure_shares", "secure_delivery", "secure_update", "secure_survivors", "secure_consent", "secure_evidence", "secure_reveal")
     TENSORS_FIELD_NUMBER: _ClassVar[int]
     HELLO_FIELD_NUMBER: _ClassVar[int]
     WELCOME_FIELD_NUMBER: _ClassVar[int]
@@ -320,6 +438,15 @@ class Header(_message.Message):
     SESSION_CLOSE_FIELD_NUMBER: _ClassVar[int]
     SESSION_FAILED_FIELD_NUMBER: _ClassVar[int]
     PULLBACK_FIELD_NUMBER: _ClassVar[int]
+    SECURE_KEYS_FIELD_NUMBER: _ClassVar[int]
+    SECURE_ROSTER_FIELD_NUMBER: _ClassVar[int]
+    SECURE_SHARES_FIELD_NUMBER: _ClassVar[int]
+    SECURE_DELIVERY_FIELD_NUMBER: _ClassVar[int]
+    SECURE_UPDATE_FIELD_NUMBER: _ClassVar[int]
+    SECURE_SURVIVORS_FIELD_NUMBER: _ClassVar[int]
+    SECURE_CONSENT_FIELD_NUMBER: _ClassVar[int]
+    SECURE_EVIDENCE_FIELD_NUMBER: _ClassVar[int]
+    SECURE_REVEAL_FIELD_NUMBER: _ClassVar[int]
     tensors: _containers.RepeatedCompositeFieldContainer[TensorHeader]
     hello: Hello
     welcome: Welcome
@@ -346,4 +473,13 @@ class Header(_message.Message):
     session_close: SessionClose
     session_failed: SessionFailed
     pullback: Pullback
-    def __init__(self, tensors: _Optional[_Iterable[_Union[TensorHeader, _Mapping]]] = ..., hello: _Optional[_Union[Hello, _Mapping]] = ..., welcome: _Optional[_Union[Welcome, _Mapping]] = ..., join: _Optional[_Union[Join, _Mapping]] = ..., step_open: _Optional[_Union[StepOpen, _Mapping]] = ..., forward: _Optional[_Union[Forward, _Mapping]] = ..., output: _Optional[_Union[Output, _Mapping]] = ..., backward: _Optional[_Union[Backward, _Mapping]] = ..., input_gradient: _Optional[_Union[InputGradient, _Mapping]] = ..., step_ready: _Optional[_Union[StepReady, _Mapping]] = ..., step_done: _Optional[_Union[StepDone, _Mapping]] = ..., round_update: _Optional[_Union[RoundUpdate, _Mapping]] = ..., round_result: _Optional[_Union[RoundResult, _Mapping]] = ..., fetch_trunk: _Optional[_Union[FetchTrunk, _Mapping]] = ..., trunk_state: _Optional[_Union[TrunkState, _Mapping]] = ..., waiting: _Optional[_Union[Waiting, _Mapping]] = ..., finished: _Optional[_Union[Finished, _Mapping]] = ..., failure: _Optional[_Union[Failure, _Mapping]] = ..., round_open: _Optional[_Union[RoundOpen, _Mapping]] = ..., session_open: _Optional[_Union[SessionOpen, _Mapping]] = ..., session_opened: _Optional[_Union[SessionOpened, _Mapping]] = ..., session_forward: _Optional[_Union[SessionForward, _Mapping]] = ..., session_output: _Optional[_Union[SessionOutput, _Mapping]] = ..., session_close: _Optional[_Union[SessionClose, _Mapping]] = ..., session_failed: _Optional[_Union[SessionFailed, _Mapping]] = ..., pullback: _Optional[_Union[Pullback, _Mapping]] = ...) -> None: ...
+    secure_keys: SecureKeys
+    secure_roster: SecureRoster
+    secure_shares: SecureShares
+    secure_delivery: SecureDelivery
+    secure_update: SecureUpdate
+    secure_survivors: SecureSurvivors
+    secure_consent: SecureConsent
+    secure_evidence: SecureEvidence
+    secure_reveal: SecureReveal
+    def __init__(self, tensors: _Optional[_Iterable[_Union[TensorHeader, _Mapping]]] = ..., hello: _Optional[_Union[Hello, _Mapping]] = ..., welcome: _Optional[_Union[Welcome, _Mapping]] = ..., join: _Optional[_Union[Join, _Mapping]] = ..., step_open: _Optional[_Union[StepOpen, _Mapping]] = ..., forward: _Optional[_Union[Forward, _Mapping]] = ..., output: _Optional[_Union[Output, _Mapping]] = ..., backward: _Optional[_Union[Backward, _Mapping]] = ..., input_gradient: _Optional[_Union[InputGradient, _Mapping]] = ..., step_ready: _Optional[_Union[StepReady, _Mapping]] = ..., step_done: _Optional[_Union[StepDone, _Mapping]] = ..., round_update: _Optional[_Union[RoundUpdate, _Mapping]] = ..., round_result: _Optional[_Union[RoundResult, _Mapping]] = ..., fetch_trunk: _Optional[_Union[FetchTrunk, _Mapping]] = ..., trunk_state: _Optional[_Union[TrunkState, _Mapping]] = ..., waiting: _Optional[_Union[Waiting, _Mapping]] = ..., finished: _Optional[_Union[Finished, _Mapping]] = ..., failure: _Optional[_Union[Failure, _Mapping]] = ..., round_open: _Optional[_Union[RoundOpen, _Mapping]] = ..., session_open: _Optional[_Union[SessionOpen, _Mapping]] = ..., session_opened: _Optional[_Union[SessionOpened, _Mapping]] = ..., session_forward: _Optional[_Union[SessionForward, _Mapping]] = ..., session_output: _Optional[_Union[SessionOutput, _Mapping]] = ..., session_close: _Optional[_Union[SessionClose, _Mapping]] = ..., session_failed: _Optional[_Union[SessionFailed, _Mapping]] = ..., pullback: _Optional[_Union[Pullback, _Mapping]] = ..., secure_keys: _Optional[_Union[SecureKeys, _Mapping]] = ..., secure_roster: _Optional[_Union[SecureRoster, _Mapping]] = ..., secure_shares: _Optional[_Union[SecureShares, _Mapping]] = ..., secure_delivery: _Optional[_Union[SecureDelivery, _Mapping]] = ..., secure_update: _Optional[_Union[SecureUpdate, _Mapping]] = ..., secure_survivors: _Optional[_Union[SecureSurvivors, _Mapping]] = ..., secure_consent: _Optional[_Union[SecureConsent, _Mapping]] = ..., secure_evidence: _Optional[_Union[SecureEvidence, _Mapping]] = ..., secure_reveal: _Optional[_Union[SecureReveal, _Mapping]] = ...) -> None: ...
