@@ -39,11 +39,13 @@ class DecodedLabels:
         labels_T: The most likely label of each row; `NO_LABEL` where the gradient shows none.
         likelihood_TV: Logarithm of the gradient's likelihood under each label, to a constant for each row; where rows
             before the last depend on labels after them, these are taken as decoded. Not the prior.
+        prior_TV: Log-probability of each label by the public output blocks, on the server's own outputs.
         residual_std: What the labels leave unexplained, a value's standard deviation.
     """
 
     labels_T: torch.Tensor
     likelihood_TV: torch.Tensor
+    prior_TV: torch.Tensor
     residual_std: float
 
 
@@ -81,7 +83,7 @@ class _Rows:
     head: _Head
     jacobian_THH: torch.Tensor
     residual_TH: torch.Tensor
-    deviation: float
+    deviation_T: torch.Tensor
     may_be_none: bool
     likelihood_TV: torch.Tensor
     labels_T: torch.Tensor
@@ -101,9 +103,10 @@ class _Rows:
             cross_BV, square_BV = cross_BV * head.slope_TV[rows], square_BV * head.slope_TV[rows] ** 2
         distance_BV = (base_BH.square().sum(-1, keepdim=True) + 2 * cross_BV + square_BV).clamp_min(0)
         self._refine(rows, distance_BV, base_BH)
-        likelihood_BV = -distance_BV / (2 * self.deviation**2)
+        weight_B1 = 0.5 / self.deviation_T[rows, None].square()
+        likelihood_BV = -distance_BV * weight_B1
         posterior_BV = likelihood_BV + head.log_p_TV[rows]
-        none_B1 = -seen_BH.square().sum(-1, keepdim=True) / (2 * self.deviation**2)
+        none_B1 = -seen_BH.square().sum(-1, keepdim=True) * weight_B1
         scores = torch.cat([posterior_BV, none_B1 if self.may_be_none else torch.full_like(none_B1, -torch.inf)], 1)
         if self.may_be_none:
             scores[:, -1:] += torch.log(torch.tensor(_NO_LABEL_PRIOR))
@@ -138,7 +141,7 @@ def decode_labels(
     gradient_TH: torch.Tensor,
     lengths: Sequence[int],
     *,
-    noise_std: float = 0.0,
+    noise_std_T: torch.Tensor | None = None,
     every_row: bool = True,
 ) -> DecodedLabels:
     """Labels of a micro-batch from the gradient of its summed loss.
@@ -148,7 +151,7 @@ def decode_labels(
         output_TH: The server's own trunk outputs, as it sent them.
         gradient_TH: What the client sent for them.
         lengths: Tokens of each sequence; its last row never carries a label.
-        noise_std: Of the noise that is known to be on the gradient, codec included.
+        noise_std_T: Of the noise that is known to be on each row of the gradient, codec included; None: none.
         every_row: The loss is taken at every row but each sequence's last; else a row may carry none.
 
     Returns:
@@ -158,7 +161,8 @@ def decode_labels(
     ends_B = torch.tensor(lengths).cumsum(0)
     largest = float(gradient_TH.norm(dim=1).max()) / gradient_TH.shape[1] ** 0.5
     floor = max(_ROUNDING * largest, 1e-12)
-    deviation = max(noise_std, floor)
+    known_T = torch.zeros(len(gradient_TH)) if noise_std_T is None else noise_std_T.float()
+    deviation_T = known_T.clamp_min(floor)
     leaf_TH = output_TH.detach().float().requires_grad_()
     with torch.enable_grad():
         out_TH = output_blocks.final(leaf_TH, lengths)
@@ -167,10 +171,11 @@ def decode_labels(
         [own_jacobians(output_blocks, part) for part in torch.split(leaf_TH.detach(), list(lengths))]
     )
     graph = (leaf_TH, out_TH) if len(output_blocks.blocks) else None
-    decoded = _pass(head, jacobian_THH, gradient_TH, graph, ends_B, lengths, deviation, every_row)
-    if decoded.residual_std > 2 * deviation:
+    decoded = _pass(head, jacobian_THH, gradient_TH, graph, ends_B, lengths, deviation_T, every_row)
+    if decoded.residual_std > 2 * float(deviation_T.median()):
         # The client's output blocks are not the public ones any more: what they change is noise to us.
-        decoded = _pass(head, jacobian_THH, gradient_TH, graph, ends_B, lengths, decoded.residual_std, every_row)
+        deviation_T = deviation_T.clamp_min(decoded.residual_std)
+        decoded = _pass(head, jacobian_THH, gradient_TH, graph, ends_B, lengths, deviation_T, every_row)
     return decoded
 
 
@@ -181,7 +186,7 @@ def _pass(
     graph: tuple[torch.Tensor, torch.Tensor] | None,
     ends_B: torch.Tensor,
     lengths: Sequence[int],
-    deviation: float,
+    deviation_T: torch.Tensor,
     every_row: bool,
 ) -> DecodedLabels:
     shape = head.log_p_TV.shape
@@ -189,7 +194,7 @@ def _pass(
         head,
         jacobian_THH,
         gradient_TH.clone(),
-        deviation,
+        deviation_T,
         not every_row,
         torch.zeros(shape),
         torch.full(shape[:1], NO_LABEL),
@@ -205,9 +210,8 @@ def _pass(
         _last_to_first(state, graph, ends_B, lengths)
     width = gradient_TH.shape[1]
     left = state.leftover_T[carrying_T]
-    return DecodedLabels(
-        state.labels_T, state.likelihood_TV, float((left.median() / width).sqrt()) if left.numel() else 0.0
-    )
+    residual_std = float((left.median() / width).sqrt()) if left.numel() else 0.0
+    return DecodedLabels(state.labels_T, state.likelihood_TV, head.log_p_TV, residual_std)
 
 
 def _last_to_first(

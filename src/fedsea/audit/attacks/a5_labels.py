@@ -1,0 +1,105 @@
+"""A5, the backward channel: the gradient at the trunk's output names the next token of every row that carries loss.
+
+Noise on the forward channel does not stand in its way: the server's outputs are what they are, whatever it computed
+them from, and the client's gradient is taken at exactly these outputs.
+
+T  tokens of a sequence, V  vocabulary size
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from fedsea.audit.attacker import Attacker
+from fedsea.audit.attacks.label_decoding import NO_LABEL, DecodedLabels, decode_labels
+from fedsea.audit.targets import Observation, Progress, Recovered, Target, unheard
+from fedsea.types import Channel
+from fedsea.wire.codecs import CODECS
+
+UNKNOWN = -1
+"""Stands for a token of which the gradients say nothing."""
+
+
+def run(attacker: Attacker, targets: Sequence[Target], progress: Progress = unheard) -> list[Recovered]:
+    """Decode each target's text from its gradients; several passes over a text are put together.
+
+    A row's gradient speaks of the token after it. So the first token is never scored, nor are those whose row carries
+    no loss (a prompt's, with `loss_on = "completion"`).
+
+    Args:
+        attacker: What the server knows.
+        targets: With gradients in their observations.
+        progress: Told of every sequence.
+
+    Returns:
+        For each target; without any gradient, nothing is scored.
+    """
+    answers = []
+    for number, target in enumerate(targets):
+        progress(number, len(targets))
+        decoded = [decode(attacker, seen) for seen in target.observations if seen.gradient_TH is not None]
+        answers.append(_answer(attacker, target.observations[0].length, decoded))
+    progress(len(targets), len(targets))
+    return answers
+
+
+def decode(attacker: Attacker, seen: Observation) -> DecodedLabels:
+    """What one gradient of one sequence says."""
+    assert seen.gradient_TH is not None
+    output_TH = _as_sent(attacker, outputs_of(attacker, seen))
+    return decode_labels(
+        attacker.output_blocks,
+        output_TH,
+        seen.gradient_TH.float(),
+        (seen.length,),
+        noise_std_T=attacker.row_variance(Channel.GRADIENT, seen.gradient_TH.float()).sqrt(),
+        every_row=attacker.plan.data.loss_on == "all",
+    )
+
+
+def outputs_of(attacker: Attacker, seen: Observation) -> torch.Tensor:
+    """The server's own trunk outputs [T, H] for what it received."""
+    if seen.output_TH is not None:
+        return seen.output_TH.float()
+    with torch.no_grad():
+        return attacker.trunk(seen.hidden_TH.float(), (seen.length,)).float()
+
+
+def _as_sent(attacker: Attacker, output_TH: torch.Tensor) -> torch.Tensor:
+    """Outputs as the client decoded them: the gradient is taken there."""
+    name = attacker.codecs.get(Channel.HIDDEN, "fp32")
+    if name == "fp32":
+        return output_TH
+    codec, decoded_TH = CODECS[name], torch.empty(output_TH.shape)
+    raw = torch.cat([part.contiguous().view(torch.uint8).flatten() for part in codec.encode(output_TH)])
+    codec.decode(raw, decoded_TH)
+    return decoded_TH
+
+
+def together(decoded: Sequence[DecodedLabels]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Several passes over one text: labels [T], summed likelihood [T, V], mean prior [T, V].
+
+    The noise of the passes is independent, so their likelihoods multiply; the text and so its prior is one and the
+    same.
+    """
+    likelihood_TV = torch.stack([one.likelihood_TV for one in decoded]).sum(0)
+    prior_TV = torch.stack([one.prior_TV for one in decoded]).mean(0)
+    silent_T = torch.stack([one.labels_T == NO_LABEL for one in decoded]).float().mean(0) > 0.5
+    labels_T = torch.where(silent_T, NO_LABEL, (likelihood_TV + prior_TV).argmax(-1))
+    return labels_T, likelihood_TV, prior_TV
+
+
+def _answer(attacker: Attacker, length: int, decoded: Sequence[DecodedLabels]) -> Recovered:
+    ids_T = torch.full((length,), UNKNOWN)
+    begins = torch.tensor(attacker.beginning[:length], dtype=torch.long)
+    ids_T[: len(begins)] = begins
+    if not decoded:
+        return Recovered(ids_T, torch.zeros(length, dtype=torch.bool), "the plan sends no gradients")
+    labels_T, _, _ = together(decoded)
+    scored_T = torch.zeros(length, dtype=torch.bool)
+    said_T = labels_T[:-1]
+    ids_T[1:] = torch.where(said_T == NO_LABEL, ids_T[1:], said_T)
+    scored_T[1:] = True if attacker.plan.data.loss_on == "all" else said_T != NO_LABEL
+    return Recovered(ids_T, scored_T)

@@ -1,0 +1,82 @@
+"""A6: texts that the attacker knows show what the client's own changes do to hidden states; it undoes that, then A2.
+
+A secret rotation, a permutation and private adapters are all near enough to one affine map of the rows. The map is
+fitted from what was seen to what the public weights compute: once as a rotation (orthogonal Procrustes), once by
+least squares that shrink towards changing nothing; the better one on known texts that were left out is taken.
+
+T  rows of all known texts, H  hidden size
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+
+from fedsea.audit.attacker import Attacker
+from fedsea.audit.attacks.search import Seen, search
+from fedsea.audit.targets import Progress, Recovered, Target, unheard
+from fedsea.types import Channel
+
+Map = Callable[[torch.Tensor], torch.Tensor]
+
+_SHRINKAGE = (1e-6, 1e-3, 1e-1)
+
+
+def _rows(attacker: Attacker, known: Sequence[Target]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Seen and computed rows [T, H] of texts that the attacker knows, without the first (the same in every text)."""
+    seen = torch.cat([o.hidden_TH.float()[1:] for target in known for o in target.observations])
+    clean = torch.cat([attacker.clean(t.ids_T).cpu()[1:] for t in known for _ in t.observations])
+    return seen, clean
+
+
+def _rotation(seen_TH: torch.Tensor, clean_TH: torch.Tensor) -> Map:
+    """Orthogonal Procrustes, with a shift."""
+    from_H, to_H = seen_TH.mean(dim=0), clean_TH.mean(dim=0)
+    left, _, right = torch.linalg.svd((seen_TH - from_H).double().T @ (clean_TH - to_H).double())
+    turn_HH = (left @ right).float()
+    return lambda rows: (rows - from_H) @ turn_HH + to_H
+
+
+def _least_squares(seen_TH: torch.Tensor, clean_TH: torch.Tensor, shrinkage: float) -> Map:
+    """The affine map of least squares, shrunk towards the identity."""
+    from_H, to_H = seen_TH.mean(dim=0), clean_TH.mean(dim=0)
+    x, y = (seen_TH - from_H).double(), (clean_TH - to_H).double()
+    gram = x.T @ x
+    ridge = shrinkage * gram.diagonal().mean() * torch.eye(len(gram), dtype=gram.dtype)
+    change_HH = torch.linalg.solve(gram + ridge, x.T @ (y - x)).float()
+    return lambda rows: (rows - from_H) + (rows - from_H) @ change_HH + to_H
+
+
+def align(attacker: Attacker, known: Sequence[Target]) -> tuple[Map, float]:
+    """The map from what is seen to what the public weights compute.
+
+    Returns:
+        The map, and the mean squared error per value that it leaves on known texts that were left out.
+    """
+    if len(known) < 2:
+        return (lambda rows: rows), 0.0
+    cut = max(1, len(known) * 3 // 4)
+    fitted, held = _rows(attacker, known[:cut]), _rows(attacker, known[cut:])
+
+    def makers() -> list[Callable[[torch.Tensor, torch.Tensor], Map]]:
+        squares = [lambda s, c, a=a: _least_squares(s, c, a) for a in _SHRINKAGE]  # type: ignore[misc]
+        return [lambda s, c: lambda rows: rows, _rotation, *squares]  # noqa: ARG005
+
+    errors = [float((make(*fitted)(held[0]) - held[1]).square().mean()) for make in makers()]
+    best = min(range(len(errors)), key=errors.__getitem__)
+    return makers()[best](*_rows(attacker, known)), errors[best]
+
+
+def run(attacker: Attacker, targets: Sequence[Target], progress: Progress = unheard) -> list[Recovered]:
+    """Recover every target from its first pass alone, with the map undone."""
+    undo, error = align(attacker, attacker.known)
+    seen = []
+    for target in targets:
+        rows_TH = target.observations[0].hidden_TH.float()
+        variance_T = torch.maximum(
+            attacker.row_variance(Channel.HIDDEN, rows_TH), torch.tensor(error)
+        )
+        seen.append(Seen(undo(rows_TH), variance_T))
+    truths = [target.ids_T for target in targets]
+    return search(attacker, seen, truths, beam=attacker.beam, prior=True, progress=progress)
