@@ -89,11 +89,15 @@ class TokenBatch:
         input_ids_T: int64 token ids.
         targets_T: int64 next-token targets, already shifted; `IGNORE` where no loss is taken (prompts, last position).
         lengths: Tokens of each sequence, in order; their sum is T.
+        documents: Hash of the document that each sequence is of, as `data` makes it; () if unknown.
+        pieces: Which piece of its document each sequence is; () if unknown.
     """
 
     input_ids_T: torch.Tensor
     targets_T: torch.Tensor
     lengths: tuple[int, ...]
+    documents: tuple[str, ...] = ()
+    pieces: tuple[int, ...] = ()
 
     @property
     def num_tokens(self) -> int:
@@ -104,6 +108,39 @@ class TokenBatch:
     def num_target_tokens(self) -> int:
         """Positions that carry loss; the weight of this micro-batch in a step."""
         return int((self.targets_T != IGNORE).sum())
+
+    def origin(self, purpose: Purpose) -> Origin:
+        """What the rows of a release of this micro-batch come from."""
+        return Origin(purpose, self.lengths, self.documents, self.pieces)
+
+
+class Purpose(enum.StrEnum):
+    """What a release is made for."""
+
+    TRAINING = "training"
+    EVALUATION = "evaluation"
+    INFERENCE = "inference"
+
+
+@dataclass(frozen=True, slots=True)
+class Origin:
+    """What the rows of a release come from: clipping and accounting need it. It stays at the client.
+
+    Attributes:
+        lengths: Rows of each sequence, in order; 0 for one that gets none.
+        documents: Identity (a hash, never text) of each sequence's document; () if nobody knows it.
+        pieces: Which piece of its document each sequence is; () for whole documents.
+        most_rows: The most rows that a sequence may have in the end, where they are released bit by bit (a session);
+            0: each sequence is released whole.
+        turns: Of a session: how many of its sequences begin with these rows, or go back behind rows that were released.
+    """
+
+    purpose: Purpose
+    lengths: tuple[int, ...]
+    documents: tuple[str, ...] = ()
+    pieces: tuple[int, ...] = ()
+    most_rows: int = 0
+    turns: int = 0
 
 
 class Channel(enum.StrEnum):

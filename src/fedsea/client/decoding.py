@@ -20,6 +20,7 @@ from fedsea.model.cache import Extension, SequenceCache
 from fedsea.model.decoding import rearranged
 from fedsea.plan import FederationPlan
 from fedsea.privacy.boundary import Boundary
+from fedsea.types import Origin, Purpose
 
 
 class SplitDecoder:
@@ -116,6 +117,7 @@ class Sequences:
         self._decoder = decoder
         self._sources: tuple[int, ...] = ()
         self._answered = self._closed = False
+        self._furthest = [0] * num_sequences  # rows that were released, also those taken back since
         segments = decoder.segments
         with decoder.lock:
             self._inputs = [segments.input_blocks.open_cache(max_tokens) for _ in self.lengths]
@@ -172,13 +174,21 @@ class Sequences:
                 extension = _extension(lengths, self._inputs)
                 hidden_TH = segments.input_blocks.extend(ids_T.to(segments.device), extension, decoder.input_adapters)
                 extension.commit()
-                sealed = decoder.trunk.seal(decoder.boundary.hidden(hidden_TH))
+                sealed = decoder.trunk.seal(decoder.boundary.hidden(hidden_TH, self._origin(lengths)))
             output = self.session.extend(sealed, positions, lengths, sources)
             sources = ()
             for number, (start, stop) in enumerate(spans):
                 self.lengths[number] += stop - start
                 self.tokens[number] += tokens[number][start:stop]
             yield _Piece(lengths, _rows(spans, [len(ids) for ids in tokens], wanted), output)
+
+    def _origin(self, lengths: tuple[int, ...]) -> Origin:
+        """What new rows come from, and how many sequences begin with them or go over what was released before."""
+        turns = 0
+        for number, (held, new) in enumerate(zip(self.lengths, lengths, strict=True)):
+            turns += bool(new) and (held == 0 or held < self._furthest[number])
+            self._furthest[number] = max(self._furthest[number], held + new)
+        return Origin(Purpose.INFERENCE, lengths, most_rows=self.max_tokens, turns=turns)
 
     @torch.inference_mode()
     def _receive(self, pieces: Sequence[_Piece]) -> torch.Tensor:
@@ -223,6 +233,7 @@ class Sequences:
             self._outputs = rearranged(self._outputs, sources)
         self.lengths = [self.lengths[source] for source in sources]
         self.tokens = [list(self.tokens[source]) for source in sources]
+        self._furthest = [self._furthest[source] for source in sources]
         self._sources = tuple(self._sources[source] for source in sources) if self._sources else tuple(sources)
 
     def _check_open(self) -> None:

@@ -13,7 +13,7 @@ from fedsea.client.trunk import MicroBatch, Trunk
 from fedsea.errors import DataError
 from fedsea.plan import FederationPlan
 from fedsea.privacy.boundary import Boundary
-from fedsea.types import TokenBatch
+from fedsea.types import Purpose, TokenBatch
 
 
 def evaluate(
@@ -47,7 +47,8 @@ def evaluate(
     for number, batch in enumerate(batches):
         hidden = segments.evaluate_embed(batch)
         where = MicroBatch(number, 0, 0, 1, batch.lengths, batch.num_target_tokens, segments.trunk_blocks)
-        under_way.append((batch, trunk.evaluate(where, trunk.seal(boundary.hidden(hidden)))))
+        sealed = trunk.seal(boundary.hidden(hidden, batch.origin(Purpose.EVALUATION)))
+        under_way.append((batch, trunk.evaluate(where, sealed)))
         if len(under_way) >= plan.training.in_flight:
             take()
     while under_way:

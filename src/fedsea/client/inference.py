@@ -18,7 +18,6 @@ from fedsea.data.tokenizer import load_tokenizer
 from fedsea.errors import ConfigError
 from fedsea.model.checkpoint import Checkpoint
 from fedsea.plan import FederationPlan
-from fedsea.privacy.boundary import Boundary
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -97,6 +96,6 @@ def open_decoder(options: ClientOptions, *, base: bool = False) -> Iterator[Open
         answer_within_s=options.answer_within_s,
     )
     watch = (lambda _: None) if state is None else PartsWatch(plan, name, state, options.run)
-    with invited.keeper, trunk:
-        decoder = SplitDecoder(plan, segments, trunk, Boundary(plan.trust.mode), on_version=watch)
+    with invited.keeper, trunk, setup.open_boundary(plan, name, invited.invitation.run_id, options) as boundary:
+        decoder = SplitDecoder(plan, segments, trunk, boundary, on_version=watch)
         yield OpenedDecoder(decoder, tokenizer, plan, name, trunk, checkpoint)

@@ -22,7 +22,6 @@ from fedsea.errors import ConfigError
 from fedsea.federation.schedule import place
 from fedsea.model import export
 from fedsea.plan import FederationPlan
-from fedsea.privacy.boundary import Boundary
 from fedsea.wire.channel import call_status
 from fedsea.wire.identity.identity import Identity
 from fedsea.wire.limits import WireLimits
@@ -71,8 +70,9 @@ def evaluate(options: ClientOptions, everything: bool = False, base: bool = Fals
     if state is not None:
         say_if_apart(plan, name, state, status(options.server, options.identity)["next_step"], options.run)
     batches = setup.every_row(plan, silo, name) if everything else setup.held_out(plan, silo, name)
-    with _observing(options, invited, setup.wire_limits(plan, checkpoint, name)) as trunk:
-        loss, tokens = evaluate_batches(segments, trunk, Boundary(plan.trust.mode), batches, plan)
+    limits, run_id = setup.wire_limits(plan, checkpoint, name), invited.invitation.run_id
+    with setup.open_boundary(plan, name, run_id, options) as boundary, _observing(options, invited, limits) as trunk:
+        loss, tokens = evaluate_batches(segments, trunk, boundary, batches, plan)
     return EvalSummary(loss, math.exp(min(loss, 700.0)), tokens, "base" if base else "trained")
 
 

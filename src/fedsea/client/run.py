@@ -93,9 +93,9 @@ def _trainer(
     store: ClientStore,
     recorder: _Recorder,
     options: ClientOptions,
+    boundary: Boundary,
 ) -> Trainer:
     name = segments.name
-    boundary = Boundary(plan.trust.mode)
     held_out = None
     if options.evaluate:
         if any(batch.num_target_tokens for batch in setup.held_out(plan, silo, name)):
@@ -151,12 +151,13 @@ def train(options: ClientOptions, observer: Observer | None = None) -> TrainSumm
             options.retry,
             on_waiting=getattr(observer, "waiting", lambda _: None),
         )
-        trainer = _trainer(plan, segments, silo, trunk, store, recorder, options)
-        trainer.restore()
-        if (begin := getattr(observer, "begin", None)) is not None:
-            begin(plan, name, trunk)
-        with invited.keeper, trunk:
-            trainer.run()
+        with setup.open_boundary(plan, name, invited.invitation.run_id, options) as boundary:
+            trainer = _trainer(plan, segments, silo, trunk, store, recorder, options, boundary)
+            trainer.restore()
+            if (begin := getattr(observer, "begin", None)) is not None:
+                begin(plan, name, trunk)
+            with invited.keeper, trunk:
+                trainer.run()
         return _finished(store, recorder.summary(name, store.state.next_step, trunk.traffic), files)
     finally:
         store.close()
@@ -239,11 +240,12 @@ def train_alone(plan_file: Path, name: str, options: ClientOptions, observer: Ob
         blocks = plan.partition_of(name).trunk(checkpoint.num_blocks)
         segment = trainable_trunk(plan, checkpoint, blocks, options.device)
         trunk = LocalTrunk(segment, plan, name, options.run / "trunk")
-        trainer = _trainer(plan, segments, silo, trunk, store, recorder, options)
-        trainer.restore()
-        if (begin := getattr(observer, "begin", None)) is not None:
-            begin(plan, name, None)
-        trainer.run()
+        with setup.open_boundary(plan, name, ALONE, options) as boundary:
+            trainer = _trainer(plan, segments, silo, trunk, store, recorder, options, boundary)
+            trainer.restore()
+            if (begin := getattr(observer, "begin", None)) is not None:
+                begin(plan, name, None)
+            trainer.run()
         return _finished(store, recorder.summary(name, store.state.next_step, ({}, {})), files)
     finally:
         store.close()

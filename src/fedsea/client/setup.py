@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -11,6 +12,8 @@ from pathlib import Path
 
 import torch
 
+from fedsea.client import accounts
+from fedsea.client.accounts import own_noise
 from fedsea.client.invitation import Invitation, seek_invitation
 from fedsea.client.renewal import IdentityKeeper
 from fedsea.client.retry import RetryPolicy
@@ -26,7 +29,7 @@ from fedsea.model import adapters
 from fedsea.model.checkpoint import Checkpoint, open_checkpoint
 from fedsea.model.fingerprint import check, fingerprint, units_of
 from fedsea.model.loading import trainable_ends
-from fedsea.plan import ClientLimits, FederationPlan, load_limits
+from fedsea.plan import ClientLimits, FederationPlan, load_limits, trust_statement
 from fedsea.privacy.boundary import Boundary
 from fedsea.types import Channel, SegmentKind, TokenBatch
 from fedsea.wire.limits import WireLimits
@@ -129,8 +132,18 @@ def accept(options: ClientOptions) -> Invited:
         torch.set_num_threads(options.threads)
     invited = ask(options)
     check_limits(invited.plan, invited.name, options)
-    log.warning("%s", Boundary(invited.plan.trust.mode).statement)
+    noise = own_noise(options.settings).over(invited.plan, invited.name)
+    log.warning("%s", trust_statement(invited.plan, invited.name, noise))
     return invited
+
+
+def open_boundary(
+    plan: FederationPlan, name: str, run_id: str, options: ClientOptions
+) -> contextlib.AbstractContextManager[Boundary]:
+    """The only maker of releases, with the ledger that they are charged to; see `client.accounts`."""
+    return accounts.open_boundary(
+        plan, name, run_id, identity=options.identity, run=options.run, settings=options.settings
+    )
 
 
 def check_limits(plan: FederationPlan, name: str, options: ClientOptions) -> None:

@@ -18,6 +18,7 @@ from fedsea.client.decoding import SplitDecoder
 from fedsea.client.padding import pieces_of
 from fedsea.client.trunk import MicroBatch, Sealed
 from fedsea.errors import ConfigError
+from fedsea.types import Origin, Purpose
 
 _FIRST_REQUEST = 1 << 32
 """Request numbers begin here, apart from those of evaluations on the same trunk."""
@@ -64,7 +65,7 @@ class ThroughTrunk:
             return through
         if max(lengths) > self._longest:
             return self._in_sessions(hidden_TH.detach(), lengths)
-        return self.received(self.ask(hidden_TH.detach(), lengths)).to(hidden_TH.device)
+        return self.received(self.ask(hidden_TH.detach(), lengths, Purpose.INFERENCE)).to(hidden_TH.device)
 
     def _check_longest(self, lengths: Sequence[int]) -> None:
         if max(lengths) > self._longest:
@@ -73,14 +74,14 @@ class ThroughTrunk:
                 "(data.max_tokens): cut the sequences, for example with max_length of the trainer's settings."
             )
 
-    def ask(self, hidden_TH: torch.Tensor, lengths: tuple[int, ...]) -> list[_Asked]:
+    def ask(self, hidden_TH: torch.Tensor, lengths: tuple[int, ...], purpose: Purpose) -> list[_Asked]:
         """Send hidden states."""
         decoder, asked = self._decoder, []
         pieces = pieces_of(lengths, self._most_tokens, self._most_sequences)
         for piece, part_TH in zip(pieces, torch.split(hidden_TH, [sum(piece) for piece in pieces]), strict=True):
             number = next(self._requests)
             where = MicroBatch(number, 0, 0, 1, piece, 0, decoder.segments.trunk_blocks)
-            sealed = decoder.trunk.seal(decoder.boundary.hidden(part_TH))
+            sealed = decoder.trunk.seal(decoder.boundary.hidden(part_TH, Origin(purpose, piece)))
             asked.append(_Asked(where, sealed, decoder.trunk.evaluate(where, sealed)))
         return asked
 
@@ -94,7 +95,11 @@ class ThroughTrunk:
         decoder = self._decoder
         parts = torch.split(gradient_TH, [sum(one.where.lengths) for one in asked])
         futures = [
-            decoder.trunk.pull_back(one.where, one.hidden, decoder.trunk.seal(decoder.boundary.gradient(part_TH)))
+            decoder.trunk.pull_back(
+                one.where,
+                one.hidden,
+                decoder.trunk.seal(decoder.boundary.gradient(part_TH, Origin(Purpose.TRAINING, one.where.lengths))),
+            )
             for one, part_TH in zip(asked, parts, strict=True)
         ]
         return torch.cat([future.result() for future in futures])
@@ -113,7 +118,8 @@ class ThroughTrunk:
             try:
                 futures, done = [], 0
                 for piece_TH in torch.split(part_TH, inference.prefill_tokens):
-                    sealed = decoder.trunk.seal(decoder.boundary.hidden(piece_TH))
+                    origin = Origin(Purpose.INFERENCE, (len(piece_TH),), most_rows=len(part_TH), turns=int(done == 0))
+                    sealed = decoder.trunk.seal(decoder.boundary.hidden(piece_TH, origin))
                     futures.append(session.extend(sealed, (done,), (len(piece_TH),)))
                     done += len(piece_TH)
                 outputs += [future.result() for future in futures]
@@ -126,7 +132,7 @@ class _Function(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, hidden_TH: torch.Tensor, through: ThroughTrunk, lengths: tuple[int, ...]) -> torch.Tensor:
         ctx.through, ctx.dtype = through, hidden_TH.dtype
-        ctx.asked = through.ask(hidden_TH, lengths)
+        ctx.asked = through.ask(hidden_TH, lengths, Purpose.TRAINING)
         return through.received(ctx.asked).to(hidden_TH.device)
 
     @staticmethod

@@ -21,7 +21,7 @@ from fedsea.errors import FedseaError, ProtocolError, StorageError
 from fedsea.federation.schedule import place
 from fedsea.plan import FederationPlan
 from fedsea.privacy.boundary import Boundary
-from fedsea.types import TokenBatch
+from fedsea.types import Purpose, TokenBatch
 from fedsea.wire import messages as m
 
 log = logging.getLogger(__name__)
@@ -66,13 +66,22 @@ class Observer(Protocol):
         ...
 
 
+@dataclass(frozen=True, slots=True)
+class _Answered:
+    """What the trunk answered, and the gradient as released for that answer."""
+
+    output: torch.Tensor
+    gradient: Sealed
+
+
 @dataclass(slots=True)
 class _Work:
-    """One step under way at this client: its micro-batches, and the hidden states as first released."""
+    """One step under way at this client: its micro-batches, and hidden states and gradients as first released."""
 
     batches: list[TokenBatch]
     data_after: dict[str, int]
     released: dict[int, Sealed] = field(default_factory=dict)
+    gradients: dict[int, _Answered] = field(default_factory=dict)
 
 
 class Trainer:
@@ -211,7 +220,7 @@ class Trainer:
             with self._timed("input"):
                 hidden[number] = self.segments.embed(work.batches[number], update, number)
                 if number not in work.released:
-                    work.released[number] = self.trunk.seal(self.boundary.hidden(hidden[number]))
+                    work.released[number] = self._seal_hidden(work.batches[number], hidden[number])
             outputs.append(self.trunk.forward(self._where(opened, work, number), work.released[number]))
 
         for number in range(min(self.plan.training.in_flight, count)):
@@ -224,7 +233,7 @@ class Trainer:
             total += loss
             embedded = hidden.pop(number)
             if gradient is not None:
-                sealed = self.trunk.seal(self.boundary.gradient(gradient))
+                sealed = self._seal_gradient(work, number, output, gradient)
                 answer = self.trunk.backward(self._where(opened, work, number), sealed)
                 if self.segments.trains_input:
                     returned.append((embedded, answer))
@@ -235,6 +244,20 @@ class Trainer:
         while returned:
             self._backward_input(*returned.popleft())
         return total
+
+    def _seal_hidden(self, batch: TokenBatch, hidden_TH: torch.Tensor) -> Sealed:
+        return self.trunk.seal(self.boundary.hidden(hidden_TH, batch.origin(Purpose.TRAINING)))
+
+    def _seal_gradient(self, work: _Work, number: int, output_TH: torch.Tensor, gradient_TH: torch.Tensor) -> Sealed:
+        """The gradient for an answer of the trunk's; one that was released for the very same answer is sent again."""
+        before = work.gradients.get(number)
+        if before is not None and torch.equal(before.output, output_TH):
+            return before.gradient
+        origin = work.batches[number].origin(Purpose.TRAINING)
+        sealed = self.trunk.seal(self.boundary.gradient(gradient_TH, origin))
+        if self.boundary.noise is not None:
+            work.gradients[number] = _Answered(output_TH, sealed)
+        return sealed
 
     def _backward_input(self, hidden_TH: torch.Tensor, answer: Future[torch.Tensor | None]) -> None:
         with self._timed("trunk"):
@@ -307,6 +330,7 @@ class Trainer:
             self.segments.load_parameters(self.segments.parameters() | dict(result.tensors))  # type: ignore[arg-type]
             if self._work is not None:
                 self._work.released.clear()
+                self._work.gradients.clear()
         state = replace(self.store.state, rounds_done=result.round + 1, round_tokens=0)
         self.store.save(state, self.segments.tensors())
         self._evaluate_once(always=True)

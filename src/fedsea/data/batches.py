@@ -20,10 +20,13 @@ _VERSION = 1
 
 def pack(sequences: Sequence[EncodedSequence]) -> TokenBatch:
     """Put sequences end to end, without padding."""
+    known = all(sequence.document for sequence in sequences)
     return TokenBatch(
         input_ids_T=torch.from_numpy(np.concatenate([sequence.ids for sequence in sequences]).astype(np.int64)),
         targets_T=torch.from_numpy(np.concatenate([sequence.targets for sequence in sequences]).astype(np.int64)),
         lengths=tuple(len(sequence) for sequence in sequences),
+        documents=tuple(sequence.document for sequence in sequences) if known else (),
+        pieces=tuple(sequence.piece for sequence in sequences) if known else (),
     )
 
 

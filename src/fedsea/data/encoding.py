@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import enum
+import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -39,10 +40,17 @@ class RowFate(enum.IntEnum):
 
 @dataclass(frozen=True, slots=True)
 class EncodedSequence:
-    """One sequence: token ids, and the id that follows each or `IGNORE`; both int32, of the same length."""
+    """One sequence: token ids, and the id that follows each or `IGNORE`; both int32, of the same length.
+
+    Attributes:
+        document: Hash of the whole row's ids: the same for all pieces of a long text, and wherever it comes again.
+        piece: Which piece of the row it is.
+    """
 
     ids: Int32s
     targets: Int32s
+    document: str = ""
+    piece: int = 0
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -117,16 +125,21 @@ class RowEncoder:
         learns = np.flatnonzero(wanted[1:])
         if not learns.size:
             return EncodedRow((), RowFate.EMPTY, masked_turns=item.masked_turns)
-        limit = self._max_tokens
+        limit, document = self._max_tokens, hashlib.blake2b(tokens.tobytes(), digest_size=12).hexdigest()
         if item.cut and len(tokens) > limit:
             # Pieces overlap by one token, so that the first token of a piece is predicted too: in the piece before.
             starts = range(0, len(tokens) - 1, limit - 1)
-            pieces = (_sequence(tokens[at : at + limit], wanted[at : at + limit]) for at in starts)
+            pieces = (
+                _sequence(tokens[at : at + limit], wanted[at : at + limit], document, piece)
+                for piece, at in enumerate(starts)
+            )
             return EncodedRow(tuple(pieces), RowFate.CUT)
         if int(learns[0]) + 1 >= limit:
             return EncodedRow((), RowFate.COMPLETION_LOST, masked_turns=item.masked_turns)
         fate = RowFate.WHOLE if len(tokens) <= limit else RowFate.TRUNCATED
-        return EncodedRow((_sequence(tokens[:limit], wanted[:limit]),), fate, masked_turns=item.masked_turns)
+        return EncodedRow(
+            (_sequence(tokens[:limit], wanted[:limit], document, 0),), fate, masked_turns=item.masked_turns
+        )
 
     def _joined(self, item: Rendered, ids_of_segments: list[list[int]]) -> tuple[Int32s, npt.NDArray[np.bool_]]:
         """A row's ids, and which of them are to be predicted."""
@@ -142,8 +155,8 @@ class RowEncoder:
         return np.array(tokens, dtype=np.int32), np.array(wanted, dtype=np.bool_)
 
 
-def _sequence(tokens: Int32s, wanted: npt.NDArray[np.bool_]) -> EncodedSequence:
+def _sequence(tokens: Int32s, wanted: npt.NDArray[np.bool_], document: str, piece: int) -> EncodedSequence:
     targets = np.full(len(tokens), IGNORE, dtype=np.int32)
     targets[:-1] = np.where(wanted[1:], tokens[1:], IGNORE)
     # A copy: a slice would keep the ids of the whole document alive in the cache.
-    return EncodedSequence(tokens.copy(), targets)
+    return EncodedSequence(tokens.copy(), targets, document, piece)

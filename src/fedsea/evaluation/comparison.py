@@ -69,7 +69,7 @@ class Comparison:
         """
         self._load(parameters)
         trunk = LocalTrunk(self._trunk, self._plan, self._segments.name)
-        boundary = Boundary(self._plan.trust.mode)
+        boundary = Boundary.of(self._plan)
         total, tokens, by_silo = 0.0, 0, {}
         for name, silo in self.silos.items():
             batches = setup.held_out(self._plan, silo, self._segments.name)
@@ -87,7 +87,7 @@ class Comparison:
         end = self._tokenizer.eos_token_id
         if ids and ids[-1] == end:
             ids = ids[:-1]
-        decoder = SplitDecoder(self._plan, self._segments, trunk, Boundary(self._plan.trust.mode))
+        decoder = SplitDecoder(self._plan, self._segments, trunk, Boundary.of(self._plan))
         most = min(max_new_tokens, decoder.max_tokens - len(ids))
         settings = GenerationSettings(max_new_tokens=most, stop_tokens=() if end is None else (end,))
         with generate(decoder, ids, settings) as generation:

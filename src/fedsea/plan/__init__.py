@@ -5,13 +5,15 @@ limits (`ClientLimits`) never travel: they say what this client is willing to ta
 
 sections.py    the tables of the plan, key by key
 federation.py  the whole plan: rules between keys, what follows from it for each client, its hash, differences
-limits.py      what a client is willing to take part in
+secure.py      what secure aggregation needs of a plan
+trust.py       which channels are open, what may be claimed, and the sentence for every start
+limits.py      what a client is willing to take part in, and noise that is stricter than the plan's
 loading.py     TOML and JSON to plan and limits, and sentences for what is wrong in them
 """
 
 from fedsea.plan.federation import FederationPlan, differences
-from fedsea.plan.limits import ClientLimits
-from fedsea.plan.loading import load_limits, load_plan, parse_plan, parse_plan_json
+from fedsea.plan.limits import ClientLimits, ClientNoise, ClientSettings
+from fedsea.plan.loading import load_limits, load_plan, load_settings, parse_plan, parse_plan_json
 from fedsea.plan.sections import (
     AdapterSection,
     AggregationSection,
@@ -23,6 +25,7 @@ from fedsea.plan.sections import (
     DurabilitySection,
     InferenceSection,
     ModelSection,
+    NoiseSection,
     OptimizerSection,
     PartitionSection,
     SegmentTraining,
@@ -30,6 +33,7 @@ from fedsea.plan.sections import (
     TrustSection,
     WireSection,
 )
+from fedsea.plan.trust import backward_channel, no_claim_reason, open_channels, trust_statement
 
 __all__ = [
     "AdapterSection",
@@ -37,6 +41,8 @@ __all__ = [
     "ClientEntry",
     "ClientLimits",
     "ClientName",
+    "ClientNoise",
+    "ClientSettings",
     "CodecName",
     "DataSection",
     "DtypeName",
@@ -44,15 +50,21 @@ __all__ = [
     "FederationPlan",
     "InferenceSection",
     "ModelSection",
+    "NoiseSection",
     "OptimizerSection",
     "PartitionSection",
     "SegmentTraining",
     "TrainingSection",
     "TrustSection",
     "WireSection",
+    "backward_channel",
     "differences",
     "load_limits",
     "load_plan",
+    "load_settings",
+    "no_claim_reason",
+    "open_channels",
     "parse_plan",
     "parse_plan_json",
+    "trust_statement",
 ]

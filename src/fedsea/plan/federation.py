@@ -18,6 +18,7 @@ from fedsea.plan.sections import (
     DurabilitySection,
     InferenceSection,
     ModelSection,
+    NoiseSection,
     OptimizerSection,
     PartitionSection,
     Section,
@@ -25,6 +26,8 @@ from fedsea.plan.sections import (
     TrustSection,
     WireSection,
 )
+from fedsea.plan.secure import check_secure, threshold_of
+from fedsea.plan.trust import check_noise
 from fedsea.types import Partition
 
 
@@ -48,6 +51,7 @@ class FederationPlan(Section):
     wire: WireSection = WireSection()
     inference: InferenceSection = InferenceSection()
     trust: TrustSection = TrustSection()
+    noise: NoiseSection = NoiseSection()
     durability: DurabilitySection = DurabilitySection()
     clients: tuple[ClientEntry, ...] = Field(min_length=1)
 
@@ -83,6 +87,8 @@ class FederationPlan(Section):
         trained = {self.adapter.input, self.adapter.trunk, self.adapter.output}
         if trained == {"frozen"}:
             raise ValueError("every segment is frozen: nothing would be trained")
+        check_noise(self)
+        check_secure(self)
         return self
 
     @property
@@ -115,6 +121,18 @@ class FederationPlan(Section):
             training == "full" or (training == "adapter" and any(getattr(cut, side) for cut in cuts))
             for training, side in sides
         )
+
+    @property
+    def secure_threshold(self) -> int:
+        """Clients that must stay to the end of a secure round."""
+        return threshold_of(self)
+
+    @property
+    def most_round_tokens(self) -> int:
+        """Target tokens of any one client in a round, at most."""
+        steps, longest = self.training.steps_per_round, self.data.max_tokens
+        batches = (self.micro_batches_of(name) for name in self.client_names)
+        return max(steps * count * sequences * longest for count, sequences in batches)
 
     def client(self, name: str) -> ClientEntry:
         """The entry of a client.

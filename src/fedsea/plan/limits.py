@@ -8,7 +8,9 @@ from pydantic import Field
 
 from fedsea.errors import ConfigError
 from fedsea.plan.federation import FederationPlan
-from fedsea.plan.sections import CodecName, Section
+from fedsea.plan.sections import CodecName, NoiseSection, Section
+from fedsea.plan.trust import no_claim_reason
+from fedsea.types import Channel
 
 
 class ClientLimits(Section):
@@ -22,6 +24,7 @@ class ClientLimits(Section):
         max_output_blocks: Most blocks that this machine can hold there.
         codecs: Codecs that this client accepts.
         trust: Trust modes that this client accepts.
+        secure_aggregation: Refuse plans in which the server receives this client's own parameters or gradients of them.
     """
 
     train: tuple[Literal["input", "output"], ...] = ("input", "output")
@@ -30,7 +33,8 @@ class ClientLimits(Section):
     min_output_blocks: int = Field(0, ge=0)
     max_output_blocks: int = Field(1024, ge=0)
     codecs: tuple[CodecName, ...] = ("fp32", "bf16", "fp16", "int8")
-    trust: tuple[str, ...] = ("trusted-server",)
+    trust: tuple[Literal["trusted-server", "noised"], ...] = ("trusted-server", "noised")
+    secure_aggregation: bool = False
 
     def check(self, plan: FederationPlan, name: str) -> None:
         """Refuse a plan that asks for more than this client gives.
@@ -54,6 +58,9 @@ class ClientLimits(Section):
                 problems.append(f"wire.{channel} = {codec!r}, but this client accepts {', '.join(self.codecs)}")
         if plan.trust.mode not in self.trust:
             problems.append(f"trust.mode = {plan.trust.mode!r}, but this client accepts {', '.join(self.trust)}")
+        own = plan.clients_train and plan.aggregation.sync != "personal"
+        if self.secure_aggregation and own and not plan.aggregation.secure:
+            problems.append("aggregation.secure = false, but this client's parameters leave it in a masked sum only")
         if problems:
             raise ConfigError(
                 "The server's plan goes past this client's limits: " + "; ".join(problems) + ". "
@@ -61,7 +68,68 @@ class ClientLimits(Section):
             )
 
 
+class ClientNoise(Section):
+    """More noise, tighter clips or a smaller budget than the plan's; a key that is left out has the plan's value.
+
+    Attributes:
+        hidden_std: At least the plan's; so are the next two.
+        gradient_std: See there.
+        update_std: See there.
+        hidden_clip: At most the plan's, where that has one; so are the next two.
+        gradient_clip: See there.
+        update_clip: See there.
+        epsilon: Budget, at most the plan's, where that has one.
+    """
+
+    hidden_std: float | None = Field(None, gt=0, allow_inf_nan=False)
+    gradient_std: float | None = Field(None, gt=0, allow_inf_nan=False)
+    update_std: float | None = Field(None, gt=0, allow_inf_nan=False)
+    hidden_clip: float | None = Field(None, gt=0, allow_inf_nan=False)
+    gradient_clip: float | None = Field(None, gt=0, allow_inf_nan=False)
+    update_clip: float | None = Field(None, gt=0, allow_inf_nan=False)
+    epsilon: float | None = Field(None, gt=0, allow_inf_nan=False)
+
+    def over(self, plan: FederationPlan, name: str) -> NoiseSection:
+        """The noise of this client: the plan's, or this where it is stricter.
+
+        Raises:
+            ConfigError: Names every field that is laxer than the plan's, or that cannot work.
+        """
+        own = self.model_dump(exclude_none=True)
+        if not own:
+            return plan.noise
+        if plan.trust.mode != "noised":
+            raise ConfigError(
+                f'[noise] of this client\'s settings needs a plan with trust.mode = "noised"; this one has '
+                f"{plan.trust.mode!r}, under which no noise is added. Ask the operator for another plan, or remove the "
+                "table."
+            )
+        problems = []
+        for key, value in own.items():
+            least = key.endswith("_std")
+            agreed = getattr(plan.noise, key)
+            if (least and value < agreed) or (not least and agreed and value > agreed):
+                problems.append(
+                    f"noise.{key} = {value:g}, but the plan asks for {'at least' if least else 'at most'} {agreed:g}"
+                )
+        noise = plan.noise.model_copy(update=own)
+        problems += [
+            f"noise.{channel}_clip = {noise.clip(channel):g} bounds nothing without noise.{channel}_std above 0"
+            for channel in Channel
+            if noise.clip(channel) and not noise.std(channel)
+        ]
+        if not problems and noise.epsilon and (reason := no_claim_reason(plan, name, noise)):
+            problems.append(f"noise.epsilon = {noise.epsilon:g} cannot be kept: {reason}")
+        if problems:
+            raise ConfigError(
+                f"A client's noise may only be stricter than the plan's: {'; '.join(problems)}. Mend the table [noise] "
+                "of your client settings."
+            )
+        return noise
+
+
 class ClientSettings(Section):
     """A client's settings file."""
 
     limits: ClientLimits = ClientLimits()
+    noise: ClientNoise = ClientNoise()

@@ -127,7 +127,16 @@ def load_limits(path: Path) -> ClientLimits:
     Raises:
         ConfigError: The file is missing, not TOML, or has bad or unknown keys.
     """
+    return load_settings(path).limits
+
+
+def load_settings(path: Path) -> ClientSettings:
+    """Read a client's settings file.
+
+    Raises:
+        ConfigError: The file is missing, not TOML, or has bad or unknown keys.
+    """
     try:
-        return ClientSettings.model_validate(_read_toml(path)).limits
+        return ClientSettings.model_validate(_read_toml(path))
     except ValidationError as error:
         raise _explain(error, str(path), ClientSettings) from None

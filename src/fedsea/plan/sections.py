@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, WrapValidator
 
-from fedsea.types import Partition
+from fedsea.types import Channel, Partition
 
 CodecName = Literal["fp32", "bf16", "fp16", "int8"]
 DtypeName = Literal["float32", "bfloat16", "float16"]
@@ -153,11 +153,21 @@ class AggregationSection(Section):
             equals central training exactly; "personal": they stay at their client.
         method: How "round" averages. Each LoRA factor is averaged by itself, which is not the average of the products.
         trim_fraction: Share cut off at each end by "trimmed_mean".
+        secure: The server learns only the sum of the clients' parameters, by masks that cancel; needs "round" and
+            "mean".
+        secure_threshold: Clients that must stay to the end of a secure round; 0 is the smallest two-thirds majority.
+        secure_min: Fewest clients of any sum that is revealed.
+        secure_failure: What follows when a secure round fails again and again: "stop" ends the run, "skip" goes on
+            without averaging that round.
     """
 
     sync: Literal["round", "step", "personal"] = "round"
     method: Literal["mean", "median", "trimmed_mean"] = "mean"
     trim_fraction: float = Field(0.1, ge=0, lt=0.5)
+    secure: bool = False
+    secure_threshold: int = Field(0, ge=0)
+    secure_min: int = Field(2, ge=2)
+    secure_failure: Literal["stop", "skip"] = "stop"
 
 
 class DataSection(Section):
@@ -175,17 +185,20 @@ class DataSection(Section):
 
 
 class WireSection(Section):
-    """Codecs of the two channels, and the largest tensor that a peer may announce.
+    """Codecs of the two channels, the largest tensor that a peer may announce, and sealing.
 
     Attributes:
         hidden: Codec of hidden states, in both directions; "int8" has a scale per token.
         gradient: Codec of gradients, in both directions.
         max_tensor_mb: Largest tensor, in MiB as float32; a larger announcement ends the connection.
+        sealed: Seal every payload between client and server on top of TLS. What goes through a relay where TLS ends is
+            sealed whatever this says.
     """
 
     hidden: CodecName = "fp32"
     gradient: CodecName = "fp32"
     max_tensor_mb: int = Field(256, ge=1)
+    sealed: bool = False
 
 
 class InferenceSection(Section):
@@ -219,10 +232,51 @@ class TrustSection(Section):
     """What the federation relies on; said at every start.
 
     Attributes:
-        mode: "trusted-server": connections are encrypted, but the server can reconstruct the clients' text.
+        mode: "trusted-server": connections are encrypted, but the server can reconstruct the clients' text; "noised":
+            the clients add the noise of the table [noise], and the server may still be able to.
     """
 
-    mode: Literal["trusted-server"] = "trusted-server"
+    mode: Literal["trusted-server", "noised"] = "trusted-server"
+
+
+class NoiseSection(Section):
+    """Gaussian noise on what leaves the clients, with trust.mode = "noised". Clients may be stricter, never laxer.
+
+    Standard deviations and clips are absolute, and fixed in advance: what is scaled to the data protects nothing that
+    can be accounted for. With a clip, sensitivity and so (epsilon, delta) are known, and the ledger keeps count; with a
+    standard deviation alone it is the noise of the papers, for which nothing can be claimed.
+
+    Attributes:
+        hidden_std: Standard deviation of the noise on every value of the hidden states; 0: none.
+        gradient_std: The same for gradients at the trunk's output.
+        update_std: The same for parameters or their gradients that leave for aggregation.
+        hidden_clip: L2 bound of hidden states: of each token's row, or of all rows of a sequence, as `unit` says; 0: no
+            clip, so nothing can be claimed.
+        gradient_clip: The same for gradients.
+        update_clip: L2 bound of a whole update.
+        unit: What a claim is about: one "token" (only without input blocks, and if no gradients leave), one "sequence",
+            or one "document", which may give several sequences.
+        delta: Of (epsilon, delta).
+        epsilon: Budget of each client: what would pass it is not sent, and the run stops; 0: no budget.
+    """
+
+    hidden_std: float = Field(0.0, ge=0, allow_inf_nan=False)
+    gradient_std: float = Field(0.0, ge=0, allow_inf_nan=False)
+    update_std: float = Field(0.0, ge=0, allow_inf_nan=False)
+    hidden_clip: float = Field(0.0, ge=0, allow_inf_nan=False)
+    gradient_clip: float = Field(0.0, ge=0, allow_inf_nan=False)
+    update_clip: float = Field(0.0, ge=0, allow_inf_nan=False)
+    unit: Literal["token", "sequence", "document"] = "sequence"
+    delta: float = Field(1e-5, gt=0, lt=1)
+    epsilon: float = Field(0.0, ge=0, allow_inf_nan=False)
+
+    def std(self, channel: Channel) -> float:
+        """Standard deviation of a channel."""
+        return float(getattr(self, f"{channel}_std"))
+
+    def clip(self, channel: Channel) -> float:
+        """L2 bound of a channel."""
+        return float(getattr(self, f"{channel}_clip"))
 
 
 class DurabilitySection(Section):

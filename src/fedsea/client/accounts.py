@@ -1,0 +1,85 @@
+"""Where a client's releases are charged: one ledger for all that is done with an identity under a plan.
+
+Training, evaluation and every use of the model add up, whatever their run folders, so the ledger is in the identity's
+folder: `ledger/<beginning of the plan's hash>/`. A run folder says in `ledger.json` where its ledger is; a run that
+was trained alone, where nothing leaves, has one of its own in `ledger/`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+from fedsea.client.run_key import ALONE
+from fedsea.errors import ConfigError
+from fedsea.plan import ClientNoise, FederationPlan, load_settings
+from fedsea.privacy.boundary import Boundary
+from fedsea.privacy.ledger import FILE, Ledger
+from fedsea.storage import write_bytes_atomic
+
+FOLDER, POINTER = "ledger", "ledger.json"
+
+
+def own_noise(settings: Path | None) -> ClientNoise:
+    """The table `[noise]` of a client's settings file.
+
+    Raises:
+        ConfigError: The file cannot be used.
+    """
+    return ClientNoise() if settings is None else load_settings(settings).noise
+
+
+def ledger_folder(plan: FederationPlan, run_id: str, identity: Path, run: Path) -> Path:
+    """Where the ledger of a client is."""
+    return run / FOLDER if run_id == ALONE else identity / FOLDER / plan.sha256()[:16]
+
+
+@contextlib.contextmanager
+def open_boundary(
+    plan: FederationPlan, name: str, run_id: str, *, identity: Path, run: Path, settings: Path | None
+) -> Iterator[Boundary]:
+    """The boundary of a client that talks to a server, with its ledger; closed with the context.
+
+    Args:
+        plan: The plan.
+        name: The client.
+        run_id: The server's run, or `ALONE`.
+        identity: Folder of its identity.
+        run: Its run folder.
+        settings: Its settings file.
+
+    Raises:
+        ConfigError: The settings are laxer than the plan.
+        StorageError: The ledger is refused, or the disk refused.
+    """
+    noise = own_noise(settings)
+    if plan.trust.mode != "noised":
+        yield Boundary.of(plan, name, settings=noise)
+        return
+    noise.over(plan, name)
+    folder = ledger_folder(plan, run_id, identity, run)
+    with Ledger(folder, plan, name, run_id) as ledger:
+        if run_id != ALONE and run.is_dir():
+            write_bytes_atomic(run / POINTER, json.dumps({"folder": str(folder.resolve())}).encode())
+        yield Boundary.of(plan, name, ledger, noise)
+
+
+def find_ledgers(path: Path) -> list[Path]:
+    """The ledgers' folders that a run folder, an identity's folder or a ledger's folder stands for.
+
+    Raises:
+        ConfigError: There is none.
+    """
+    if (path / FILE).is_file():
+        return [path]
+    if (path / POINTER).is_file():
+        try:
+            return [Path(json.loads((path / POINTER).read_text(encoding="utf-8"))["folder"])]
+        except (OSError, ValueError, KeyError, TypeError):
+            raise ConfigError(f"{path / POINTER} cannot be read: give the folder of the identity instead.") from None
+    inside = path / FOLDER
+    if (inside / FILE).is_file():
+        return [inside]
+    return sorted(found.parent for found in inside.glob(f"*/{FILE}"))

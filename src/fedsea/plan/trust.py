@@ -1,0 +1,146 @@
+"""What a plan says about trust: which channels are open, what may be claimed, and the sentence for every start."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from fedsea.plan.sections import NoiseSection
+from fedsea.types import Channel
+
+if TYPE_CHECKING:
+    from fedsea.plan.federation import FederationPlan
+
+_VALUES = {Channel.HIDDEN: "hidden states", Channel.GRADIENT: "gradients", Channel.UPDATE: "updates"}
+
+TRUSTED_SERVER = (
+    "Trust mode: trusted-server. Text stays here and the connection is encrypted, but the server CAN reconstruct "
+    "the text from the hidden states and gradients that it receives. Use it only with a server you trust."
+)
+
+
+def trains_output(plan: FederationPlan, name: str) -> bool:
+    """Whether a client trains parameters behind the trunk, on which the gradients that leave it depend."""
+    if plan.adapter.output == "adapter":
+        return plan.partition_of(name).output_blocks > 0
+    return plan.adapter.output == "full"
+
+
+def open_channels(plan: FederationPlan, name: str) -> tuple[Channel, ...]:
+    """The channels on which something of a client's data leaves it."""
+    channels = [Channel.HIDDEN]
+    if plan.sends_gradients(name):
+        channels.append(Channel.GRADIENT)
+    if plan.aggregation.sync != "personal" and (plan.trains_below_cut(name) or trains_output(plan, name)):
+        channels.append(Channel.UPDATE)
+    return tuple(channels)
+
+
+def needs_norms(plan: FederationPlan) -> bool:
+    """Whether the plan's clipping makes every client tell the norm of its own gradients."""
+    return plan.optimizer.clip_scope == "global" and plan.optimizer.max_norm > 0
+
+
+def no_claim_reason(plan: FederationPlan, name: str, noise: NoiseSection | None = None) -> str:
+    """Why nothing can be claimed for a client under a plan; "" if something can.
+
+    Args:
+        plan: The plan.
+        name: The client.
+        noise: Its noise, if it is stricter than the plan's.
+    """
+    if plan.trust.mode != "noised":
+        return "trust.mode is trusted-server: nothing is clipped and no noise is added"
+    noise = plan.noise if noise is None else noise
+    for channel in open_channels(plan, name):
+        if not noise.std(channel):
+            return f"{_VALUES[channel]} leave without noise (noise.{channel}_std = 0)"
+        if not noise.clip(channel):
+            return f"no clip bounds the {_VALUES[channel]} (noise.{channel}_clip = 0), so their sensitivity is unknown"
+    if needs_norms(plan) and (plan.trains_below_cut(name) or trains_output(plan, name)):
+        return (
+            "the norm of this client's gradients leaves it in every step without noise "
+            '(set optimizer.clip_scope = "segment", or optimizer.max_norm = 0)'
+        )
+    return ""
+
+
+def check_noise(plan: FederationPlan) -> None:
+    """Rules between the trust mode, its noise and the rest of the plan.
+
+    Raises:
+        ValueError: Says what does not fit, and what to do.
+    """
+    noise = plan.noise
+    if plan.trust.mode != "noised":
+        if noise != NoiseSection():
+            raise ValueError(
+                '[noise] needs trust.mode = "noised"; under "trusted-server" nothing is clipped and no noise is added'
+            )
+        return
+    if not any(noise.std(channel) for channel in Channel):
+        raise ValueError(
+            'trust.mode = "noised" needs noise: set noise.hidden_std (and noise.gradient_std, noise.update_std) above '
+            '0, or trust.mode = "trusted-server"'
+        )
+    for channel in Channel:
+        if noise.clip(channel) and not noise.std(channel):
+            raise ValueError(f"noise.{channel}_clip bounds nothing without noise: set noise.{channel}_std above 0 too")
+    if noise.unit == "token":
+        for name in plan.client_names:
+            _check_token_unit(plan, name)
+    if noise.epsilon:
+        for name in plan.client_names:
+            if reason := no_claim_reason(plan, name):
+                raise ValueError(f"noise.epsilon = {noise.epsilon:g} cannot be kept for client {name}: {reason}")
+
+
+def _check_token_unit(plan: FederationPlan, name: str) -> None:
+    advice = 'set noise.unit = "sequence"'
+    if plan.partition_of(name).input_blocks:
+        raise ValueError(
+            f'noise.unit = "token" needs input_blocks = 0, and client {name} has more: behind the first block one '
+            f"token changes the rows of all later ones; {advice}"
+        )
+    if plan.sends_gradients(name):
+        raise ValueError(
+            f'noise.unit = "token" needs a closed backward channel, and client {name} sends gradients, each of which '
+            f"depends on all tokens of its sequence; {advice}, or train the output side only"
+        )
+
+
+def trust_statement(plan: FederationPlan, name: str = "", noise: NoiseSection | None = None) -> str:
+    """The plain words that are said at every start, and stand in every report.
+
+    Args:
+        plan: The plan.
+        name: The client that says it; "" for whoever speaks of all clients.
+        noise: The client's noise, if it is stricter than the plan's.
+    """
+    if plan.trust.mode == "trusted-server":
+        return f"{TRUSTED_SERVER}{_closed(plan, name)}"
+    noise = plan.noise if noise is None else noise
+    names = (name,) if name else plan.client_names
+    opened = [channel for channel in Channel if any(channel in open_channels(plan, one) for one in names)]
+    noised = [f"{_VALUES[c]} (standard deviation {noise.std(c):g})" for c in opened if noise.std(c)]
+    bare = [_VALUES[c] for c in opened if not noise.std(c)]
+    parts = ["Trust mode: noised. Text stays here and the connection is encrypted."]
+    if noised:
+        parts.append(f"Gaussian noise is added to {' and '.join(noised)} before they leave.")
+    if bare:
+        parts.append(f"No noise is added to {' and '.join(bare)}.")
+    parts.append(
+        "The server can still reconstruct text unless the audit shows otherwise: measure it with `fedsea audit`."
+    )
+    return " ".join(parts) + _closed(plan, name)
+
+
+def _closed(plan: FederationPlan, name: str) -> str:
+    names = (name,) if name else plan.client_names
+    if any(plan.sends_gradients(one) for one in names):
+        return ""
+    return " backward channel: closed (no gradients leave; the forward channel still gives text away)."
+
+
+def backward_channel(plan: FederationPlan, name: str = "") -> str:
+    """ "closed" if no gradient leaves a client (or any client) under a plan, else "open"."""
+    return "closed" if _closed(plan, name) else "open"

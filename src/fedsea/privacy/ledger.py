@@ -1,0 +1,331 @@
+"""What a client has spent under a plan: an append-only file that is durable before anything is sent.
+
+    ledger.jsonl     one JSON object a line; each holds the hash of itself and of the line before
+    ledger.anchor    how many lines there were, and the hash of the last of them, a moment ago
+
+The first line names the plan and the client. A process that is killed while it writes leaves at most a torn last line,
+for which nothing was sent: it is cut off. A charge that is complete counts, whether or not its release was sent. The
+anchor lags behind, never ahead: a ledger with fewer lines than it says was truncated or put back from an old copy, and
+is refused. Chain and anchor find accidents and restored copies; who may write both files can forge them.
+
+Several processes of one client (training and a gateway, say) may charge the same ledger: each takes the file's lock for
+the moment of a charge, and reads what the others have appended.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import hashlib
+import json
+import os
+import secrets
+import threading
+import time
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, Self
+
+from fedsea.errors import BudgetExhausted, StorageError
+from fedsea.plan import FederationPlan, parse_plan_json
+from fedsea.privacy.pricing import Charge
+from fedsea.privacy.spent import Spent
+from fedsea.storage import storage_error, write_bytes_atomic
+
+FILE, ANCHOR = "ledger.jsonl", "ledger.anchor"
+_VERSION = 1
+_ANCHOR_EVERY_S = 1.0
+
+
+class Ledger:
+    """The ledger of one client and plan. Any thread may charge it.
+
+    Args:
+        folder: Where its two files are; made if absent.
+        plan: The plan whose releases are charged.
+        client: The client.
+        run_id: The server's run that is charged from now on; noted, and spending goes on over several.
+
+    Raises:
+        StorageError: The ledger is damaged, truncated, or of another plan or client; or the disk refused.
+    """
+
+    def __init__(self, folder: Path, plan: FederationPlan, client: str, run_id: str = "") -> None:
+        self.folder = folder
+        self._path = folder / FILE
+        self._about = {"version": _VERSION, "plan_sha256": plan.sha256(), "client": client}
+        self._thread_lock = threading.Lock()
+        self._book = Book(self._path)
+        self._anchored = (0, 0.0)
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            self._file = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o600)
+        except OSError as error:
+            raise storage_error("open", self._path, error) from None
+        try:
+            with self._locked():
+                self._begin(plan)
+                if run_id:
+                    self._append({"run": run_id})
+        except BaseException:
+            os.close(self._file)
+            raise
+
+    @property
+    def spent(self) -> Spent:
+        """What was spent, as far as this process has read."""
+        return self._book.spent
+
+    def charge(self, charge: Charge, limit: float = float("inf")) -> None:
+        """Make a charge durable; when this returns, the release may be sent.
+
+        Args:
+            charge: What the release costs.
+            limit: The budget, as mu^2 of the unit that has spent most.
+
+        Raises:
+            BudgetExhausted: The charge would pass the budget; nothing was charged.
+            StorageError: The disk refused, or another process has damaged the file.
+        """
+        with self._thread_lock, self._locked():
+            spent = self._book.spent
+            units, new = spent.numbered(charge.units)
+            if not spent.room_for(units, charge.every, limit):
+                raise BudgetExhausted(
+                    "The privacy budget (noise.epsilon) does not cover the next release: nothing was sent, and what "
+                    f"was trained so far is kept. `fedsea ledger {self.folder}` shows what was spent. To go on, agree with "
+                    "the operator on a plan with more noise, fewer steps or a larger budget; a run that is finished "
+                    "needs no more of it."
+                )
+            self._append(_entry_of(charge, units, new), durable=charge.bounded or not spent.unbounded)
+
+    def close(self) -> None:
+        """Anchor what was charged, and release the file; may be called twice."""
+        if self._file < 0:
+            return
+        try:
+            with self._thread_lock, self._locked():
+                self._anchor(at_once=True)
+        finally:
+            os.close(self._file)
+            self._file = -1
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    @contextlib.contextmanager
+    def _locked(self) -> Iterator[None]:
+        """Hold the file for this process, and know what others have written."""
+        try:
+            fcntl.flock(self._file, fcntl.LOCK_EX)
+        except OSError as error:
+            raise storage_error("lock", self._path, error) from None
+        try:
+            self._catch_up()
+            yield
+        finally:
+            fcntl.flock(self._file, fcntl.LOCK_UN)
+
+    def _catch_up(self) -> None:
+        try:
+            size = os.fstat(self._file).st_size
+            if size < self._book.num_bytes:
+                raise _refused(self._path, "it has become shorter while it was in use")
+            if size > self._book.num_bytes:
+                self._book.read(_read(self._file, self._book.num_bytes, size))
+                if size > self._book.num_bytes:  # torn by a kill or a full disk: nothing was sent for it
+                    os.ftruncate(self._file, self._book.num_bytes)
+                    os.fsync(self._file)
+        except OSError as error:
+            raise storage_error("read", self._path, error) from None
+
+    def _begin(self, plan: FederationPlan) -> None:
+        anchor = _read_anchor(self.folder / ANCHOR)
+        if not self._book.count and anchor is None:
+            about = {**self._about, "plan": plan.to_json(), "salt": secrets.token_hex(16)}
+            self._append({"about": about})
+            self._sync_folder()
+        self._book.check(self._about, anchor)
+        self._anchor(at_once=True)
+
+    def _append(self, entry: Mapping[str, Any], *, durable: bool = True) -> None:
+        line = self._book.line_of(entry)
+        before = self._book.num_bytes
+        try:
+            if os.write(self._file, line) < len(line):
+                raise OSError(28, "No space left on device")
+            if durable:
+                os.fsync(self._file)
+        except OSError as error:
+            with contextlib.suppress(OSError):  # else the next one who takes the lock counts it, or cuts it off
+                os.ftruncate(self._file, before)
+            raise storage_error("charge a release to", self._path, error) from None
+        self._book.read(line)
+        self._anchor()
+
+    def _anchor(self, *, at_once: bool = False) -> None:
+        count, when = self._anchored
+        if self._book.count == count or (not at_once and time.monotonic() - when < _ANCHOR_EVERY_S):
+            return
+        os.fsync(self._file) if at_once else None
+        text = json.dumps({"count": self._book.count, "hash": self._book.hash})
+        write_bytes_atomic(self.folder / ANCHOR, text.encode())
+        self._anchored = (self._book.count, time.monotonic())
+
+    def _sync_folder(self) -> None:
+        descriptor = os.open(self.folder, os.O_RDONLY | os.O_DIRECTORY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+class Book:
+    """The lines of a ledger, read and added up.
+
+    Attributes:
+        count: Lines.
+        num_bytes: Their length.
+        hash: Of the last one.
+        about: What the first one says.
+        runs: The server's runs that were charged, in order.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self.count = 0
+        self.num_bytes = 0
+        self.hash = ""
+        self.about: dict[str, Any] = {}
+        self.runs: list[str] = []
+        self.spent = Spent()
+        self._hashes: dict[int, str] = {}
+
+    @classmethod
+    def open(cls, folder: Path) -> Book:
+        """Read a ledger without charging it.
+
+        Raises:
+            StorageError: It is not there, damaged or truncated.
+        """
+        path = folder / FILE
+        try:
+            raw = path.read_bytes()
+        except OSError as error:
+            raise storage_error("read", path, error) from None
+        book = cls(path)
+        anchor = _read_anchor(folder / ANCHOR)
+        book.read(raw)
+        book.check({}, anchor)
+        return book
+
+    @property
+    def plan(self) -> FederationPlan:
+        """The plan whose releases are charged."""
+        return parse_plan_json(self.about["plan"])
+
+    def line_of(self, entry: Mapping[str, Any]) -> bytes:
+        """The next line, with its hash."""
+        text = json.dumps(entry, separators=(",", ":"))
+        return f'{text[:-1]},"hash":"{_chained(self.hash, text)}"}}\n'.encode()
+
+    def read(self, raw: bytes) -> None:
+        """Add complete lines; a last one without its end is left.
+
+        Raises:
+            StorageError: A line is not what was written.
+        """
+        complete = raw[: raw.rfind(b"\n") + 1]
+        for line in complete.split(b"\n")[:-1]:
+            text, mark, tail = line.rpartition(b',"hash":"')
+            try:
+                body = text.decode() + "}"
+                entry = json.loads(body)
+                good = bool(mark) and tail.decode() == f'{_chained(self.hash, body)}"}}'
+            except ValueError:
+                good = False
+            if not good:
+                raise _refused(self._path, f"line {self.count + 1} is not what was written")
+            self.hash = tail[:-2].decode()
+            self.count += 1
+            self.num_bytes += len(line) + 1
+            self._hashes[self.count] = self.hash
+            self._take(entry)
+
+    def _take(self, entry: Mapping[str, Any]) -> None:
+        try:
+            if "about" in entry:
+                self.about = dict(entry["about"])
+                self.spent.salt = bytes.fromhex(self.about["salt"])
+            elif "run" in entry:
+                self.runs.append(entry["run"])
+            else:
+                self.spent.take(entry)
+        except (KeyError, TypeError, ValueError, IndexError):
+            raise _refused(self._path, f"line {self.count} is of another version of fedsea") from None
+
+    def check(self, about: Mapping[str, Any], anchor: tuple[int, str] | None) -> None:
+        """Refuse a ledger that is another's, or that has lost lines.
+
+        Raises:
+            StorageError: Says which.
+        """
+        for key, what in (("version", "version of fedsea"), ("plan_sha256", "plan"), ("client", "client")):
+            if self.about and key in about and self.about.get(key) != about[key]:
+                raise _refused(self._path, f"it belongs to another {what}")
+        if anchor is None:
+            if self.count > 1:
+                raise _refused(self._path, f"its {ANCHOR} is missing")
+        elif self._hashes.get(anchor[0]) != anchor[1]:
+            raise _refused(
+                self._path,
+                f"it had {anchor[0]} lines and now has {self.count}, or others: it was truncated or replaced",
+            )
+        if not self.about:
+            raise _refused(self._path, "it has no first line")
+        self._hashes = {self.count: self.hash}
+
+
+def _entry_of(charge: Charge, units: list[tuple[int, float]], new: list[str]) -> dict[str, Any]:
+    entry: dict[str, Any] = {"c": charge.channel.value, "p": charge.purpose.value, "n": charge.releases}
+    if not charge.bounded:
+        return entry | {"unbounded": True}
+    if charge.every:
+        entry["every"] = charge.every
+    if units:
+        if new:
+            entry["new"] = new
+        entry["units"] = [list(pair) for pair in units]
+    return entry
+
+
+def _chained(before: str, text: str) -> str:
+    return hashlib.sha256(f"{before}{text}".encode()).hexdigest()
+
+
+def _read(descriptor: int, start: int, stop: int) -> bytes:
+    parts = []
+    while start < stop and (part := os.pread(descriptor, stop - start, start)):
+        parts.append(part)
+        start += len(part)
+    return b"".join(parts)
+
+
+def _read_anchor(path: Path) -> tuple[int, str] | None:
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+        return int(values["count"]), str(values["hash"])
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError, KeyError, TypeError):
+        raise _refused(path, "it cannot be read") from None
+
+
+def _refused(path: Path, reason: str) -> StorageError:
+    return StorageError(
+        f"The privacy ledger {path} is refused: {reason}. Nothing was sent. Put back the newest copy of its folder; "
+        "without it nobody knows what was spent, and nothing can be claimed for what was released before."
+    )
