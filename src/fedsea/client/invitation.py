@@ -41,6 +41,18 @@ async def greet(stream: ClientStream) -> m.Welcome:
     return message
 
 
+def check_sealed(plan: FederationPlan, stream: ClientStream) -> None:
+    """Refuse to take part unsealed in what the plan says is sealed.
+
+    Raises:
+        ProtocolError: The server did not ask for it.
+    """
+    if plan.wire.sealed and not stream.sealed:
+        raise ProtocolError(
+            "The server's plan has wire.sealed = true, but it did not seal this stream: tell its operator."
+        )
+
+
 async def fetch_invitation(address: str, identity: Identity, timeout_s: float = 30.0) -> Invitation:
     """Ask a server for its plan, and check that both sides read the same in it.
 
@@ -59,6 +71,7 @@ async def fetch_invitation(address: str, identity: Identity, timeout_s: float = 
             f"This side's version of fedsea ({fedsea.__version__}) reads another plan than the server sent: install "
             "the server's version on both sides."
         )
+    check_sealed(plan, stream)
     return Invitation(plan, welcome.run_id)
 
 

@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 
-from fedsea.client.invitation import Invitation, greet, pause_before
+from fedsea.client.invitation import Invitation, check_sealed, greet, pause_before
 from fedsea.client.patience import pause_s, silence
 from fedsea.client.questions import Key, OpenQuestions
 from fedsea.client.remote_sessions import RemoteSession, RemoteSessions
@@ -91,7 +91,6 @@ class RemoteTrunk:
         self._sessions_lock = threading.Lock()  # around these two: sessions are made on any thread
         self._given_up: FedseaError | None = None
         self._thread = threading.Thread(target=self._work, name="fedsea-wire", daemon=True)
-        self._main: asyncio.Task[None] | None = None
         self._closing = threading.Event()
         self._farewell: Encoded | None = None
 
@@ -260,12 +259,12 @@ class RemoteTrunk:
             self._outgoing.put_nowait(encoded)
 
     async def _run(self) -> None:
-        pauses = self._retry.pauses()
+        pauses, lost = self._retry.pauses(), False
         while True:
             try:
                 async with await connect(self.address, self._identity(), limits=HANDSHAKE) as stream:
-                    await self._join(stream)
-                    pauses = self._retry.pauses()
+                    await self._join(stream, again=lost)
+                    pauses, lost = self._retry.pauses(), False
                     await self._converse(stream)
                     return
             except FedseaError as error:
@@ -276,6 +275,7 @@ class RemoteTrunk:
                 if not await pause_before(error, pauses):
                     self._give_up(error)
                     return
+                lost = True
 
     def _give_up(self, error: FedseaError) -> None:
         if isinstance(error, TransportError):
@@ -291,7 +291,7 @@ class RemoteTrunk:
         if sessions is not None:
             sessions.lost(self._given_up)
 
-    async def _join(self, stream: ClientStream) -> None:
+    async def _join(self, stream: ClientStream, *, again: bool) -> None:
         try:
             async with asyncio.timeout(_GREETING_S):
                 welcome = await greet(stream)
@@ -301,6 +301,7 @@ class RemoteTrunk:
             raise ProtocolError(
                 "The server came back with another plan or another run: start this client again to take part in it."
             )
+        check_sealed(self.invitation.plan, stream)
         stream.limits, stream.encoder = self._limits, self._encoder
         standing = self._standing()
         while not self._outgoing.empty():
@@ -313,6 +314,8 @@ class RemoteTrunk:
         self._set_joined(True)
         if self._closing.is_set():
             self._outgoing.put_nowait(_GOODBYE)
+        if again:
+            log.info("connected to %s again", self.address)
         self._events.put(Connected())
 
     def _set_joined(self, joined: bool) -> None:

@@ -195,6 +195,7 @@ async def _serve(
         renew=_renewal(options.ca),
         refused=service.refused,
         limits=HANDSHAKE,
+        sealed=plan.wire.sealed,
     )
     address = f"{options.listen.rpartition(':')[0]}:{server.port}"
     log.info("listening on %s", address)

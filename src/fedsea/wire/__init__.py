@@ -11,12 +11,15 @@ encoding.py   Encoder and Decoder: messages to chunks and back
 stream.py     messages over anything that carries chunks
 end.py        what both ends can do with theirs
 transport.py  method names, gRPC options and deadlines of both ends
-calls.py      the client's channel, and why a call ended
+calls.py      the client's channel, how a stream is let in, and why a call ended
 channel.py    the client's stream: `connect`
 status.py     the client's calls without a stream: `call_status`, `call_renew`
+arrival.py    a stream at the server's port: who brings it, whose it is
 session.py    the server's view of one stream
+listening.py  where a server may listen
 server.py     the server's port: `serve`
 errors.py     error codes to gRPC status and to what a peer may read
+sealing/      payloads that whoever carries the stream cannot read: for relays where TLS ends
 identity/     who is who: certificates, enrolment, revocation, diagnosis
 proto/        the header's definition and the code generated from it
 """

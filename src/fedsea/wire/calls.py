@@ -10,11 +10,15 @@ from typing import Any, Protocol, TypeVar
 
 import grpc
 
-from fedsea.errors import FedseaError
-from fedsea.wire.errors import CODE_KEY, PeerClosed, error_from_status
-from fedsea.wire.identity.diagnose import diagnose, split_address
+from fedsea.errors import FedseaError, TransportError
+from fedsea.wire.errors import CODE_KEY, PeerClosed, error_from_status, error_of_word, unconfirmed
+from fedsea.wire.identity.address import split_address, through_relay, tls_name
+from fedsea.wire.identity.diagnose import diagnose
 from fedsea.wire.identity.identity import Identity
-from fedsea.wire.transport import Timing, aio, client_options
+from fedsea.wire.sealing.handshake import SealingIdentity, Subject
+from fedsea.wire.sealing.keys import SealBroken, StreamKeys
+from fedsea.wire.sealing.pipe import SealedPipe, agree_as_client, await_ready
+from fedsea.wire.transport import ADMITTED, LAST_WORD, SEALED, Timing, aio, client_options
 
 T = TypeVar("T")
 
@@ -53,18 +57,25 @@ class Ending:
     Args:
         call: A gRPC call.
         address: Its server, for messages.
+
+    Attributes:
+        keys: Of a sealed stream; from then on only what the server sealed counts as its word.
     """
 
     def __init__(self, call: Any, address: str) -> None:
+        self.keys: StreamKeys | None = None
         self._call = call
         self._address = address
         self._known = asyncio.Event()
         self._found: tuple[grpc.StatusCode, str, dict[str, str]] | None = None
+        self._last_word = b""
         call.add_done_callback(self._note)
 
     def _note(self, call: Any) -> None:
         if self._found is None and _at_once(call.details()) != _PROVISIONAL:
-            self._found = (_at_once(call.code()), *_words(_at_once(call.details()), _at_once(call.trailing_metadata())))
+            trailers = _at_once(call.trailing_metadata())
+            self._last_word = dict(trailers or ()).get(LAST_WORD, b"")
+            self._found = (_at_once(call.code()), *_words(_at_once(call.details()), trailers))
             self._known.set()
 
     async def reason(self) -> FedseaError:
@@ -75,9 +86,19 @@ class Ending:
         except TimeoutError:
             pass
         code, details, trailers = self._found or (grpc.StatusCode.UNAVAILABLE, "", {})
+        if self.keys is not None and not (code is grpc.StatusCode.OK and self.keys.opener.ended):
+            word = self.keys.open_last_word(self._last_word)
+            return error_of_word(word) if word is not None else self._cut()
         if code is grpc.StatusCode.OK:
             return PeerClosed(f"{self._address} has ended the stream.")
-        return error_from_status(code, details, trailers, self._address)
+        error = error_from_status(code, details, trailers, self._address)
+        return unconfirmed(error) if through_relay(self._address) and CODE_KEY in trailers else error
+
+    def _cut(self) -> FedseaError:
+        return SealBroken(
+            f"The sealed stream through {self._address} ended without a word from the server: the connection, or the "
+            "relay, broke it; reconnect."
+        )
 
     async def reason_at_start(self, identity: Identity, timeout_s: float) -> FedseaError:
         """Why a call did not come up: what the server said, else what an examination of the connection finds."""
@@ -99,9 +120,12 @@ def open_channel(address: str, identity: TlsIdentity, timing: Timing) -> Any:
     Raises:
         ConfigError: The address is none.
     """
-    host, _ = split_address(address)
+    host, port = split_address(address)
     credentials = grpc.ssl_channel_credentials(identity.ca_pem, identity.key_pem, identity.certificate_pem)
     options = client_options(timing, proxy=not _is_loopback(host))
+    if through_relay(address):
+        options.append(("grpc.ssl_target_name_override", tls_name(address)))
+        address = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
     return aio.secure_channel(address, credentials, options=options)
 
 
@@ -113,6 +137,75 @@ async def opened_channel(address: str, identity: TlsIdentity, timing: Timing) ->
         yield channel
     finally:
         await channel.close()
+
+
+class CallChunks:
+    """What a call carries; the errors say why it ended.
+
+    Args:
+        call: Of gRPC, both ways streaming.
+        ending: Of the same call.
+        address: Its server, for messages.
+    """
+
+    def __init__(self, call: Any, ending: Ending, address: str) -> None:
+        self._call = call
+        self._ending = ending
+        self._address = address
+
+    async def read(self) -> bytes | None:
+        """The next chunk, or None at the orderly end."""
+        try:
+            chunk = await self._call.read()
+        except aio.AioRpcError:
+            raise await self._ending.reason() from None
+        except asyncio.CancelledError:
+            if self._call.cancelled() and not _being_cancelled():
+                raise self._closed_here() from None
+            raise
+        return None if chunk is aio.EOF else chunk
+
+    async def write(self, chunk: bytes) -> None:
+        """Hand over one chunk."""
+        try:
+            await self._call.write(chunk)
+        except (aio.AioRpcError, asyncio.InvalidStateError):
+            raise await self._ending.reason() from None
+        except asyncio.CancelledError:
+            if self._call.cancelled() and not _being_cancelled():
+                raise self._closed_here() from None
+            raise
+
+    def _closed_here(self) -> FedseaError:
+        return TransportError(f"The stream to {self._address} was closed on this side; reconnect.")
+
+
+async def enter(
+    call: Any, ending: Ending, address: str, identity: Identity, subject: Subject, timeout_s: float
+) -> CallChunks | SealedPipe:
+    """Wait until the server has let a stream in, sealed if this side or the server wants it so.
+
+    Through a relay it is sealed whatever anybody says: a relay cannot talk a client out of it. Without one, TLS has
+    shown that the server itself says whether.
+
+    Raises:
+        FedseaError: Why it did not.
+    """
+    metadata = tuple(await call.initial_metadata())
+    if (ADMITTED, "") not in metadata:
+        raise await ending.reason_at_start(identity, timeout_s)
+    chunks = CallChunks(call, ending, address)
+    if not through_relay(address) and (SEALED, "") not in metadata:
+        return chunks
+    ending.keys = await agree_as_client(chunks, SealingIdentity.of(identity), subject)
+    pipe = SealedPipe(chunks, ending.keys)
+    await await_ready(pipe)
+    return pipe
+
+
+def _being_cancelled() -> bool:
+    task = asyncio.current_task()
+    return task is not None and task.cancelling() > 0
 
 
 def _is_loopback(host: str) -> bool:

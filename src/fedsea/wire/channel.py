@@ -9,17 +9,19 @@ from typing import Any, Self
 
 import grpc
 
-from fedsea.errors import FedseaError, TransportError
-from fedsea.wire.calls import Ending, examine, open_channel
+from fedsea.errors import FedseaError
+from fedsea.wire.calls import CallChunks, Ending, enter, examine, open_channel
 from fedsea.wire.encoding import Decoder, Encoder
 from fedsea.wire.end import StreamEnd
 from fedsea.wire.errors import error_of
 from fedsea.wire.identity.identity import Identity
 from fedsea.wire.limits import WireLimits
 from fedsea.wire.messages import Failure, Message
+from fedsea.wire.sealing.handshake import Subject
+from fedsea.wire.sealing.pipe import SealedPipe
 from fedsea.wire.status import call_renew, call_status
 from fedsea.wire.stream import MessageStream
-from fedsea.wire.transport import ADMITTED, DEFAULT_TIMING, SESSION, Timing, aio
+from fedsea.wire.transport import DEFAULT_TIMING, SESSION, Timing
 
 __all__ = ["ClientStream", "call_renew", "call_status", "connect"]
 
@@ -32,7 +34,7 @@ class ClientStream(StreamEnd):
         address: str,
         channel: Any,
         call: Any,
-        ending: Ending,
+        transport: CallChunks | SealedPipe,
         encoder: Encoder,
         limits: WireLimits,
         timing: Timing,
@@ -41,7 +43,7 @@ class ClientStream(StreamEnd):
         self._channel = channel
         self._call = call
         self._timing = timing
-        self._ending = ending
+        self._transport = transport
         super().__init__(
             MessageStream(
                 self._read,
@@ -52,6 +54,11 @@ class ClientStream(StreamEnd):
                 broken=self._broken,
             )
         )
+
+    @property
+    def sealed(self) -> bool:
+        """Whether only the server itself can read what is sent here, whoever carries it."""
+        return isinstance(self._transport, SealedPipe)
 
     async def receive(self) -> Message:
         """The next message.
@@ -77,6 +84,8 @@ class ClientStream(StreamEnd):
         try:
             async with asyncio.timeout(self._timing.close_s):
                 await self._stream.flush(self._timing.close_s)
+                if isinstance(self._transport, SealedPipe):
+                    await self._transport.end()
                 await self._call.done_writing()
                 async for _ in self._stream:
                     pass
@@ -96,28 +105,10 @@ class ClientStream(StreamEnd):
         await self.close()
 
     async def _read(self) -> bytes | None:
-        try:
-            chunk = await self._call.read()
-        except aio.AioRpcError:
-            raise await self._ending.reason() from None
-        except asyncio.CancelledError:
-            if self._call.cancelled() and not _being_cancelled():
-                raise self._closed_here() from None
-            raise
-        return None if chunk is aio.EOF else chunk
+        return await self._transport.read()
 
     async def _write(self, chunk: bytes) -> None:
-        try:
-            await self._call.write(chunk)
-        except (aio.AioRpcError, asyncio.InvalidStateError):
-            raise await self._ending.reason() from None
-        except asyncio.CancelledError:
-            if self._call.cancelled() and not _being_cancelled():
-                raise self._closed_here() from None
-            raise
-
-    def _closed_here(self) -> FedseaError:
-        return TransportError(f"The stream to {self.address} was closed on this side; reconnect.")
+        await self._transport.write(chunk)
 
     def _broken(self, _: FedseaError) -> None:
         self._call.cancel()
@@ -135,7 +126,7 @@ async def connect(
     """Open a session with a server.
 
     Args:
-        address: `HOST:PORT`.
+        address: `HOST:PORT`, or `relay://HOST:PORT`; see `identity.address`.
         identity: Ours.
         limits: What the server may announce, until they are replaced: usually `limits.HANDSHAKE`.
         encoder: Of what is sent; by default one for the handshake, without codecs.
@@ -152,18 +143,11 @@ async def connect(
     ending = Ending(call, address)
     try:
         async with asyncio.timeout(timeout_s):
-            admitted = (ADMITTED, "") in tuple(await call.initial_metadata())
-        if not admitted:
-            raise await ending.reason_at_start(identity, timeout_s)
+            transport = await enter(call, ending, address, identity, Subject.SESSION, timeout_s)
     except TimeoutError:
         await channel.close()
         raise await examine(address, identity, timeout_s) from None
     except BaseException:
         await channel.close()
         raise
-    return ClientStream(address, channel, call, ending, encoder or Encoder("client", {}), limits, timing)
-
-
-def _being_cancelled() -> bool:
-    task = asyncio.current_task()
-    return task is not None and task.cancelling() > 0
+    return ClientStream(address, channel, call, transport, encoder or Encoder("client", {}), limits, timing)

@@ -6,6 +6,7 @@ about this machine (its disk, its data, its bugs) are logged here and replaced b
 
 from __future__ import annotations
 
+import json
 import logging
 import math
 from dataclasses import dataclass
@@ -120,6 +121,25 @@ def failure_of(error: BaseException, *, step: int = -1, fatal: bool = False) -> 
 def error_of(failure: Failure) -> FedseaError:
     """The error that a peer's `Failure` stands for."""
     return error_from_code(failure.code, failure.message, failure.retry_after_s)
+
+
+def word_of(error: BaseException) -> bytes:
+    """What a server says when it ends a sealed stream; whoever carries the stream reads nothing of it."""
+    shown = public(error)
+    retry = shown.retry_after_s if isinstance(shown, CapacityError) else 0.0
+    return json.dumps([shown.code, _one_line(shown.message), retry]).encode()
+
+
+def error_of_word(word: bytes) -> FedseaError:
+    """The error behind such a word."""
+    code, message, retry = json.loads(word)  # it opened, so the server wrote it
+    return error_from_code(str(code), _one_line(str(message)), _seconds(str(retry)))
+
+
+def unconfirmed(error: FedseaError) -> FedseaError:
+    """What a relay says that the server said, before the two ends know each other."""
+    sentence = f"The relay says, and the server has not confirmed it: {error.message}"
+    return error_from_code(error.code, sentence, getattr(error, "retry_after_s", 1.0))
 
 
 def error_from_status(status: grpc.StatusCode, details: str, trailers: dict[str, str], address: str) -> FedseaError:

@@ -3,43 +3,33 @@
 from __future__ import annotations
 
 import asyncio
-import errno
 import json
 import logging
 import math
-import socket
 import time
 from collections.abc import Awaitable, Callable
-from typing import Any, Protocol
+from typing import Any
 
 import grpc
 
 from fedsea.errors import AuthError, CapacityError, ConfigError, FedseaError, ProtocolError, TransportError
+from fedsea.wire.arrival import Arrival, Gate, abort
 from fedsea.wire.buffers import BufferPool
 from fedsea.wire.calls import TlsIdentity
-from fedsea.wire.errors import status_of
 from fedsea.wire.identity.peers import PeerIdentity, PeerRefused
 from fedsea.wire.limits import WireLimits
+from fedsea.wire.listening import check_listen
+from fedsea.wire.sealing.handshake import SealingIdentity, Subject
 from fedsea.wire.session import PeerSession
-from fedsea.wire.transport import ADMITTED, DEFAULT_TIMING, SERVICE, Timing, aio, server_options
+from fedsea.wire.transport import ADMITTED, DEFAULT_TIMING, SEALED, SERVICE, Timing, aio, server_options
+
+__all__ = ["PeerSession", "WireServer", "check_listen", "serve"]
 
 log = logging.getLogger(__name__)
 
 _MAX_CALLS = 4096
 _MAX_SESSIONS_OF_A_PEER = 4
 _LARGEST_REQUEST = 64 << 10
-
-
-class Gate(Protocol):
-    """Who may come in; `wire.identity.PeerGate`."""
-
-    def check(self, certificate_pem: bytes) -> PeerIdentity:
-        """The peer behind a certificate that TLS has verified.
-
-        Raises:
-            AuthError: It may not take part, or not any more.
-        """
-        ...
 
 
 Handler = Callable[[PeerSession], Awaitable[None]]
@@ -65,6 +55,7 @@ class WireServer:
         refused: Refused | None,
         limits: WireLimits,
         timing: Timing,
+        sealed: bool,
     ) -> None:
         self.port = 0
         self._gate = gate
@@ -74,6 +65,7 @@ class WireServer:
         self._refused = refused
         self._limits = limits
         self._timing = timing
+        self._sealed = sealed
         self._pool = BufferPool()
         self._sessions: set[PeerSession] = set()
         self._renewed_at: dict[str, float] = {}  # names are those that the gate lets in
@@ -81,6 +73,7 @@ class WireServer:
         self._watch: asyncio.Task[None] | None = None
         self._stopping = False
         self._certificates: Any = None
+        self._me: SealingIdentity | None = None
 
     @property
     def sessions(self) -> tuple[PeerSession, ...]:
@@ -89,8 +82,7 @@ class WireServer:
 
     async def start(self, listen: str, identity: TlsIdentity) -> None:
         """Bind and serve; see `serve`."""
-        host, port = _split_listen(listen)
-        _check_free(host, port)
+        check_listen(listen)
         self.replace_identity(identity)
         self._server = aio.server(options=server_options(self._timing), maximum_concurrent_rpcs=_MAX_CALLS)
         self._server.add_generic_rpc_handlers((self._handlers(),))
@@ -108,6 +100,7 @@ class WireServer:
 
     def replace_identity(self, identity: TlsIdentity) -> None:
         """Show this certificate to whoever connects from now on."""
+        self._me = SealingIdentity.of(identity)
         self._certificates = grpc.ssl_server_certificate_configuration(
             [(identity.key_pem, identity.certificate_pem)], root_certificates=identity.ca_pem
         )
@@ -132,53 +125,83 @@ class WireServer:
             },
         )
 
-    def _admit(self, context: Any) -> tuple[PeerIdentity, bytes]:
-        certificates = context.auth_context().get("x509_pem_cert") or [b""]
-        return self._gate.check(certificates[0]), certificates[0]
-
     async def _serve_session(self, _: Any, context: Any) -> None:
+        arrival: Arrival | None = None
         error: BaseException | None
         try:
-            peer, certificate_pem = self._admit(context)
+            arrival = Arrival(self._gate, context)
             if self._stopping:
                 raise TransportError("The server is stopping; reconnect when it is back.")
-            if sum(session.peer.name == peer.name for session in self._sessions) >= _MAX_SESSIONS_OF_A_PEER:
-                raise CapacityError(f"{peer.name} has too many open streams; close some.", retry_after_s=10.0)
-            await context.send_initial_metadata(((ADMITTED, ""),))
-            session = PeerSession(peer, certificate_pem, context, self._limits, self._pool, self._timing)
-            self._sessions.add(session)
-            try:
-                error = await session.run(self._handler, self._timing.close_s)
-            finally:
-                self._sessions.discard(session)
+            await self._let_in(arrival, context)
+            error = await self._serve(arrival)
+            if error is None:
+                await arrival.end()
         except PeerRefused as raised:
             self._note(raised)
             error = raised
         except Exception as raised:  # noqa: BLE001 (everything becomes a status; `status_of` logs what it hides)
             error = raised
         if error is not None:
-            await _abort(context, error)
+            await (abort(context, error) if arrival is None else arrival.abort(error))
+
+    async def _let_in(self, arrival: Arrival, context: Any) -> None:
+        if not self._sealed and arrival.relay_pem is None:
+            self._check_room(arrival.peer)
+            await context.send_initial_metadata(((ADMITTED, ""),))
+            return
+        await context.send_initial_metadata(((ADMITTED, ""), (SEALED, "")))
+        assert self._me is not None
+        await arrival.seal(self._me)
+        self._check_room(arrival.peer)
+        await arrival.open()
+
+    def _check_room(self, peer: PeerIdentity) -> None:
+        if sum(session.peer.name == peer.name for session in self._sessions) >= _MAX_SESSIONS_OF_A_PEER:
+            raise CapacityError(f"{peer.name} has too many open streams; close some.", retry_after_s=10.0)
+
+    async def _serve(self, arrival: Arrival) -> BaseException | None:
+        if arrival.subject is not Subject.SESSION:
+            await self._answer_sealed(arrival)
+            return None
+        session = PeerSession(arrival, self._limits, self._pool, self._timing)
+        self._sessions.add(session)
+        try:
+            return await session.run(self._handler, self._timing.close_s)
+        finally:
+            self._sessions.discard(session)
+
+    async def _answer_sealed(self, arrival: Arrival) -> None:
+        """Status or renewal over a sealed stream: one question, one answer."""
+        async with asyncio.timeout(self._timing.close_s):
+            if arrival.subject is Subject.STATUS:
+                answer = json.dumps(self._status(arrival.peer)).encode()
+            else:
+                request = await arrival.transport.read() or b""
+                answer = await self._renewed(arrival.peer, arrival.certificate_pem, request)
+            await arrival.transport.write(answer)
 
     async def _serve_status(self, _: bytes, context: Any) -> bytes:
         try:
-            peer, _pem = self._admit(context)
+            peer, _pem = Arrival(self._gate, context).client()
             return json.dumps(self._status(peer)).encode()
         except Exception as error:
-            await _abort(context, error)
+            await abort(context, error)
             raise
 
     async def _serve_renew(self, request: bytes, context: Any) -> bytes:
         try:
-            peer, certificate_pem = self._admit(context)
-            if self._renew is None:
-                raise ConfigError("This server does not renew certificates: ask its operator for a new one.")
-            if len(request) > _LARGEST_REQUEST:
-                raise ProtocolError("The request for a certificate is too large.")
-            self._bound_renewals(peer.name)
-            return await asyncio.to_thread(self._renew, peer, certificate_pem, request)
+            return await self._renewed(*Arrival(self._gate, context).client(), request)
         except Exception as error:
-            await _abort(context, error)
+            await abort(context, error)
             raise
+
+    async def _renewed(self, peer: PeerIdentity, certificate_pem: bytes, request: bytes) -> bytes:
+        if self._renew is None:
+            raise ConfigError("This server does not renew certificates: ask its operator for a new one.")
+        if len(request) > _LARGEST_REQUEST:
+            raise ProtocolError("The request for a certificate is too large.")
+        self._bound_renewals(peer.name)
+        return await asyncio.to_thread(self._renew, peer, certificate_pem, request)
 
     def _bound_renewals(self, name: str) -> None:
         now, every_s = time.monotonic(), self._timing.renew_every_s
@@ -199,7 +222,7 @@ class WireServer:
                 if session.ended:
                     continue
                 try:
-                    self._gate.check(session.certificate_pem)
+                    session.arrival.check_again()
                 except FedseaError as error:
                     log.warning("the stream of client %s is ended: %s", session.peer.name, error.message)
                     session.end(error)
@@ -227,6 +250,7 @@ async def serve(
     refused: Refused | None = None,
     limits: WireLimits,
     timing: Timing = DEFAULT_TIMING,
+    sealed: bool = False,
 ) -> WireServer:
     """Listen for clients, with mutual TLS.
 
@@ -241,54 +265,11 @@ async def serve(
         refused: Told of clients that the gate turns away or cuts off.
         limits: Of new sessions: usually `limits.HANDSHAKE`.
         timing: Deadlines.
+        sealed: Seal the streams of clients that connect directly, too; those that a relay brings always are.
 
     Raises:
         ConfigError: The address is none, is in use, or is not of this machine.
     """
-    server = WireServer(gate, handler, status, renew, refused, limits, timing)
+    server = WireServer(gate, handler, status, renew, refused, limits, timing, sealed)
     await server.start(listen, identity)
     return server
-
-
-async def _abort(context: Any, error: BaseException) -> None:
-    code, sentence, trailers = status_of(error)
-    await context.abort(code, sentence, trailers)
-
-
-def check_listen(listen: str) -> None:
-    """Whether `serve` could listen there now, said before a model is loaded for it.
-
-    Raises:
-        ConfigError: The address is none, is in use, or is not of this machine.
-    """
-    _check_free(*_split_listen(listen))
-
-
-def _split_listen(listen: str) -> tuple[str, int]:
-    host, _, port = listen.rpartition(":")
-    if not host or not port.isascii() or not port.isdigit() or int(port) > 65535:
-        raise ConfigError(f"{listen!r} is no address to listen on: give HOST:PORT, for example 0.0.0.0:7443.")
-    return host.removeprefix("[").removesuffix("]"), int(port)
-
-
-def _check_free(host: str, port: int) -> None:
-    """Find out why an address cannot be bound; gRPC itself only says that it failed, or binds half of a name."""
-    try:
-        addresses = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
-    except OSError:
-        raise ConfigError(f"The host {host!r} does not resolve: listen on an address of this machine.") from None
-    for family, kind, protocol, _, address in addresses:
-        with socket.socket(family, kind, protocol) as probe:
-            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            try:
-                probe.bind(address)
-            except OSError as error:
-                raise _bind_error(error, host, port) from None
-
-
-def _bind_error(error: OSError, host: str, port: int) -> ConfigError:
-    if error.errno == errno.EADDRINUSE:
-        return ConfigError(f"Port {port} on {host} is in use: stop what uses it, or choose another with --listen.")
-    if error.errno == errno.EACCES:
-        return ConfigError(f"This user may not listen on port {port}: choose one above 1023 with --listen.")
-    return ConfigError(f"{host} is not an address of this machine: listen on one that is, or on 0.0.0.0.")

@@ -6,9 +6,8 @@ import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Any
 
-import grpc
-
-from fedsea.errors import FedseaError, TransportError
+from fedsea.errors import FedseaError
+from fedsea.wire.arrival import Arrival
 from fedsea.wire.buffers import BufferPool
 from fedsea.wire.encoding import Decoder, Encoder
 from fedsea.wire.end import StreamEnd
@@ -17,22 +16,18 @@ from fedsea.wire.identity.peers import PeerIdentity
 from fedsea.wire.limits import WireLimits
 from fedsea.wire.messages import Message
 from fedsea.wire.stream import MessageStream
-from fedsea.wire.transport import Timing, aio
+from fedsea.wire.transport import Timing
 
 
 class PeerSession(StreamEnd):
     """One stream of one client. Its handler is cancelled when the stream ends: clean up in `finally`.
 
     Attributes:
-        peer: Who it is, from its certificate.
+        arrival: How it came in.
     """
 
-    def __init__(
-        self, peer: PeerIdentity, certificate_pem: bytes, context: Any, limits: WireLimits, pool: BufferPool, t: Timing
-    ) -> None:
-        self.peer = peer
-        self.certificate_pem = certificate_pem
-        self._context = context
+    def __init__(self, arrival: Arrival, limits: WireLimits, pool: BufferPool, t: Timing) -> None:
+        self.arrival = arrival
         self._ended: asyncio.Future[FedseaError] = asyncio.get_running_loop().create_future()
         super().__init__(
             MessageStream(
@@ -44,6 +39,11 @@ class PeerSession(StreamEnd):
                 broken=self.end,
             )
         )
+
+    @property
+    def peer(self) -> PeerIdentity:
+        """Who it is, from its certificate."""
+        return self.arrival.peer
 
     async def receive(self) -> Message:
         """See `MessageStream.receive`."""
@@ -85,17 +85,10 @@ class PeerSession(StreamEnd):
             await self._stream.release()
 
     async def _read(self) -> bytes | None:
-        try:
-            chunk = await self._context.read()
-        except (grpc.RpcError, aio.UsageError, asyncio.InvalidStateError):
-            raise TransportError(f"The connection of {self.peer.name} broke.") from None
-        return None if chunk is aio.EOF else chunk
+        return await self.arrival.transport.read()
 
     async def _write(self, chunk: bytes) -> None:
-        try:
-            await self._context.write(chunk)
-        except (grpc.RpcError, aio.UsageError, asyncio.InvalidStateError):
-            raise TransportError(f"The connection of {self.peer.name} broke.") from None
+        await self.arrival.transport.write(chunk)
 
 
 async def _awaited(work: Awaitable[None]) -> None:

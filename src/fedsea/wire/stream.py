@@ -23,7 +23,7 @@ _MAX_WAITING_SENDS = 1024
 
 @dataclass(slots=True)
 class LinkStats:
-    """Bytes of one stream by kind of message, without what TLS and HTTP/2 add.
+    """Bytes of one stream by kind of message, without what sealing, TLS and HTTP/2 add.
 
     Attributes:
         sent: Frame bytes handed to the network, by class name of the message.

@@ -20,6 +20,12 @@ RENEW = f"/{SERVICE}/Renew"
 ADMITTED = "fedsea-admitted"
 """Key of the metadata with which the server lets a stream in."""
 
+SEALED = "fedsea-sealed"
+"""Key of the metadata with which the server says that the stream begins with a sealed handshake."""
+
+LAST_WORD = "fedsea-last-word-bin"
+"""Key of the trailing metadata that says, sealed, why the server ended a sealed stream."""
+
 Option = tuple[str, int]
 
 
@@ -57,7 +63,7 @@ def _common(timing: Timing) -> list[Option]:
     ]
 
 
-def client_options(timing: Timing, *, proxy: bool) -> list[Option]:
+def client_options(timing: Timing, *, proxy: bool) -> list[Option | tuple[str, str]]:
     """Of a channel; each has connections of its own, so that a reconnect does not inherit another's backoff."""
     return [
         *_common(timing),

@@ -10,7 +10,9 @@ renewal.py       when a certificate is renewed without the operator
 authority.py     the operator: approve, renew, revoke
 identity.py      the holder of a key: load and check
 enrollment.py    the holder of a key: request, install, renew
+signing.py       statements that clients sign for each other
 peers.py         the server's gate
+address.py       where a server is, and whether a relay stands before it
 diagnose.py      one sentence about a connection that failed
 """
 

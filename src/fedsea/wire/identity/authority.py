@@ -171,25 +171,35 @@ class Authority:
         return request, valid
 
     def approve(
-        self, csr_pem: bytes, *, name: str | None = None, days: float = 30, again: bool = False
+        self,
+        csr_pem: bytes,
+        *,
+        name: str | None = None,
+        days: float = 30,
+        again: bool = False,
+        role: Role = Role.CLIENT,
     ) -> ClientCertificate:
-        """Issue a client's certificate. Compare the request's fingerprint with the client's first.
+        """Issue a client's or relay's certificate. Compare the request's fingerprint with its maker's first.
 
         Args:
             csr_pem: The request.
             name: Another name than the request asks for.
             days: Validity.
             again: Admit a name that was revoked; its old certificates stay revoked.
+            role: Client, or relay: a machine on the way where TLS ends, which may pass sealed streams on and nothing
+                else.
 
         Raises:
             AuthError: The request is not sound, or the name was revoked and `again` is not set.
-            ConfigError: No client may have this name.
+            ConfigError: No client may have this name, or the other role has it.
         """
         request = read_request(csr_pem)
         name = certs.check_name(name or request.name)
         with files.locked(self.folder):
-            _check_not_revoked(self._read(), name, again)
-            certificate, serial = self._issue(Role.CLIENT, [name], request.public_key, days)
+            record = self._read()
+            _check_not_revoked(record, name, again)
+            _check_role(record, name, role)
+            certificate, serial = self._issue(role, [name], request.public_key, days)
         return self._client_certificate(certificate, name, serial)
 
     def renew(self, current_pem: bytes, csr_pem: bytes, *, days: float = 30) -> ClientCertificate:
@@ -254,7 +264,7 @@ class Authority:
                 f"No client certificate has the name or serial {name_or_serial[:80]!r}: `fedsea ca list` "
                 "shows them all."
             )
-        if entry.role is not Role.CLIENT:
+        if entry.role not in certs.NAMED_ROLES:
             raise ConfigError(
                 "This certificate is the server's, and clients do not read the journal: replace it with `fedsea ca "
                 "server`, and if its key was stolen make a new authority."
@@ -304,6 +314,16 @@ class Authority:
 def _check_not_revoked(record: Record, name: str, again: bool) -> None:
     if name in record.revoked_names and not again:
         raise AuthError(f"{name} was revoked: approve it with `--again` if it is to take part again under a new key.")
+
+
+def _check_role(record: Record, name: str, role: Role) -> None:
+    if role not in certs.NAMED_ROLES:
+        raise ConfigError("A request is approved for a client or a relay; a server's identity is made here.")
+    if others := [entry for entry in record.named(name) if entry.role is not role]:
+        raise ConfigError(
+            f"{name} is the name of a {others[0].role.value} here: a {role.value} needs another name, so that it can "
+            "be revoked by it alone."
+        )
 
 
 def _certificate_of(entry: Entry) -> x509.Certificate:

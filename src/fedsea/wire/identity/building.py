@@ -12,7 +12,7 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import NameOID
 
 from fedsea.errors import ConfigError
-from fedsea.wire.identity.certificates import CLIENT_URI_PREFIX, PURPOSE, Role
+from fedsea.wire.identity.certificates import PURPOSES, RELAY_HOST, Role, name_uri
 
 SKEW = timedelta(minutes=5)
 """Certificates begin this much in the past, for peers whose clocks are behind."""
@@ -43,18 +43,21 @@ def leaf_certificate(
 
     Args:
         role: What it may be used for.
-        names: The client's name, or the server's host names and addresses.
+        names: The client's or relay's name, or the server's host names and addresses.
         public_key: Of its owner.
         authority: The CA's certificate.
         authority_key: The CA's key.
         now: Beginning of its validity, before the allowance for slow clocks.
         days: How long it is valid.
     """
-    if role is Role.CLIENT:
-        (common_name,) = names
-        alternative: list[x509.GeneralName] = [x509.UniformResourceIdentifier(CLIENT_URI_PREFIX + common_name)]
-    else:
+    alternative: list[x509.GeneralName]
+    if role is Role.SERVER:
         common_name, alternative = "fedsea server", [_host(name) for name in names]
+    else:
+        (common_name,) = names
+        alternative = [x509.UniformResourceIdentifier(name_uri(role, common_name))]
+        if role is Role.RELAY:
+            alternative.append(x509.DNSName(RELAY_HOST))
     end = min(now + timedelta(days=days), authority.not_valid_after_utc)
     subject = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, common_name)])
     identifier = authority.extensions.get_extension_for_class(x509.SubjectKeyIdentifier).value
@@ -62,7 +65,7 @@ def leaf_certificate(
         _builder(subject, authority.subject, public_key, now, end)
         .add_extension(x509.BasicConstraints(ca=False, path_length=None), critical=True)
         .add_extension(_key_usage(signs_certificates=False), critical=True)
-        .add_extension(x509.ExtendedKeyUsage([PURPOSE[role]]), critical=True)
+        .add_extension(x509.ExtendedKeyUsage(PURPOSES[role]), critical=True)
         .add_extension(x509.SubjectAlternativeName(alternative), critical=False)
         .add_extension(x509.SubjectKeyIdentifier.from_public_key(public_key), critical=False)
         .add_extension(x509.AuthorityKeyIdentifier.from_issuer_subject_key_identifier(identifier), critical=False)
@@ -108,6 +111,8 @@ def _host(name: str) -> x509.GeneralName:
     except UnicodeError:
         encoded = ""
     labels = encoded.split(".")
+    if encoded.lower().endswith(RELAY_HOST):
+        raise ConfigError(f"{RELAY_HOST} is the host name of relays, never of a server: give another one.")
     if not all(label and label.replace("-", "").replace("_", "").isalnum() for label in labels):
         raise ConfigError(
             f"{name[:80]!r} is neither a host name nor an address: give it as clients will type it, without port."

@@ -1,7 +1,9 @@
 """What a fedsea certificate is, and how one is read and checked. ECDSA P-256 throughout.
 
 A client's certificate carries its name twice, as common name and as the URI `fedsea:client:<name>`, and may only
-be used by a TLS client; a server's carries host names and addresses and may only be used by a TLS server.
+be used by a TLS client; a server's carries host names and addresses and may only be used by a TLS server. A relay's,
+where TLS ends on the way, carries its name as a client's does, may be used by both, and is for one host name that no
+server has: whoever expects a server there finds out from TLS itself that it is not.
 """
 
 from __future__ import annotations
@@ -23,7 +25,9 @@ from fedsea.plan import ClientName
 Clock = Callable[[], datetime]
 """Gives the time, with its zone."""
 
-CLIENT_URI_PREFIX = "fedsea:client:"
+RELAY_HOST = "relay.fedsea.invalid"
+"""The host name in every relay's certificate. Clients ask for it when they were told of a relay, and only then."""
+
 _LARGEST_PEM_BYTES = 64 << 10
 _NAME = TypeAdapter[str](ClientName)
 
@@ -33,10 +37,23 @@ class Role(enum.StrEnum):
 
     CLIENT = "client"
     SERVER = "server"
+    RELAY = "relay"
 
 
-PURPOSE = {Role.CLIENT: ExtendedKeyUsageOID.CLIENT_AUTH, Role.SERVER: ExtendedKeyUsageOID.SERVER_AUTH}
-"""Role to the one extended key usage of its certificates."""
+PURPOSES = {
+    Role.CLIENT: (ExtendedKeyUsageOID.CLIENT_AUTH,),
+    Role.SERVER: (ExtendedKeyUsageOID.SERVER_AUTH,),
+    Role.RELAY: (ExtendedKeyUsageOID.CLIENT_AUTH, ExtendedKeyUsageOID.SERVER_AUTH),
+}
+"""Role to the extended key usages of its certificates."""
+
+NAMED_ROLES = (Role.CLIENT, Role.RELAY)
+"""Roles whose certificates carry a name that was asked for; a name has one of them only."""
+
+
+def name_uri(role: Role, name: str) -> str:
+    """The URI in a client's or relay's certificate."""
+    return f"fedsea:{role.value}:{name}"
 
 
 def utc_now() -> datetime:
@@ -150,7 +167,7 @@ def role_of(certificate: x509.Certificate) -> Role | None:
         constraints = certificate.extensions.get_extension_for_class(x509.BasicConstraints).value
     except (x509.ExtensionNotFound, ValueError):
         return None
-    roles = [role for role, purpose in PURPOSE.items() if purposes == {purpose}]
+    roles = [role for role, allowed in PURPOSES.items() if purposes == set(allowed)]
     return roles[0] if roles and not constraints.ca else None
 
 
@@ -160,16 +177,34 @@ def client_name(certificate: x509.Certificate) -> str:
     Raises:
         AuthError: This is no client's certificate.
     """
-    if role_of(certificate) is Role.CLIENT:
-        names = certificate.subject.get_attributes_for_oid(NameOID.COMMON_NAME)
-        alternative = certificate.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
-        uris = alternative.get_values_for_type(x509.UniformResourceIdentifier)
-        if len(names) == 1 and uris == [f"{CLIENT_URI_PREFIX}{names[0].value!s}"]:
-            return str(names[0].value)
+    if (name := _name_as(Role.CLIENT, certificate)) is not None:
+        return name
     raise AuthError(
         "This certificate is not a fedsea client's: use the identity folder that `fedsea enroll` made and the "
         "operator approved."
     )
+
+
+def relay_name(certificate: x509.Certificate) -> str:
+    """The same of a relay.
+
+    Raises:
+        AuthError: This is no relay's certificate.
+    """
+    if (name := _name_as(Role.RELAY, certificate)) is not None:
+        return name
+    raise AuthError("This certificate is not a relay's: the operator makes one with `fedsea ca approve --role relay`.")
+
+
+def _name_as(role: Role, certificate: x509.Certificate) -> str | None:
+    if role_of(certificate) is not role:
+        return None
+    names = certificate.subject.get_attributes_for_oid(NameOID.COMMON_NAME)
+    alternative = certificate.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
+    uris = alternative.get_values_for_type(x509.UniformResourceIdentifier)
+    if len(names) != 1 or uris != [name_uri(role, str(names[0].value))]:
+        return None
+    return str(names[0].value)
 
 
 def host_names(certificate: x509.Certificate) -> tuple[str, ...]:

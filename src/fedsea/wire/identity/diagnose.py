@@ -13,7 +13,8 @@ import time
 from datetime import UTC, datetime
 from typing import Any
 
-from fedsea.errors import AuthError, ConfigError, FedseaError, TransportError
+from fedsea.errors import AuthError, FedseaError, TransportError
+from fedsea.wire.identity.address import split_address, through_relay, tls_name
 from fedsea.wire.identity.folder import CERTIFICATE_FILE, KEY_FILE
 from fedsea.wire.identity.identity import Identity
 
@@ -26,22 +27,6 @@ _OTHER_HOST = (62, 64)
 _HTTP2_HELLO = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + bytes([0, 0, 0, 4, 0, 0, 0, 0, 0])
 
 _Addresses = list[tuple[socket.AddressFamily, Any]]
-
-
-def split_address(address: str) -> tuple[str, int]:
-    """Host and port of `HOST:PORT` or `[ADDRESS]:PORT`.
-
-    Raises:
-        ConfigError: It has another form.
-    """
-    host, colon, port = address.removeprefix("dns:///").rpartition(":")
-    bracketed = host.startswith("[") and host.endswith("]")
-    host = host[1:-1] if bracketed else host
-    if not colon or not host or (":" in host and not bracketed) or not port.isascii() or not port.isdigit():
-        raise ConfigError(f"{address[:120]!r} is not an address: write HOST:PORT, or [ADDRESS]:PORT for IPv6.")
-    if not 0 < int(port) < 65536:
-        raise ConfigError(f"{address[:120]!r} has a port outside 1 to 65535: use the one that the server listens on.")
-    return host, int(port)
 
 
 def diagnose(address: str, identity: Identity, timeout_s: float = 10.0) -> FedseaError:
@@ -67,7 +52,7 @@ def _go(address: str, identity: Identity, deadline: float) -> FedseaError:
     try:
         host, port = split_address(address)
         with _connect(_resolve(host, port, deadline), address, deadline) as plain:
-            return _examine_tls(plain, host, address, identity, deadline)
+            return _examine_tls(plain, tls_name(address), address, identity, deadline)
     except FedseaError as error:
         return error
     except OSError as error:
@@ -166,6 +151,11 @@ def _after_handshake(answer: bytes, protocol: str | None, address: str, identity
         )
     if not answer:  # gRPC sends no alert when it refuses a certificate; it just closes
         return _refused(address, identity)
+    if through_relay(address):
+        return TransportError(
+            f"{address} answers, and accepts this client's certificate, but nothing came from the server behind it: "
+            "ask the relay's operator whether it reaches the server, and try again."
+        )
     return TransportError(
         f"{address} answers, and accepts this client's certificate: the server was busy or restarting, so try again; "
         "if it goes on, look at the server's log."
@@ -193,10 +183,15 @@ def _bad_server_certificate(
             f"The certificate of the server {address} is not valid yet by this machine's clock, which says "
             f"{datetime.now(UTC):%Y-%m-%d %H:%M} UTC: set the clock."
         )
+    if code in _OTHER_HOST and through_relay(address):
+        return AuthError(
+            f"What answers at {address} is no relay of this federation: leave out relay:// if it is the server, or "
+            "ask the operator for the relay's address."
+        )
     if code in _OTHER_HOST:
         return AuthError(
             f"The server's certificate is not for {host}: use the host name that the operator gave, or ask for "
-            f"`fedsea ca server --host {host}`."
+            f"`fedsea ca server --host {host}`; if TLS ends at a relay there, write relay://{address}."
         )
     if code == _PURPOSE:
         return AuthError(

@@ -11,7 +11,7 @@ from cryptography import x509
 from fedsea.errors import AuthError, ConfigError
 from fedsea.wire.identity import certificates as certs
 from fedsea.wire.identity import files
-from fedsea.wire.identity.certificates import Clock
+from fedsea.wire.identity.certificates import Clock, Role
 from fedsea.wire.identity.folder import (
     CA_FILE,
     CERTIFICATE_FILE,
@@ -106,7 +106,7 @@ def install(
     if not certs.is_issued_by(ca, ca):
         raise AuthError("The authority's certificate is not one: ask the operator for the file ca.pem.")
     check_certificate(certificate, ca, clock())
-    certs.client_name(certificate)
+    certs.relay_name(certificate) if certs.role_of(certificate) is Role.RELAY else certs.client_name(certificate)
     with files.locked(folder):
         _require_key(folder, certificate)
         files.write_public(folder / CA_FILE, certs.certificate_to_pem(ca))

@@ -39,8 +39,8 @@ class Identity:
 
     Attributes:
         folder: Where it was loaded from.
-        role: Client or server.
-        name: The client's name; a server's first host name.
+        role: Client, server or relay.
+        name: The client's or relay's name; a server's first host name.
         key_pem: The private key.
         certificate_pem: The certificate chain.
         ca_pem: The authority.
@@ -92,7 +92,8 @@ class Identity:
         role = certs.role_of(certificate)
         if role is None:
             raise AuthError(f"{folder / CERTIFICATE_FILE} is not a fedsea certificate: install it again.")
-        name = certs.client_name(certificate) if role is Role.CLIENT else certs.host_names(certificate)[0]
+        name_of = {Role.CLIENT: certs.client_name, Role.RELAY: certs.relay_name}
+        name = name_of[role](certificate) if role in name_of else certs.host_names(certificate)[0]
         return cls(
             folder=folder,
             role=role,

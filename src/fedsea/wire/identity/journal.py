@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from fedsea.errors import StorageError
-from fedsea.wire.identity.certificates import Role
+from fedsea.wire.identity.certificates import NAMED_ROLES, Role
 from fedsea.wire.identity.files import disk_errors, sync_folder
 
 FILE_NAME = "journal.jsonl"
@@ -26,8 +26,8 @@ class Entry:
     """A certificate that the authority issued.
 
     Attributes:
-        role: Client or server.
-        name: The client's name; a server's host names, joined by commas.
+        role: Client, server or relay.
+        name: The client's or relay's name; a server's host names, joined by commas.
         serial: Serial number in hex.
         not_before: Beginning of validity.
         not_after: End of validity.
@@ -67,8 +67,8 @@ class Record:
     revoked_names: set[str] = field(default_factory=set)
 
     def named(self, name: str) -> list[Entry]:
-        """Every client certificate of that name."""
-        return [entry for entry in self.entries.values() if entry.role is Role.CLIENT and entry.name == name]
+        """Every certificate of a client or relay of that name."""
+        return [entry for entry in self.entries.values() if entry.role in NAMED_ROLES and entry.name == name]
 
     def renewals(self, entry: Entry) -> list[Entry]:
         """Certificates that the holder of this one asked for with it."""
@@ -93,7 +93,7 @@ class Record:
                     renewed_from=str(line["renewed_from"]),
                 )
                 self.entries[entry.serial] = entry
-                if entry.role is Role.CLIENT:
+                if entry.role in NAMED_ROLES:
                     self.revoked_names.discard(entry.name)
             case "revoked":
                 self._revoke(str(line["name"]), str(line["serial"]), str(line["reason"]))

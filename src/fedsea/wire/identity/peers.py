@@ -19,7 +19,7 @@ from typing import Generic, TypeVar
 
 from fedsea.errors import AuthError, FedseaError, TransportError
 from fedsea.wire.identity import certificates as certs
-from fedsea.wire.identity.certificates import Clock
+from fedsea.wire.identity.certificates import Clock, Role
 from fedsea.wire.identity.files import disk_errors, read_file
 from fedsea.wire.identity.folder import CA_FILE
 from fedsea.wire.identity.journal import FILE_NAME, Record, read_journal
@@ -33,17 +33,19 @@ T = TypeVar("T")
 
 @dataclass(frozen=True, slots=True)
 class PeerIdentity:
-    """A client that the gate admits.
+    """A client or relay that the gate admits.
 
     Attributes:
         name: From its certificate.
         serial: Serial number in hex.
         not_after: When the certificate ends; `check` refuses it from then on.
+        role: Client or relay.
     """
 
     name: str
     serial: str
     not_after: datetime
+    role: Role = Role.CLIENT
 
 
 class PeerRefused(AuthError):  # noqa: N818 (what happened to whom, not what went wrong here)
@@ -102,6 +104,31 @@ class PeerGate:
             AuthError: The peer must not take part; its connection is to be closed.
             TransportError: The certificate ran out while connected, but was renewed: the peer is to connect again.
         """
+        peer, record, names = self._known(certificate_pem)
+        if peer.role is not Role.CLIENT:
+            raise AuthError("A relay passes sealed streams on and takes no part itself: enrol a client for that.")
+        self._check_journal(peer, record)
+        if names is not None and peer.name not in names:
+            raise PeerRefused(
+                f"{peer.name} is not on the server's list of clients: ask the operator to add it to the plan.",
+                peer.name,
+                "not on the list",
+            )
+        return peer
+
+    def check_relay(self, certificate_pem: bytes) -> PeerIdentity:
+        """Admit or refuse a relay, by the journal alone; the clients behind it are checked by `check`.
+
+        Raises:
+            AuthError: It must not carry streams, or not any more.
+        """
+        peer, record, _ = self._known(certificate_pem)
+        if peer.role is not Role.RELAY:
+            raise AuthError("This certificate is not a relay's.")
+        self._check_journal(peer, record)
+        return peer
+
+    def _known(self, certificate_pem: bytes) -> tuple[PeerIdentity, Record, frozenset[str] | None]:
         with self._lock:
             self._look()
             peer = self._read_certificates.get(certificate_pem) or self._read_peer(certificate_pem)
@@ -109,6 +136,9 @@ class PeerGate:
             names = self._names_file.value if self._names_file else self._names
         if record is None or (self._names_file and names is None):
             raise AuthError("The server cannot read its list of clients, so it admits nobody: tell the operator.")
+        return peer, record, names
+
+    def _check_journal(self, peer: PeerIdentity, record: Record) -> None:
         entry = record.entries.get(peer.serial)
         if entry is None or entry.name != peer.name:
             raise PeerRefused(
@@ -135,13 +165,6 @@ class PeerGate:
                 peer.name,
                 "expired",
             )
-        if names is not None and peer.name not in names:
-            raise PeerRefused(
-                f"{peer.name} is not on the server's list of clients: ask the operator to add it to the plan.",
-                peer.name,
-                "not on the list",
-            )
-        return peer
 
     def _read_peer(self, certificate_pem: bytes) -> PeerIdentity:
         certificate = certs.certificate_from_pem(certificate_pem, "What the peer sent")
@@ -149,8 +172,12 @@ class PeerGate:
             raise AuthError(
                 "The peer's certificate is of another authority: enrol with the operator of this federation."
             )
+        relay = certs.role_of(certificate) is Role.RELAY
         peer = PeerIdentity(
-            certs.client_name(certificate), certs.serial_text(certificate), certificate.not_valid_after_utc
+            certs.relay_name(certificate) if relay else certs.client_name(certificate),
+            certs.serial_text(certificate),
+            certificate.not_valid_after_utc,
+            Role.RELAY if relay else Role.CLIENT,
         )
         if len(self._read_certificates) >= _MOST_CACHED:
             self._read_certificates.clear()

@@ -1,0 +1,37 @@
+"""Where a server is, and whether TLS ends on the way: `HOST:PORT`, or `relay://HOST:PORT`."""
+
+from __future__ import annotations
+
+from fedsea.errors import ConfigError
+from fedsea.wire.identity.certificates import RELAY_HOST
+
+_RELAY = "relay://"
+
+
+def through_relay(address: str) -> bool:
+    """Whether a relay is expected at this address; what goes through it is always sealed."""
+    return address.startswith(_RELAY)
+
+
+def tls_name(address: str) -> str:
+    """The host name that the certificate at this address must have: every relay's, and no server's, has its own."""
+    return RELAY_HOST if through_relay(address) else split_address(address)[0]
+
+
+def split_address(address: str) -> tuple[str, int]:
+    """Host and port of `HOST:PORT` or `[ADDRESS]:PORT`, `relay://` before it or not.
+
+    Raises:
+        ConfigError: It has another form.
+    """
+    host, colon, port = address.removeprefix(_RELAY).removeprefix("dns:///").rpartition(":")
+    bracketed = host.startswith("[") and host.endswith("]")
+    host = host[1:-1] if bracketed else host
+    if not colon or not host or (":" in host and not bracketed) or not port.isascii() or not port.isdigit():
+        raise ConfigError(
+            f"{address[:120]!r} is not an address: write HOST:PORT, or [ADDRESS]:PORT for IPv6, with relay:// before "
+            "it if TLS ends at a relay there."
+        )
+    if not 0 < int(port) < 65536:
+        raise ConfigError(f"{address[:120]!r} has a port outside 1 to 65535: use the one that the server listens on.")
+    return host, int(port)
