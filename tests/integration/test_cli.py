@@ -77,7 +77,7 @@ def test_a_client_from_doctor_to_export(one: Federation, capsys: pytest.CaptureF
     assert main.run(["eval", *client(one), "--all", "--json"]) == 0
     assert last_json(capsys)["num_target_tokens"] > held_out["num_target_tokens"]
     assert main.run(["eval", *client(one), "--base", "--run", str(one.folder / "none")]) == 0
-    assert "with the base model's own segments" in capsys.readouterr().out
+    assert "tokens of the held-out rows, with the base model's own segments" in capsys.readouterr().out
 
     out = one.folder / "adapter"
     assert main.run(["export", *connected(one), "--run", str(one.folder / "a"), "--out", str(out)]) == 0
@@ -95,7 +95,9 @@ def test_a_finished_run_ends_at_once_in_a_sentence(one: Federation, capsys: pyte
     assert len(shown.err.splitlines()) == 1, "even a quiet run says what it relies on, and nothing else"
     assert "Trust mode: trusted-server" in shown.err
     assert main.run(["train", *client(one), "--no-eval"]) == 0
-    assert "This run is finished (2 steps)" in capsys.readouterr().out
+    shown = capsys.readouterr()
+    assert "This run is finished (2 steps)" in shown.out
+    assert "fedsea generate" in shown.out, "what can be done now is said"
 
 
 def test_training_alone_needs_no_server(
@@ -106,6 +108,7 @@ def test_training_alone_needs_no_server(
     assert main.run(["train", *given, "--data", str(alone.silos["a"]), "--threads", "1"]) == 0
     shown = capsys.readouterr()
     assert "Finished after 2 steps; held-out loss" in shown.out
+    assert "fedsea generate" not in shown.out, "what was trained alone has no server to answer"
     assert "a: step 2/2" in shown.err
 
 

@@ -264,6 +264,7 @@ def test_what_cannot_be_answered_is_refused_in_openais_form(bench):
             answer = plain.post("/completions", content=body[:2000], headers={"Content-Type": "application/json"})
             assert (answer.status_code, "error" in answer.json()) == (400, True)
         assert plain.get("/nothing").json()["error"]["type"] == "invalid_request_error"
+        assert "/v1/chat/completions" in plain.get("/nothing").json()["error"]["message"]
         assert plain.get("/completions").status_code == 405
 
 

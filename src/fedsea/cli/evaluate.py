@@ -64,5 +64,6 @@ def evaluate(
     else:
         output.say(
             f"loss {summary.mean_loss:.4f} nats per token, perplexity {summary.perplexity:.2f}, "
-            f"over {summary.num_target_tokens:,} tokens, with the {_WHOSE[summary.segments]}"
+            f"over {summary.num_target_tokens:,} tokens of {'all' if everything else 'the held-out'} rows, "
+            f"with the {_WHOSE[summary.segments]}"
         )

@@ -16,6 +16,12 @@ if TYPE_CHECKING:
     from fedsea.client.setup import ClientOptions
 
 
+_NEXT = (
+    "While the server runs, `fedsea generate`, `chat` and `gateway` use the model, `fedsea eval` measures it and `fedsea "
+    "export` takes it away, all with the same --server, --identity, --model and --run."
+)
+
+
 def train(
     server: o.Server = None,
     data: o.Data = None,
@@ -73,6 +79,8 @@ def train(
         output.result(asdict(summary))
     elif not quiet:
         output.say(_sentence(summary, run))
+        if not alone:
+            output.say(_NEXT)
 
 
 def _run(options: ClientOptions, plan: Path | None, name: str | None, *, alone: bool, silent: bool) -> TrainSummary:

@@ -88,7 +88,8 @@ def generate(
     if total > most:
         raise ConfigError(
             f"Prompt and answer together may have {most} tokens here, and {len(prompt)} and up to "
-            f"{settings.max_new_tokens} were asked for: shorten the prompt or lower max_new_tokens."
+            f"{settings.max_new_tokens} were asked for: shorten the prompt, or ask for a shorter answer "
+            "(--max-new-tokens; max_new_tokens in Python)."
         )
     if sequences is not None and len(sequences.lengths) != 1:
         raise ConfigError("An answer needs sequences of one: open them with num_sequences=1.")

@@ -106,7 +106,11 @@ def _answered(served: Served, path: str, endpoint: Endpoint, *, guarded: bool) -
 
 async def _not_there(_request: Request, error: Exception) -> Response:
     status = error.status_code if isinstance(error, HTTPException) else 500
-    sentence = {404: "There is no such address here.", 405: "This address does not take this method."}
+    sentence = {
+        404: "There is no such address here: OpenAI's are under /v1 (base URL http://HOST:PORT/v1), as "
+        "/v1/chat/completions, /v1/completions and /v1/models.",
+        405: "This address does not take this method: completions take POST, everything else GET.",
+    }
     return response(RequestError(sentence.get(status, "The request cannot be answered."), status))
 
 
