@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
@@ -103,6 +104,16 @@ def test_a_lost_connection_interrupts_the_step_and_resends_the_same_bytes(bench,
     assert torch.equal(get(trunk.forward(where(), sealed)), bench.direct.run(values(0), values(1))[0])
     forwards = [encoded.chunks for encoded in spy if encoded.kind == "Forward"]
     assert len(set(forwards)) == 1
+
+
+def test_whoever_read_that_the_server_was_lost_reads_that_it_is_back(bench, proxy, caplog):
+    with caplog.at_level(logging.INFO, "fedsea.client"):
+        trunk = opened(bench.trunk(address=proxy.address))
+        again = f"connected to {proxy.address} again"
+        assert again not in caplog.messages
+        proxy.cut()
+        opened(trunk)
+    assert caplog.messages[-1] == again
 
 
 def test_the_outcome_is_told_after_a_reconnection(bench, proxy):
