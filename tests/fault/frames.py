@@ -27,6 +27,10 @@ LENGTHS = (5, 3)
 BUNDLE = {"layers.1.q_proj.lora_A.weight": (4, 32), "layers.1.q_proj.lora_B.weight": (32, 4), "norm.weight": (32,)}
 
 
+MASKED = {"norm.weight": (32,), "weights": (1,)}
+MEMBERS = ("bank", "law-office", "clinic.2")
+
+
 def codecs(name: str) -> dict[Channel, str]:
     return {Channel.HIDDEN: name, Channel.GRADIENT: name}
 
@@ -43,6 +47,7 @@ def limits(codec: str = "fp32", *, max_tokens: int = 64, hidden_size: int = HIDD
         codecs=codecs(codec),
         bundle_shapes=BUNDLE,
         num_blocks=6,
+        masked_shapes=MASKED,
     )
 
 
@@ -53,6 +58,16 @@ def hidden(num_rows: int = sum(LENGTHS)) -> torch.Tensor:
 def bundle() -> dict[str, torch.Tensor]:
     generator = torch.Generator().manual_seed(7)
     return {name: torch.randn(shape, generator=generator) for name, shape in BUNDLE.items()}
+
+
+def words() -> dict[str, torch.Tensor]:
+    generator = torch.Generator().manual_seed(9)
+    return {name: torch.randint(-(2**63), 2**63 - 1, shape, generator=generator) for name, shape in MASKED.items()}
+
+
+def each(size: int) -> tuple[bytes, ...]:
+    """Something of a size for every member."""
+    return tuple(bytes([index]) * size for index in range(len(MEMBERS)))
 
 
 def forward(tensors: object, step: int = 3, lengths: tuple[int, ...] = LENGTHS) -> m.Forward:
@@ -70,6 +85,11 @@ def client_messages() -> list[m.Message]:
         m.StepReady(3, 1, 6, 0.25, boundary.update(bundle())),
         m.StepReady(3, 1, 6, 0.25),
         m.RoundUpdate(2, 100, boundary.update(bundle())),
+        m.SecureKeys(2, 1, b"c" * 500, b"s" * 32, b"m" * 32, b"h" * 32, b"g" * 71),
+        m.SecureShares(2, 1, MEMBERS, each(82)),
+        m.SecureUpdate(2, 1, boundary.maskable(bundle()).under(lambda _: words())),
+        m.SecureConsent(2, 1, b"g" * 70),
+        m.SecureReveal(2, 1, MEMBERS, each(33)),
         m.FetchTrunk(),
         m.Pullback(3, 0, BlockRange(1, 3), LENGTHS, boundary.hidden(hidden()), boundary.gradient(hidden())),
         m.SessionOpen(3, 2**52, 2, 100, BlockRange(1, 3)),
@@ -94,6 +114,11 @@ def server_messages() -> list[m.Message]:
         m.StepDone(3, 12, 0.5, Reply(bundle())),
         m.RoundOpen(2),
         m.RoundResult(2, Reply(bundle())),
+        m.RoundOpen(2, 3),
+        m.SecureRoster(2, 1, MEMBERS, each(500), each(32), each(32), each(32), each(71)),
+        m.SecureDelivery(2, 1, MEMBERS[:1], each(82)[:1]),
+        m.SecureSurvivors(2, 1, MEMBERS),
+        m.SecureEvidence(2, 1, MEMBERS, each(71)),
         m.TrunkState(4, Reply(bundle())),
         m.SessionOpened(3, (0, 7), 12, 60.0),
         m.SessionOutput(3, 5, Reply({"": hidden()})),
@@ -137,10 +162,13 @@ def retouched(original: Encoded, **changes: object) -> bytes:
 _INTEGERS = st.sampled_from([-(2**63), -2, -1, 0, 1, 2, 3, 5, 8, 32, 64, 65, 2**20, 2**31, 2**40, 2**53, 2**63 - 1])
 _FLOATS = st.sampled_from([0.0, -1.0, 0.5, float("nan"), float("inf"), 1e308])
 _TEXTS = st.sampled_from(["", "train", "ab" * 32, "CONFIG", "run-1", "0.1", "\x1b[2J", "x" * 5000, *BUNDLE])
+_BYTES = st.sampled_from([b"", b"k" * 32, b"s" * 33, b"s" * 82, b"g" * 71, b"c" * 500, b"x" * 5000])
 _KIND_NAMES = st.sampled_from(sorted(kind.field for kind in KINDS.values()))
 
 
 def _value(field: object) -> st.SearchStrategy[object]:
+    if field.type == field.TYPE_BYTES:  # type: ignore[attr-defined]
+        return _BYTES
     kind = field.cpp_type  # type: ignore[attr-defined]
     if kind == field.CPPTYPE_STRING:  # type: ignore[attr-defined]
         return _TEXTS

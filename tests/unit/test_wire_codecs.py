@@ -9,9 +9,9 @@ from hypothesis import strategies as st
 
 from fedsea.errors import ConfigError, NonFiniteError
 from fedsea.tensors import all_finite
-from fedsea.wire.codecs import CODECS, check_codec
+from fedsea.wire.codecs import CODECS, WORDS, check_codec
 
-NAMES = sorted(CODECS)
+NAMES = sorted(CODECS.keys() - {WORDS})
 
 
 def through(name: str, tensor: torch.Tensor) -> torch.Tensor:
@@ -64,6 +64,20 @@ def test_non_finite_values_are_refused(name: str, value: float) -> None:
     tensor[3, 4] = value
     with pytest.raises(NonFiniteError, match="NaN or an infinity"):
         CODECS[name].encode(tensor)
+
+
+def test_words_come_back_bit_for_bit() -> None:
+    words = torch.tensor([[0, -1, 2**63 - 1], [-(2**63), 7, 1 << 40]])
+    (raw,) = CODECS[WORDS].encode(words.t())
+    out = torch.empty(3, 2, dtype=torch.int64)
+    CODECS[WORDS].decode(raw.view(-1).view(torch.uint8), out)
+    assert torch.equal(out, words.t())
+    assert CODECS[WORDS].num_bytes((2, 3)) == 48
+
+
+def test_words_are_no_codec_of_a_plan() -> None:
+    with pytest.raises(ConfigError, match="no codec"):
+        check_codec(WORDS)
 
 
 def test_fp16_overflow_advises_bf16() -> None:

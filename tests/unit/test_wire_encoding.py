@@ -43,6 +43,8 @@ def fields(message: m.Message) -> dict[str, Any]:
 def originals(message: m.Message) -> dict[str, torch.Tensor]:
     names = {"bundle": frames.bundle(), "rows": {"": frames.hidden()}}
     kind = KINDS[type(message)]
+    if kind.masked:
+        return frames.words()
     return names["bundle" if kind.channel is Channel.UPDATE else "rows"]
 
 
@@ -70,6 +72,31 @@ def test_every_message_comes_back_as_it_was(role: Role, index: int, codec: str) 
         )
     assert encoded.num_bytes == sum(len(chunk) for chunk in encoded.chunks)
     assert encoded.kind == type(message).__name__
+
+
+def test_only_masked_integers_go_into_a_secure_update_and_nowhere_else() -> None:
+    encoder = Encoder("client", frames.codecs("fp32"))
+    with pytest.raises(UnprotectedRelease, match="must be masked"):
+        encoder.encode(m.SecureUpdate(0, 0, boundary().update({"norm.weight": torch.zeros(32)})))
+    with pytest.raises(UnprotectedRelease, match="must not be masked"):
+        encoder.encode(m.RoundUpdate(0, 5, boundary().maskable({}).under(lambda _: frames.words())))
+    with pytest.raises(UnprotectedRelease, match="without its mask"):
+        boundary().maskable(frames.bundle()).under(lambda values: values)
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"names": ("bank", "bank", "c")}, "twice"),
+        ({"names": frames.MEMBERS[:2]}, "one entry for each"),
+        ({"names": ("Bank", "law", "c")}, "field names"),
+        ({"shares": frames.each(32)}, "field shares"),
+    ],
+)
+def test_a_damaged_list_of_members_is_refused(changes: dict[str, Any], reason: str) -> None:
+    good = m.SecureReveal(2, 1, frames.MEMBERS, frames.each(33))
+    with pytest.raises(ProtocolError, match=reason):
+        Encoder("client", {}).encode(dataclasses.replace(good, **changes))
 
 
 def test_the_samples_cover_every_message() -> None:

@@ -111,7 +111,8 @@ class Words64:
 
     def encode(self, tensor: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """See `Codec`."""
-        return (tensor.detach().to("cpu").contiguous(),)
+        assert tensor.dtype is torch.int64
+        return (tensor.to("cpu").contiguous(),)
 
     def decode(self, raw: torch.Tensor, out: torch.Tensor) -> None:
         """See `Codec`; `out` is int64."""

@@ -39,8 +39,8 @@ class WireLimits:
         max_tensor_bytes: Largest single tensor, as float32.
         codecs: The codec agreed on for hidden states and for gradients; bundles of parameters are always fp32.
         bundle_shapes: Exact shape of every named tensor that may arrive in a bundle.
-        masked_shapes: The same for bundles of masked integers; empty refuses them.
         num_blocks: Blocks of the full model.
+        masked_shapes: Like `bundle_shapes`, of bundles of masked integers; empty refuses them.
     """
 
     hidden_size: int | None = None
@@ -49,8 +49,8 @@ class WireLimits:
     max_tensor_bytes: int = 0
     codecs: Mapping[Channel, str] = field(default_factory=dict)
     bundle_shapes: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
-    masked_shapes: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
     num_blocks: int = 0
+    masked_shapes: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
 
 
 HANDSHAKE = WireLimits()
