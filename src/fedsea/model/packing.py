@@ -106,15 +106,15 @@ def run(decoder: nn.Module, hidden_TH: torch.Tensor, lengths: Sequence[int], *, 
         raise ConfigError(f"{way.num_tokens} tokens were announced, but the tensor has shape {tuple(hidden_TH.shape)}.")
     if way.segments is None:
         hidden_BLH = hidden_TH.reshape(len(way.lengths), -1, hidden_TH.shape[1])
-        return _call(decoder, hidden_BLH, way.positions, None).flatten(0, 1)
+        return call(decoder, hidden_BLH, way.positions, None).flatten(0, 1)
     if padded:
         return _run_padded(decoder, hidden_TH, way)
     if way.order_T is not None and way.place_T is not None:
         with attend_within(way.segments):
-            out_1TH = _call(decoder, hidden_TH.index_select(0, way.order_T)[None], way.positions, None)
+            out_1TH = call(decoder, hidden_TH.index_select(0, way.order_T)[None], way.positions, None)
         return out_1TH[0].index_select(0, way.place_T)
     with attend_within(way.segments):
-        return _call(decoder, hidden_TH[None], way.positions, None)[0]
+        return call(decoder, hidden_TH[None], way.positions, None)[0]
 
 
 def _run_padded(decoder: nn.Module, hidden_TH: torch.Tensor, way: Packing) -> torch.Tensor:
@@ -123,7 +123,7 @@ def _run_padded(decoder: nn.Module, hidden_TH: torch.Tensor, way: Packing) -> to
     padded = hidden_TH.new_zeros(rows, hidden_TH.shape[1]).index_copy(0, way.slots_T, hidden_TH)
     mask = torch.zeros(rows, dtype=torch.long, device=hidden_TH.device).index_fill(0, way.slots_T, 1)
     positions = torch.arange(longest, device=hidden_TH.device).expand(num_sequences, -1)
-    out_BLH = _call(decoder, padded.view(num_sequences, longest, -1), positions, mask.view(num_sequences, longest))
+    out_BLH = call(decoder, padded.view(num_sequences, longest, -1), positions, mask.view(num_sequences, longest))
     return out_BLH.flatten(0, 1).index_select(0, way.slots_T)
 
 
@@ -140,18 +140,19 @@ def extend(decoder: nn.Module, hidden_TH: torch.Tensor, extension: Extension) ->
     token = EXTENDING.set(extension)
     try:
         positions = extension.positions(hidden_TH.device)
-        return _call(decoder, hidden_TH[None], positions, None, ExtensionCache())[0]
+        return call(decoder, hidden_TH[None], positions, None, ExtensionCache())[0]
     finally:
         EXTENDING.reset(token)
 
 
-def _call(
+def call(
     decoder: nn.Module,
     hidden_BLH: torch.Tensor,
     positions: torch.Tensor,
     mask: torch.Tensor | None,
     cache: ExtensionCache | None = None,
 ) -> torch.Tensor:
+    """A decoder's last hidden state [B, L, H] of rows that are laid out already."""
     arguments: dict[str, Any] = {"position_ids": positions} if _takes_positions(type(decoder).forward) else {}
     if cache is not None:
         arguments["past_key_values"] = cache

@@ -19,11 +19,11 @@ import torch
 from torch import nn
 
 from fedsea.errors import ConfigError
-from fedsea.model.attention import OwnMaskError
+from fedsea.model.attention import SDPA, OwnMaskError
 from fedsea.model.cache import CacheArena, Extension, Frozen, SequenceCache, most_tokens
 from fedsea.model.head import Logits, head_of, summed_cross_entropy
 from fedsea.model.lean import LeanBlocks, lean_blocks
-from fedsea.model.packing import extend, keeps_apart, run
+from fedsea.model.packing import call, extend, keeps_apart, run
 from fedsea.model.partition import Layout
 from fedsea.model.products import FrozenLinear
 from fedsea.model.trunk import CachedPart, TrunkPart, extend_group, run_group, stage_of
@@ -205,6 +205,21 @@ class Segment:
             except OwnMaskError as error:
                 raise ConfigError(f"{error} Such models cannot decode with a cache here.") from error
 
+    # --- searches over the vocabulary -------------------------------------------------------------------------------
+
+    @property
+    def branches(self) -> bool:
+        """Whether `Branches` can run candidates beside one another, through attention of its own."""
+        return not self._padded and self._layout.attention == SDPA
+
+    def run_branches(self, entering: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+        """Hidden states [S, C, H] of candidates; for `model.branching` alone."""
+        with self._precision(entering.device):
+            return call(self._decoder, self._entered(entering).to(self.dtype), positions, None)
+
+    def _entered(self, entering: torch.Tensor) -> torch.Tensor:
+        return entering
+
     def _precision(self, device: torch.device) -> contextlib.AbstractContextManager[object]:
         if self._autocast is None:
             return contextlib.nullcontext()
@@ -245,6 +260,10 @@ class InputBlocks(Segment):
         with self._precision(input_ids_T.device):
             hidden_TH = self._embedding(input_ids_T)
         return self._extend(self._decoder, hidden_TH, extension, frozen)
+
+    def _entered(self, entering: torch.Tensor) -> torch.Tensor:
+        embedded: torch.Tensor = self._embedding(entering)
+        return embedded
 
     @property
     def _embedding(self) -> nn.Module:

@@ -74,9 +74,7 @@ def run(attacker: Attacker, targets: Sequence[Target], progress: Progress = unhe
     seen = []
     for target in targets:
         rows_TH = target.observations[0].hidden_TH.float()
-        variance_T = torch.maximum(
-            attacker.row_variance(Channel.HIDDEN, rows_TH), torch.tensor(error)
-        )
+        variance_T = torch.maximum(attacker.row_variance(Channel.HIDDEN, rows_TH), torch.tensor(error))
         seen.append(Seen(undo(rows_TH), variance_T))
     truths = [target.ids_T for target in targets]
     return search(attacker, seen, truths, beam=attacker.beam, prior=True, progress=progress)

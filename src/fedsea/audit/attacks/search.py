@@ -17,6 +17,7 @@ import torch
 from fedsea.audit.attacker import Attacker
 from fedsea.audit.targets import Progress, Recovered, Target, unheard
 from fedsea.model.branching import Branches
+from fedsea.types import Channel
 
 _HINTS = 32
 """Candidates that are tried first where what was seen is exact: what the public model expects."""
@@ -46,8 +47,6 @@ class Seen:
 
 def seen_once(attacker: Attacker, target: Target) -> Seen:
     """The first pass over a target."""
-    from fedsea.types import Channel
-
     rows_TH = target.observations[0].hidden_TH.float()
     return Seen(rows_TH, attacker.row_variance(Channel.HIDDEN, rows_TH))
 

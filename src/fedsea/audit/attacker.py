@@ -1,0 +1,184 @@
+"""What the attacker has: the server, with the public base model and the plan, and nothing of the client's own.
+
+S  sequences, C  candidates, T  tokens, H  hidden size, V  vocabulary size
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import TypeVar
+
+import torch
+
+from fedsea.audit.targets import Target
+from fedsea.errors import ConfigError
+from fedsea.model.branching import Branches
+from fedsea.model.checkpoint import Checkpoint
+from fedsea.model.loading import load_input_blocks, load_output_blocks, load_trunk
+from fedsea.model.segments import InputBlocks, OutputBlocks, Trunk
+from fedsea.plan import FederationPlan
+from fedsea.types import Channel, Partition
+
+_Part = TypeVar("_Part", InputBlocks, Trunk, OutputBlocks)
+
+
+class BaseModel:
+    """The public model, cut as one client cuts it, without any adapter.
+
+    Args:
+        checkpoint: The public weights.
+        partition: The cut.
+        device: Where the attacks run.
+    """
+
+    def __init__(self, checkpoint: Checkpoint, partition: Partition, device: str = "cpu") -> None:
+        self.checkpoint = checkpoint
+        self.partition = partition
+        self.device = torch.device(device)
+
+    @functools.cached_property
+    def input_blocks(self) -> InputBlocks:
+        """The client's input blocks as the public weights have them."""
+        return _frozen(load_input_blocks(self.checkpoint, self.partition, dtype=torch.float32, device=self.device))
+
+    @functools.cached_property
+    def trunk(self) -> Trunk:
+        """The server's own blocks."""
+        blocks = self.partition.trunk(self.checkpoint.num_blocks)
+        return _frozen(load_trunk(self.checkpoint, blocks, dtype=torch.float32, device=self.device))
+
+    @functools.cached_property
+    def output_blocks(self) -> OutputBlocks:
+        """The client's output blocks as the public weights have them."""
+        return _frozen(load_output_blocks(self.checkpoint, self.partition, dtype=torch.float32, device=self.device))
+
+    @property
+    def vocab_size(self) -> int:
+        """V."""
+        return int(self.checkpoint.config.get_text_config(decoder=True).vocab_size)
+
+
+def _frozen(segment: _Part) -> _Part:
+    segment.model.requires_grad_(False)
+    return segment
+
+
+class Reader:
+    """The public model reading several hypotheses of one length: log-probabilities of what comes next.
+
+    Args:
+        base: The public model.
+        num: S.
+    """
+
+    def __init__(self, base: BaseModel, num: int) -> None:
+        self._parts = [Branches(part, num) for part in (base.input_blocks, base.trunk, base.output_blocks)]
+        self._output = base.output_blocks
+
+    @torch.inference_mode()
+    def take(self, ids_S: torch.Tensor) -> torch.Tensor:
+        """Log-probabilities [S, V] of the token after these."""
+        values = ids_S
+        for part in self._parts:
+            values = part.take(values)
+        return torch.log_softmax(self._output.logits(values).float(), dim=-1)
+
+    def select(self, rows_S: torch.Tensor) -> None:
+        """See `Branches.select`."""
+        for part in self._parts:
+            part.select(rows_S)
+
+
+@dataclass
+class Attacker:
+    """What the server knows and wants.
+
+    Attributes:
+        base: The public model.
+        plan: The federation's plan: partition, codecs and noise are in it.
+        noise_std: Channel to standard deviation of the noise on every value, as the plan says.
+        codecs: Channel to codec.
+        beginning: Ids that every sequence begins with.
+        known: Sequences of which the attacker knows the text (planted, or public), for alignment.
+        public: Public texts as ids, to train on; never the targets.
+        beam: Hypotheses of a sequence that a search keeps.
+        seed: Of everything that an attack draws.
+        most_rows: Candidate rows that a search runs as one batch.
+        budget_s: Seconds that one attack should stay under; learned attacks read it.
+    """
+
+    base: BaseModel
+    plan: FederationPlan
+    noise_std: dict[Channel, float] = field(default_factory=dict)
+    codecs: dict[Channel, str] = field(default_factory=dict)
+    beginning: tuple[int, ...] = ()
+    known: Sequence[Target] = ()
+    public: Sequence[torch.Tensor] = ()
+    beam: int = 8
+    seed: int = 0
+    most_rows: int = 8192
+    budget_s: float = 60.0
+
+    @property
+    def input_blocks(self) -> InputBlocks:
+        """See `BaseModel`."""
+        return self.base.input_blocks
+
+    @property
+    def trunk(self) -> Trunk:
+        """See `BaseModel`."""
+        return self.base.trunk
+
+    @property
+    def output_blocks(self) -> OutputBlocks:
+        """See `BaseModel`."""
+        return self.base.output_blocks
+
+    @property
+    def vocab_size(self) -> int:
+        """V."""
+        return self.base.vocab_size
+
+    def branches(self, num: int) -> Branches:
+        """Hypotheses through the client's input blocks: what the server would see of them."""
+        return Branches(self.input_blocks, num)
+
+    def reader(self, num: int) -> Reader:
+        """Hypotheses through the whole public model: what it expects next."""
+        return Reader(self.base, num)
+
+    @torch.inference_mode()
+    def clean(self, ids_T: torch.Tensor) -> torch.Tensor:
+        """Hidden states [T, H] at the cut, of a text that the attacker knows."""
+        return self.input_blocks(ids_T.long().to(self.base.device), [len(ids_T)]).float()
+
+    @torch.inference_mode()
+    def expected(self, ids_T: torch.Tensor) -> torch.Tensor:
+        """Log-probabilities [T, V] of every position's token, given the true tokens before it; the first is uniform."""
+        length = [len(ids_T)]
+        hidden_TH = self.trunk(self.input_blocks(ids_T.long().to(self.base.device), length), length)
+        logits_TV = self.output_blocks(hidden_TH, length).float()
+        first_1V = torch.zeros_like(logits_TV[:1])
+        return torch.log_softmax(torch.cat([first_1V, logits_TV[:-1]]), dim=-1).cpu()
+
+    def row_variance(self, channel: Channel, rows_TH: torch.Tensor) -> torch.Tensor:
+        """Variance [T] of the difference between what was observed and what the client computed.
+
+        The plan's noise, and what its codec rounds away: int8 steps are a 127th of a row's largest value; casts
+        lose half a unit in the last place.
+        """
+        magnitudes_T = rows_TH.abs().amax(dim=1)
+        match self.codecs.get(channel, "fp32"):
+            case "int8":
+                rounding_T = (magnitudes_T / 127) ** 2 / 12
+            case "bf16":
+                rounding_T = (rows_TH.square().mean(dim=1) * 2.0**-18) / 3
+            case "fp16":
+                rounding_T = (rows_TH.square().mean(dim=1) * 2.0**-24) / 3
+            case "fp32":
+                rounding_T = torch.zeros_like(magnitudes_T)
+            case other:
+                raise ConfigError(f"The audit does not know the codec {other!r}; update fedsea.")
+        return rounding_T + self.noise_std.get(channel, 0.0) ** 2

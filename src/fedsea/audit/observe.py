@@ -1,0 +1,130 @@
+"""What the server sees: texts go the client's own way, up to the very bytes, and are decoded as the server does.
+
+Input blocks, privacy boundary and wire encoder are the client's; decoder and trunk the server's. Nothing is sent.
+
+T  tokens of a sequence, H  hidden size
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from fedsea.audit.targets import Observation, Progress, Target, unheard
+from fedsea.client import setup
+from fedsea.client.segments import ClientSegments
+from fedsea.errors import ProtocolError
+from fedsea.model.checkpoint import Checkpoint
+from fedsea.model.loading import trainable_trunk
+from fedsea.model.segments import Trunk
+from fedsea.plan import FederationPlan
+from fedsea.privacy.boundary import Boundary
+from fedsea.types import Channel, Purpose, Release, Reply, TokenBatch
+from fedsea.wire import messages as m
+from fedsea.wire.encoding import Decoder, Encoder
+
+Change = Callable[[torch.Tensor], torch.Tensor]
+
+
+@dataclass(frozen=True, slots=True)
+class Tapped:
+    """One sequence's values before the boundary and behind the decoder, one pair a channel; None: nothing was sent."""
+
+    raw_TH: torch.Tensor
+    seen_TH: torch.Tensor
+
+
+class Tap:
+    """A client and its server in this process, with the bytes between them laid open.
+
+    Args:
+        plan: Codecs, noise and cut are its.
+        checkpoint: The base model.
+        name: The client; the plan's first one if empty.
+        parameters: Trained parameters of the client's segments by portable name; None: as a run begins.
+        boundary: The maker of releases; None: the plan's own, with a ledger in memory.
+        change: Applied to the hidden states before the boundary: a defence that is tried out.
+        device: Where the models run.
+    """
+
+    def __init__(
+        self,
+        plan: FederationPlan,
+        checkpoint: Checkpoint,
+        name: str = "",
+        parameters: Mapping[str, torch.Tensor] | None = None,
+        *,
+        boundary: Boundary | None = None,
+        change: Change | None = None,
+        device: str = "cpu",
+    ) -> None:
+        self.name = name or plan.client_names[0]
+        self.plan = plan
+        self.segments: ClientSegments = setup.load_segments(plan, checkpoint, self.name, device)
+        if parameters is not None:
+            self.segments.load_parameters(parameters)
+        self.segments.train(False)
+        self.trunk: Trunk = trainable_trunk(plan, checkpoint, self.segments.trunk_blocks, device)
+        self.boundary = boundary or Boundary.of(plan, self.name)
+        self._change = change
+        codecs = {Channel.HIDDEN: plan.wire.hidden, Channel.GRADIENT: plan.wire.gradient}
+        limits = setup.wire_limits(plan, checkpoint, self.name)
+        self._encoders = {"client": Encoder("client", codecs), "server": Encoder("server", codecs)}
+        self._decoders = {"client": Decoder(limits, "client"), "server": Decoder(limits, "server")}
+        self._steps = 0
+
+    def observe(self, targets: Sequence[Target], epochs: int = 1, progress: Progress = unheard) -> list[list[Tapped]]:
+        """Send every target in every epoch; each gets an observation for each.
+
+        Returns:
+            For every target, in the first epoch, what was before the boundary: [hidden states, gradients if any].
+        """
+        first: list[list[Tapped]] = []
+        for epoch in range(epochs):
+            for number, target in enumerate(targets):
+                observation, tapped = self.send(target)
+                target.observations.append(observation)
+                if epoch == 0:
+                    first.append(tapped)
+                progress(epoch * len(targets) + number + 1, epochs * len(targets))
+        return first
+
+    def send(self, target: Target) -> tuple[Observation, list[Tapped]]:
+        """One training pass of one sequence."""
+        self._steps += 1
+        length = (len(target.ids_T),)
+        batch = TokenBatch(target.ids_T.long(), target.targets_T.long(), length)
+        origin = batch.origin(Purpose.TRAINING)
+        with torch.no_grad():
+            hidden_TH = self.segments.embed(batch, self._steps, 0).detach()
+        if self._change is not None:
+            hidden_TH = self._change(hidden_TH)
+        blocks, weight = self.segments.trunk_blocks, batch.num_target_tokens
+        release = self.boundary.hidden(hidden_TH, origin)
+        forward = m.Forward(self._steps, 0, 0, 1, blocks, length, weight, False, release)
+        seen_TH = self._over("client", "server", forward)
+        tapped = [Tapped(hidden_TH.float().cpu(), seen_TH.cpu())]
+        with torch.no_grad():
+            output_TH = self.trunk(seen_TH.to(self.trunk.device), length)
+        if not self.segments.sends_gradients or not weight:
+            return Observation(seen_TH, None, length[0], output_TH.float().cpu()), tapped
+        reply = m.Output(self._steps, 0, 0, False, Reply({"": output_TH}))
+        answered_TH = self._over("server", "client", reply)
+        _, gradient_TH = self.segments.head(batch, answered_TH, self._steps, 0)
+        self.segments.zero_grad()
+        if gradient_TH is None:
+            raise ProtocolError("The output blocks gave no gradient, though the plan sends one; update fedsea.")
+        sent: Release = self.boundary.gradient(gradient_TH, origin)
+        seen_gradient_TH = self._over("client", "server", m.Backward(self._steps, 0, 0, sent))
+        tapped.append(Tapped(gradient_TH.detach().float().cpu(), seen_gradient_TH.cpu()))
+        return Observation(seen_TH, seen_gradient_TH, length[0], output_TH.float().cpu()), tapped
+
+    def _over(self, sender: str, receiver: str, message: m.Message) -> torch.Tensor:
+        """A message's tensor as its receiver decodes it from the sender's bytes."""
+        arrived: m.Message | None = None
+        for chunk in self._encoders[sender].encode(message).chunks:
+            arrived = self._decoders[receiver].feed(chunk)
+        tensor: torch.Tensor = arrived.tensors[""]  # type: ignore[union-attr, index]
+        return tensor
