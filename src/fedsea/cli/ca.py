@@ -73,17 +73,22 @@ def approve(
     ] = None,
     yes: Annotated[bool, typer.Option("--yes", help="Do not ask; only where the request cannot be another's.")] = False,
     again: Annotated[bool, typer.Option("--again", help="Admit a name that was revoked.")] = False,
+    role: Annotated[
+        str, typer.Option(metavar="ROLE", help="client, or relay: where TLS ends on the way; it passes sealed data on.")
+    ] = "client",
     as_json: Json = False,
 ) -> None:
-    """Approve a client's request, after comparing its fingerprint with the client's.
+    """Approve a client's request, after comparing its fingerprint with the client's; or a relay's.
 
     Example: `fedsea ca approve clinic.request.pem`
     """
-    from fedsea.errors import AuthError
-    from fedsea.wire.identity import Authority
+    from fedsea.errors import AuthError, ConfigError
+    from fedsea.wire.identity import Authority, Role
     from fedsea.wire.identity.certificates import same_fingerprint
     from fedsea.wire.identity.files import read_file, write_public
 
+    if role not in ("client", "relay"):
+        raise ConfigError(f"--role {role} is unknown: use client or relay.")
     authority = Authority.open(folder)
     csr_pem = read_file(request, "give the path of the request that the client sent.")
     asked, valid = authority.inspect(csr_pem, name=name, again=again)
@@ -93,14 +98,15 @@ def approve(
             raise AuthError("The request's fingerprint is another one, so it is not the client's: approve nothing.")
     elif not yes:
         _ask()
-    certificate = authority.approve(csr_pem, name=name, days=days, again=again)
+    certificate = authority.approve(csr_pem, name=name, days=days, again=again, role=Role(role))
     out = out or request.with_name(f"{certificate.name}.certificate.pem")
     write_public(out, certificate.pem)
     if as_json:
         until = certificate.not_after.isoformat()
         output.result({"name": certificate.name, "serial": certificate.serial, "not_after": until, "file": str(out)})
         return
-    typer.echo(f"{certificate.name} is approved until {certificate.not_after:%Y-%m-%d}.")
+    what = " as a relay" if role == "relay" else ""
+    typer.echo(f"{certificate.name} is approved{what} until {certificate.not_after:%Y-%m-%d}.")
     typer.echo(f"Send {out} to {certificate.name}, which then runs:")
     typer.echo(f"  fedsea enroll --install {out.name} --ca-fingerprint …")
     typer.echo(f"where … is the authority's fingerprint, told by another way: {authority.fingerprint}")

@@ -72,6 +72,8 @@ def _install(folder: Path, certificate: Path, ca: Path | None, ca_fingerprint: s
         until = installed.not_after.isoformat()
         output.result({"name": installed.name, "serial": installed.serial, "not_after": until})
         return
-    typer.echo(
-        f"This client is {installed.name} until {installed.not_after:%Y-%m-%d}; it renews itself while it is used."
-    )
+    until = f"{installed.not_after:%Y-%m-%d}"
+    if installed.role == "relay":
+        typer.echo(f"This relay is {installed.name} until {until}; before that, ask for the next with --again.")
+    else:
+        typer.echo(f"This client is {installed.name} until {until}; it renews itself while it is used.")

@@ -12,7 +12,10 @@ if TYPE_CHECKING:
     from fedsea.client.setup import ClientOptions
 
 Identity = Annotated[Path, typer.Option(help="Folder of this client's identity, made by `fedsea enroll`.")]
-Server = Annotated[str | None, typer.Option(metavar="HOST:PORT", help="The federation's server.")]
+Server = Annotated[
+    str | None,
+    typer.Option(metavar="HOST:PORT", help="The federation's server; relay://HOST:PORT where TLS ends at a relay."),
+]
 Model = Annotated[
     str | None, typer.Option(metavar="PATH", help="This machine's copy of the base model, if not where the plan says.")
 ]
