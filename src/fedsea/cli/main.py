@@ -25,6 +25,7 @@ from fedsea.cli import (
     gateway,
     generate,
     init,
+    ledger,
     output,
     quickstart,
     server,
@@ -58,6 +59,7 @@ app.command("generate", rich_help_panel="Client")(generate.generate)
 app.command("chat", rich_help_panel="Client")(chat.chat)
 app.command("gateway", rich_help_panel="Client")(gateway.gateway)
 app.command("export", rich_help_panel="Both")(export.export)
+app.command("ledger", rich_help_panel="Client")(ledger.ledger)
 app.command("status", rich_help_panel="Both")(status.status)
 
 

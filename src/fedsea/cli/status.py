@@ -39,6 +39,7 @@ def _show(answer: dict[str, Any]) -> None:
     facts = Table.grid(padding=(0, 2))
     facts.add_row("federation", f"{answer['federation']} (run {answer['run_id']}, fedsea {answer['version']})")
     facts.add_row("trust mode", str(answer["trust_mode"]))
+    facts.add_row("backward channel", str(answer.get("backward_channel", "open")))
     state = "finished" if answer["finished"] else "under way"
     facts.add_row("step", f"{answer['next_step']} of {answer['num_steps']}, {state}")
     facts.add_row("round", f"{answer['rounds_done']} of {answer['rounds']} done")

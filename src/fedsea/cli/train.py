@@ -17,8 +17,8 @@ if TYPE_CHECKING:
 
 
 _NEXT = (
-    "While the server runs, `fedsea generate`, `chat` and `gateway` use the model, `fedsea eval` measures it and `fedsea "
-    "export` takes it away, all with the same --server, --identity, --model and --run."
+    "While the server runs, `fedsea generate`, `chat` and `gateway` use the model, `fedsea eval` measures it and "
+    "`fedsea export` takes it away, all with the same --server, --identity, --model and --run."
 )
 
 
@@ -79,6 +79,8 @@ def train(
         output.result(asdict(summary))
     elif not quiet:
         output.say(_sentence(summary, run))
+        if summary.claim:
+            output.say(f"{summary.claim[0].upper()}{summary.claim[1:]}.")
         if not alone:
             output.say(_NEXT)
 

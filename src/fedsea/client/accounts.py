@@ -11,13 +11,16 @@ import contextlib
 import json
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from fedsea.client.run_key import ALONE
 from fedsea.errors import ConfigError
-from fedsea.plan import ClientNoise, FederationPlan, load_settings
+from fedsea.plan import ClientNoise, FederationPlan, load_settings, parse_plan_json
+from fedsea.privacy.book import FILE, Book
 from fedsea.privacy.boundary import Boundary
-from fedsea.privacy.ledger import FILE, Ledger
-from fedsea.storage import write_bytes_atomic
+from fedsea.privacy.claims import report_of
+from fedsea.privacy.ledger import Ledger
+from fedsea.storage import CheckpointStore, write_bytes_atomic
 
 FOLDER, POINTER = "ledger", "ledger.json"
 
@@ -58,19 +61,43 @@ def open_boundary(
     if plan.trust.mode != "noised":
         yield Boundary.of(plan, name, settings=noise)
         return
-    noise.over(plan, name)
     folder = ledger_folder(plan, run_id, identity, run)
-    with Ledger(folder, plan, name, run_id) as ledger:
+    with Ledger(folder, plan, name, run_id, noise.over(plan, name)) as ledger:
         if run_id != ALONE and run.is_dir():
             write_bytes_atomic(run / POINTER, json.dumps({"folder": str(folder.resolve())}).encode())
         yield Boundary.of(plan, name, ledger, noise)
+
+
+def reports(path: Path) -> list[dict[str, Any]]:
+    """What the ledgers of a folder say: see `privacy.claims.report_of`; for a run without one, why it has none.
+
+    Raises:
+        ConfigError: The folder holds neither a ledger nor a run.
+        StorageError: A ledger is damaged or truncated.
+    """
+    found = []
+    for folder in find_ledgers(path):
+        book = Book.open(folder)
+        client = str(book.about["client"])
+        about = {"folder": str(folder), "plan": book.plan.name, "plan_sha256": book.about["plan_sha256"]}
+        found.append(about | report_of(book.plan, client, book.spent, book.noise))
+    if not found:
+        latest = CheckpointStore(path / "checkpoints", read_only=True).latest()
+        if latest is None or "plan" not in latest[2]:
+            raise ConfigError(
+                f"{path} holds no ledger and no run: give the run folder of `fedsea train`, or the identity's folder."
+            )
+        plan = parse_plan_json(latest[2]["plan"])
+        about = {"folder": "", "plan": plan.name, "plan_sha256": plan.sha256()}
+        found.append(about | report_of(plan, str(latest[2].get("client", "") or plan.client_names[0]), None))
+    return found
 
 
 def find_ledgers(path: Path) -> list[Path]:
     """The ledgers' folders that a run folder, an identity's folder or a ledger's folder stands for.
 
     Raises:
-        ConfigError: There is none.
+        ConfigError: What says where a run's ledger is cannot be read.
     """
     if (path / FILE).is_file():
         return [path]

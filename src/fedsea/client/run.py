@@ -42,6 +42,7 @@ class TrainSummary:
         bytes_sent: By this process, over the wire.
         bytes_by_kind: The same, and what was received, by kind of message.
         phases_s: Phase to seconds, summed over this process's steps.
+        claim: What may be claimed of all releases so far, or why nothing can be, as a sentence.
         finished_before: The run was finished already: nothing was trained now, and the rest is of the process that did.
     """
 
@@ -55,6 +56,7 @@ class TrainSummary:
     bytes_by_kind: Mapping[str, int]
     phases_s: Mapping[str, float]
     finished_before: bool = False
+    claim: str = ""
 
 
 class _Recorder:
@@ -158,7 +160,7 @@ def train(options: ClientOptions, observer: Observer | None = None) -> TrainSumm
                 begin(plan, name, trunk)
             with invited.keeper, trunk:
                 trainer.run()
-        return _finished(store, recorder.summary(name, store.state.next_step, trunk.traffic), files)
+        return _finished(store, recorder.summary(name, store.state.next_step, trunk.traffic), files, boundary)
     finally:
         store.close()
 
@@ -175,7 +177,8 @@ def _finished_there_too(options: ClientOptions, invited: Invited, ended: Ended) 
     return True
 
 
-def _finished(store: ClientStore, summary: TrainSummary, files: str) -> TrainSummary:
+def _finished(store: ClientStore, summary: TrainSummary, files: str, boundary: Boundary) -> TrainSummary:
+    summary = replace(summary, claim=boundary.claim().sentence())
     store.finish(asdict(summary), files)
     return summary
 
@@ -246,6 +249,6 @@ def train_alone(plan_file: Path, name: str, options: ClientOptions, observer: Ob
             if (begin := getattr(observer, "begin", None)) is not None:
                 begin(plan, name, None)
             trainer.run()
-        return _finished(store, recorder.summary(name, store.state.next_step, ({}, {})), files)
+        return _finished(store, recorder.summary(name, store.state.next_step, ({}, {})), files, boundary)
     finally:
         store.close()

@@ -28,8 +28,7 @@ from fedsea.evaluation.preparation import CLIENTS, prepare
 from fedsea.evaluation.processes import Processes
 from fedsea.evaluation.report import write_report
 from fedsea.observe.run_log import read_lines
-from fedsea.plan import FederationPlan, load_plan
-from fedsea.privacy.boundary import STATEMENTS
+from fedsea.plan import FederationPlan, load_plan, trust_statement
 from fedsea.server.state import ServerStore
 from fedsea.storage import CheckpointStore
 
@@ -103,7 +102,7 @@ def run(
     folder = options.folder.resolve()
     prepare(folder, options.steps)
     plan = load_plan(folder / "plan.toml")
-    log.warning("%s", STATEMENTS[plan.trust.mode])
+    log.warning("%s", trust_statement(plan))
     progress("preparation", 1, 2)
     with Processes(folder / "logs") as processes:
         address = _start_federation(folder, plan, processes)

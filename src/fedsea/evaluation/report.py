@@ -8,8 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import jinja2
 
-from fedsea.plan import FederationPlan
-from fedsea.privacy.boundary import STATEMENTS
+from fedsea.plan import FederationPlan, trust_statement
 from fedsea.storage import write_bytes_atomic
 
 if TYPE_CHECKING:
@@ -83,7 +82,7 @@ def write_report(result: QuickstartResult, plan: FederationPlan, curves: Curves)
     page = environment.get_template("report.html.j2").render(
         result=result,
         plan=plan,
-        statement=STATEMENTS[plan.trust.mode],
+        statement=trust_statement(plan),
         losses=loss_rows(result),
         silos=list(curves),
         traffic=traffic_rows(result.bytes_by_kind),

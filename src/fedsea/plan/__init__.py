@@ -33,7 +33,7 @@ from fedsea.plan.sections import (
     TrustSection,
     WireSection,
 )
-from fedsea.plan.trust import backward_channel, no_claim_reason, open_channels, trust_statement
+from fedsea.plan.trust import backward_channel, no_claim_reason, open_channels, server_statement, trust_statement
 
 __all__ = [
     "AdapterSection",
@@ -66,5 +66,6 @@ __all__ = [
     "open_channels",
     "parse_plan",
     "parse_plan_json",
+    "server_statement",
     "trust_statement",
 ]

@@ -37,7 +37,8 @@ def open_channels(plan: FederationPlan, name: str) -> tuple[Channel, ...]:
 
 def needs_norms(plan: FederationPlan) -> bool:
     """Whether the plan's clipping makes every client tell the norm of its own gradients."""
-    return plan.optimizer.clip_scope == "global" and plan.optimizer.max_norm > 0
+    summed_at_server = plan.aggregation.sync == "step"
+    return plan.optimizer.clip_scope == "global" and plan.optimizer.max_norm > 0 and not summed_at_server
 
 
 def no_claim_reason(plan: FederationPlan, name: str, noise: NoiseSection | None = None) -> str:
@@ -108,6 +109,17 @@ def _check_token_unit(plan: FederationPlan, name: str) -> None:
         )
 
 
+def server_statement(plan: FederationPlan) -> str:
+    """The same for the server's operator."""
+    if plan.trust.mode == "trusted-server":
+        return (
+            "Trust mode: trusted-server. Connections are encrypted and clients keep their text, but this server CAN "
+            "reconstruct the text from the hidden states and gradients that it receives. Operate it accordingly."
+            f"{_closed(plan, '')}"
+        )
+    return trust_statement(plan)
+
+
 def trust_statement(plan: FederationPlan, name: str = "", noise: NoiseSection | None = None) -> str:
     """The plain words that are said at every start, and stand in every report.
 
@@ -142,5 +154,5 @@ def _closed(plan: FederationPlan, name: str) -> str:
 
 
 def backward_channel(plan: FederationPlan, name: str = "") -> str:
-    """ "closed" if no gradient leaves a client (or any client) under a plan, else "open"."""
+    """Says "closed" if no gradient leaves a client (or any client) under a plan, else "open"."""
     return "closed" if _closed(plan, name) else "open"

@@ -13,6 +13,7 @@ import torch
 from fedsea.errors import ConfigError, NonFiniteError, UnprotectedRelease
 from fedsea.plan import ClientNoise, FederationPlan, NoiseSection, trust_statement
 from fedsea.plan.trust import TRUSTED_SERVER
+from fedsea.privacy.claims import Claim, NoClaim, claim_of
 from fedsea.privacy.clip import clip_rows, clip_sequences, clip_together
 from fedsea.privacy.ledger import Ledger
 from fedsea.privacy.noise import GaussianNoise
@@ -78,6 +79,13 @@ class Boundary:
             made._pricing = Pricing(plan, name, noise)
             made._generator = GaussianNoise(key)
         return made
+
+    def claim(self) -> Claim | NoClaim:
+        """What may be claimed of all that was released under the plan with this client's ledger."""
+        if self._pricing is None:
+            return NoClaim("trust.mode is trusted-server: nothing is clipped and no noise is added")
+        spent = None if self.ledger is None else self.ledger.spent
+        return claim_of(self._pricing.plan, self._pricing.name, spent, self.noise)
 
     def hidden(self, hidden_TH: torch.Tensor, origin: Origin | None = None) -> Release:
         """Release hidden states at the trunk's input.

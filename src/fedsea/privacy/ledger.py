@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
-import hashlib
 import json
 import os
 import secrets
@@ -26,13 +25,13 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Self
 
-from fedsea.errors import BudgetExhausted, StorageError
-from fedsea.plan import FederationPlan, parse_plan_json
+from fedsea.errors import BudgetExhausted
+from fedsea.plan import FederationPlan, NoiseSection
+from fedsea.privacy.book import ANCHOR, FILE, Book, read_anchor, refused
 from fedsea.privacy.pricing import Charge
 from fedsea.privacy.spent import Spent
 from fedsea.storage import storage_error, write_bytes_atomic
 
-FILE, ANCHOR = "ledger.jsonl", "ledger.anchor"
 _VERSION = 1
 _ANCHOR_EVERY_S = 1.0
 
@@ -45,12 +44,15 @@ class Ledger:
         plan: The plan whose releases are charged.
         client: The client.
         run_id: The server's run that is charged from now on; noted, and spending goes on over several.
+        noise: The client's noise, if it is stricter than the plan's; noted too.
 
     Raises:
         StorageError: The ledger is damaged, truncated, or of another plan or client; or the disk refused.
     """
 
-    def __init__(self, folder: Path, plan: FederationPlan, client: str, run_id: str = "") -> None:
+    def __init__(
+        self, folder: Path, plan: FederationPlan, client: str, run_id: str = "", noise: NoiseSection | None = None
+    ) -> None:
         self.folder = folder
         self._path = folder / FILE
         self._about = {"version": _VERSION, "plan_sha256": plan.sha256(), "client": client}
@@ -65,8 +67,9 @@ class Ledger:
         try:
             with self._locked():
                 self._begin(plan)
-                if run_id:
-                    self._append({"run": run_id})
+                now = (run_id, plan.noise if noise is None else noise)
+                if self._book.runs[-1:] != [now]:
+                    self._append({"run": run_id, "noise": now[1].model_dump(mode="json")})
         except BaseException:
             os.close(self._file)
             raise
@@ -93,9 +96,8 @@ class Ledger:
             if not spent.room_for(units, charge.every, limit):
                 raise BudgetExhausted(
                     "The privacy budget (noise.epsilon) does not cover the next release: nothing was sent, and what "
-                    f"was trained so far is kept. `fedsea ledger {self.folder}` shows what was spent. To go on, agree with "
-                    "the operator on a plan with more noise, fewer steps or a larger budget; a run that is finished "
-                    "needs no more of it."
+                    f"was trained so far is kept. `fedsea ledger {self.folder}` shows what was spent. To go on, agree "
+                    "with the operator on a plan with more noise, fewer steps or a larger budget."
                 )
             self._append(_entry_of(charge, units, new), durable=charge.bounded or not spent.unbounded)
 
@@ -133,7 +135,7 @@ class Ledger:
         try:
             size = os.fstat(self._file).st_size
             if size < self._book.num_bytes:
-                raise _refused(self._path, "it has become shorter while it was in use")
+                raise refused(self._path, "it has become shorter while it was in use")
             if size > self._book.num_bytes:
                 self._book.read(_read(self._file, self._book.num_bytes, size))
                 if size > self._book.num_bytes:  # torn by a kill or a full disk: nothing was sent for it
@@ -143,7 +145,7 @@ class Ledger:
             raise storage_error("read", self._path, error) from None
 
     def _begin(self, plan: FederationPlan) -> None:
-        anchor = _read_anchor(self.folder / ANCHOR)
+        anchor = read_anchor(self.folder / ANCHOR)
         if not self._book.count and anchor is None:
             about = {**self._about, "plan": plan.to_json(), "salt": secrets.token_hex(16)}
             self._append({"about": about})
@@ -183,110 +185,12 @@ class Ledger:
             os.close(descriptor)
 
 
-class Book:
-    """The lines of a ledger, read and added up.
-
-    Attributes:
-        count: Lines.
-        num_bytes: Their length.
-        hash: Of the last one.
-        about: What the first one says.
-        runs: The server's runs that were charged, in order.
-    """
-
-    def __init__(self, path: Path) -> None:
-        self._path = path
-        self.count = 0
-        self.num_bytes = 0
-        self.hash = ""
-        self.about: dict[str, Any] = {}
-        self.runs: list[str] = []
-        self.spent = Spent()
-        self._hashes: dict[int, str] = {}
-
-    @classmethod
-    def open(cls, folder: Path) -> Book:
-        """Read a ledger without charging it.
-
-        Raises:
-            StorageError: It is not there, damaged or truncated.
-        """
-        path = folder / FILE
-        try:
-            raw = path.read_bytes()
-        except OSError as error:
-            raise storage_error("read", path, error) from None
-        book = cls(path)
-        anchor = _read_anchor(folder / ANCHOR)
-        book.read(raw)
-        book.check({}, anchor)
-        return book
-
-    @property
-    def plan(self) -> FederationPlan:
-        """The plan whose releases are charged."""
-        return parse_plan_json(self.about["plan"])
-
-    def line_of(self, entry: Mapping[str, Any]) -> bytes:
-        """The next line, with its hash."""
-        text = json.dumps(entry, separators=(",", ":"))
-        return f'{text[:-1]},"hash":"{_chained(self.hash, text)}"}}\n'.encode()
-
-    def read(self, raw: bytes) -> None:
-        """Add complete lines; a last one without its end is left.
-
-        Raises:
-            StorageError: A line is not what was written.
-        """
-        complete = raw[: raw.rfind(b"\n") + 1]
-        for line in complete.split(b"\n")[:-1]:
-            text, mark, tail = line.rpartition(b',"hash":"')
-            try:
-                body = text.decode() + "}"
-                entry = json.loads(body)
-                good = bool(mark) and tail.decode() == f'{_chained(self.hash, body)}"}}'
-            except ValueError:
-                good = False
-            if not good:
-                raise _refused(self._path, f"line {self.count + 1} is not what was written")
-            self.hash = tail[:-2].decode()
-            self.count += 1
-            self.num_bytes += len(line) + 1
-            self._hashes[self.count] = self.hash
-            self._take(entry)
-
-    def _take(self, entry: Mapping[str, Any]) -> None:
-        try:
-            if "about" in entry:
-                self.about = dict(entry["about"])
-                self.spent.salt = bytes.fromhex(self.about["salt"])
-            elif "run" in entry:
-                self.runs.append(entry["run"])
-            else:
-                self.spent.take(entry)
-        except (KeyError, TypeError, ValueError, IndexError):
-            raise _refused(self._path, f"line {self.count} is of another version of fedsea") from None
-
-    def check(self, about: Mapping[str, Any], anchor: tuple[int, str] | None) -> None:
-        """Refuse a ledger that is another's, or that has lost lines.
-
-        Raises:
-            StorageError: Says which.
-        """
-        for key, what in (("version", "version of fedsea"), ("plan_sha256", "plan"), ("client", "client")):
-            if self.about and key in about and self.about.get(key) != about[key]:
-                raise _refused(self._path, f"it belongs to another {what}")
-        if anchor is None:
-            if self.count > 1:
-                raise _refused(self._path, f"its {ANCHOR} is missing")
-        elif self._hashes.get(anchor[0]) != anchor[1]:
-            raise _refused(
-                self._path,
-                f"it had {anchor[0]} lines and now has {self.count}, or others: it was truncated or replaced",
-            )
-        if not self.about:
-            raise _refused(self._path, "it has no first line")
-        self._hashes = {self.count: self.hash}
+def _read(descriptor: int, start: int, stop: int) -> bytes:
+    parts = []
+    while start < stop and (part := os.pread(descriptor, stop - start, start)):
+        parts.append(part)
+        start += len(part)
+    return b"".join(parts)
 
 
 def _entry_of(charge: Charge, units: list[tuple[int, float]], new: list[str]) -> dict[str, Any]:
@@ -300,32 +204,3 @@ def _entry_of(charge: Charge, units: list[tuple[int, float]], new: list[str]) ->
             entry["new"] = new
         entry["units"] = [list(pair) for pair in units]
     return entry
-
-
-def _chained(before: str, text: str) -> str:
-    return hashlib.sha256(f"{before}{text}".encode()).hexdigest()
-
-
-def _read(descriptor: int, start: int, stop: int) -> bytes:
-    parts = []
-    while start < stop and (part := os.pread(descriptor, stop - start, start)):
-        parts.append(part)
-        start += len(part)
-    return b"".join(parts)
-
-
-def _read_anchor(path: Path) -> tuple[int, str] | None:
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-        return int(values["count"]), str(values["hash"])
-    except FileNotFoundError:
-        return None
-    except (OSError, ValueError, KeyError, TypeError):
-        raise _refused(path, "it cannot be read") from None
-
-
-def _refused(path: Path, reason: str) -> StorageError:
-    return StorageError(
-        f"The privacy ledger {path} is refused: {reason}. Nothing was sent. Put back the newest copy of its folder; "
-        "without it nobody knows what was spent, and nothing can be claimed for what was released before."
-    )

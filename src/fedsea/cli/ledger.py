@@ -1,0 +1,75 @@
+"""`fedsea ledger`: what was released, what it spent, and what may be claimed."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from fedsea.cli import options as o
+from fedsea.cli import output
+
+
+def ledger(
+    run: Annotated[
+        Path, typer.Argument(metavar="RUN", help="Run folder of a client, or the folder of its identity.")
+    ] = Path("runs/client"),
+    as_json: o.Json = False,
+) -> None:
+    """Show what a client has released under a plan: how often, how much of the budget it spent, what is left.
+
+    Training, evaluation and every use of the model with one identity add up. Where no (epsilon, delta) can be claimed,
+    the reason stands instead.
+
+    Example: `fedsea ledger runs/clinic`
+    """
+    output.begin(as_json=as_json)
+    from fedsea.client.accounts import reports
+
+    found = reports(run)
+    if as_json:
+        output.result({"ledgers": found})
+    else:
+        for report in found:
+            _show(report)
+
+
+def _show(report: dict[str, Any]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    facts = Table.grid(padding=(0, 2))
+    facts.add_row("client", f"{report['client']} (plan {report['plan']}, {report['plan_sha256'][:12]})")
+    facts.add_row("trust mode", report["trust_mode"])
+    closed = "gradient" not in report["open_channels"]
+    facts.add_row("backward channel", "closed" if closed else "open")
+    facts.add_row("budget", _budget(report))
+    rows = Table("channel", "purpose", "releases", "mu", f"epsilon at delta = {report['delta']:g}", "unit")
+    for row in report["rows"]:
+        rows.add_row(
+            row["channel"],
+            row["purpose"],
+            str(row["releases"]),
+            _number(row["mu"]),
+            _number(row["epsilon"]),
+            row["unit"],
+        )
+    if report["mu"] is not None and report["rows"]:
+        rows.add_row("all", "", "", _number(report["mu"]), _number(report["epsilon"]), report["unit"])
+    console = Console()
+    console.print(facts)
+    if report["rows"]:
+        console.print(rows)
+    console.print(report["sentence"], soft_wrap=True, highlight=False)
+
+
+def _budget(report: dict[str, Any]) -> str:
+    if report["budget"] is None:
+        return "none"
+    left = report["left"]
+    return f"epsilon = {report['budget']:g}" + ("" if left is None else f", {left:.4g} left")
+
+
+def _number(value: float | None) -> str:
+    return "no claim" if value is None else f"{value:.4g}"
