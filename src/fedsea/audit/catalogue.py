@@ -1,0 +1,53 @@
+"""The attacks by their ids, in the order in which an audit runs them."""
+
+from __future__ import annotations
+
+import importlib
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from fedsea.types import Channel
+
+Answers = Literal["text", "own"]
+
+
+@dataclass(frozen=True, slots=True)
+class Attack:
+    """One attack.
+
+    Attributes:
+        id: As users name it.
+        title: A few words.
+        channel: What it looks at.
+        module: Of `audit.attacks`; its `run(attacker, targets, progress)` is the attack.
+        answers: "text": a list of `Recovered`; "own": an `OwnResult`.
+        needs_more: Adds nothing where a simpler forward attack has recovered the text already.
+    """
+
+    id: str
+    title: str
+    channel: Channel
+    module: str
+    answers: Answers = "text"
+    needs_more: bool = False
+
+    def load(self) -> Any:
+        """The module."""
+        return importlib.import_module(f"fedsea.audit.attacks.{self.module}")
+
+
+ATTACKS: tuple[Attack, ...] = (
+    Attack("A0", "the public model's guesses", Channel.HIDDEN, "a0_prior"),
+    Attack("A1", "nearest hidden state over the vocabulary", Channel.HIDDEN, "a1_nearest"),
+    Attack("A5", "labels from gradients", Channel.GRADIENT, "a5_labels"),
+    Attack("A2", "likelihood and prior, beam search", Channel.HIDDEN, "a2_likelihood"),
+    Attack("A4", "average over epochs, then A2", Channel.HIDDEN, "a4_averaging", needs_more=True),
+    Attack("A6", "alignment by known texts, then A2", Channel.HIDDEN, "a6_alignment", needs_more=True),
+    Attack("A3", "learned inverter", Channel.HIDDEN, "a3_inverter", needs_more=True),
+    Attack("A7", "exact inversion of an update", Channel.UPDATE, "a7_update", "own"),
+    Attack("A8", "membership and canaries in the shared adapter", Channel.UPDATE, "a8_membership", "own"),
+    Attack("A9", "test of the noise mechanism", Channel.HIDDEN, "a9_mechanism", "own"),
+)
+"""In order: what is quick and decisive first, so that a short time is spent on what matters."""
+
+IDS = tuple(attack.id for attack in ATTACKS)

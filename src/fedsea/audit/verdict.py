@@ -1,0 +1,108 @@
+"""From scores to one word. None of the words means that a text is safe: they say what these attacks did."""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from fedsea.audit.scoring import Score
+
+EXPOSED_SHARE = 0.5
+"""Of what the prior leaves open; so an excess of half of all tokens is always over it."""
+EXPOSED_IDENTIFIERS = 0.05
+"""Of the planted identifiers of one type."""
+LEAST_SHORTLIST_RECALL = 0.995
+LEAST_SELF_CHECK = 0.95
+"""What A1 must recover at k = 1 without noise; an audit that does not is broken."""
+
+
+class Verdict(enum.StrEnum):
+    """Worst last."""
+
+    NOT_RECOVERED = "NOT RECOVERED BY THESE ATTACKS"
+    PARTIAL = "PARTIAL"
+    INCONCLUSIVE = "INCONCLUSIVE"
+    EXPOSED = "EXPOSED"
+    BROKEN = "BROKEN"
+
+    @property
+    def exit_code(self) -> int:
+        """Of the command."""
+        return _EXIT_CODES[self]
+
+
+_EXIT_CODES = {
+    Verdict.NOT_RECOVERED: 0,
+    Verdict.PARTIAL: 20,
+    Verdict.EXPOSED: 21,
+    Verdict.INCONCLUSIVE: 22,
+    Verdict.BROKEN: 23,
+}
+
+
+class OwnResult(Protocol):
+    """What an attack gives that recovers no text (A7 may, A8 and A9 do not)."""
+
+    @property
+    def verdict(self) -> Verdict:
+        """Of this attack alone."""
+        ...
+
+    @property
+    def sentence(self) -> str:
+        """What was found, in one line, with its figure."""
+        ...
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """Something that is wrong with what was sent, found without any attack."""
+
+    verdict: Verdict
+    sentence: str
+
+
+def of_score(score: Score) -> Verdict:
+    """The verdict of one attack on one channel."""
+    if score.excess_share.value > EXPOSED_SHARE or any(v > EXPOSED_IDENTIFIERS for v in score.identifiers.values()):
+        return Verdict.EXPOSED
+    if score.shortlist_recall < LEAST_SHORTLIST_RECALL:
+        return Verdict.INCONCLUSIVE
+    if score.excess.low > 0 or any(score.identifiers.values()):
+        return Verdict.PARTIAL
+    return Verdict.NOT_RECOVERED
+
+
+def worst(verdicts: Iterable[Verdict]) -> Verdict:
+    """The worst of several; nothing at all proves nothing.
+
+    >>> worst([Verdict.PARTIAL, Verdict.NOT_RECOVERED]).value, worst([]).value
+    ('PARTIAL', 'INCONCLUSIVE')
+    """
+    order = list(Verdict)
+    return max(verdicts, key=order.index, default=Verdict.INCONCLUSIVE)
+
+
+def sentences(verdict: Verdict, findings: Sequence[Finding], skipped: Sequence[str]) -> list[str]:
+    """What goes with the word."""
+    said = [finding.sentence for finding in findings]
+    match verdict:
+        case Verdict.EXPOSED:
+            said.append("The server can read this: text was reconstructed from what it receives, or a defence is off.")
+        case Verdict.PARTIAL:
+            said.append("Some of the text was reconstructed, beyond what the public model guesses.")
+        case Verdict.NOT_RECOVERED:
+            said.append("These attacks did not reconstruct the text. Others may: this is no proof.")
+        case Verdict.INCONCLUSIVE:
+            said.append("Not all attacks came to an end, or one's candidates missed the truth too often.")
+        case Verdict.BROKEN:
+            said.append("The audit failed its own check, so nothing it says can be relied on. Report this.")
+    if skipped:
+        said.append(f"Not run: {'; '.join(skipped)}.")
+    return said
