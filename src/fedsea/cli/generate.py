@@ -26,7 +26,11 @@ _MOST_PROMPT_BYTES = 16 << 20
 
 def generate(
     prompt: Annotated[
-        str | None, typer.Argument(help="The text to go on from; `-` or none reads standard input.", show_default=False)
+        str | None,
+        typer.Argument(
+            help="The text to go on from; `-` or none reads standard input, whose last line break does not count.",
+            show_default=False,
+        ),
     ] = None,
     server: o.Server = None,
     identity: o.Identity = Path("identity"),
@@ -35,7 +39,7 @@ def generate(
     model: o.Model = None,
     settings: o.Settings = None,
     file: Annotated[
-        Path | None, typer.Option(metavar="PATH", help="Read the prompt here; a line break at its end does not count.")
+        Path | None, typer.Option(metavar="PATH", help="Read the prompt here; its last line break does not count.")
     ] = None,
     template: Annotated[
         str,
