@@ -20,7 +20,7 @@ from fedsea.model import adapters, export
 from fedsea.model.checkpoint import Checkpoint, open_checkpoint
 from fedsea.model.fingerprint import fingerprint
 from fedsea.model.loading import trainable_trunk
-from fedsea.plan import FederationPlan, load_plan, parse_plan_json
+from fedsea.plan import FederationPlan, load_plan, parse_plan_json, server_statement
 from fedsea.server.engine import Engine
 from fedsea.server.executor.local import EngineThread
 from fedsea.server.ports import Member
@@ -32,6 +32,7 @@ from fedsea.wire.identity.authority import Authority
 from fedsea.wire.identity.certificates import utc_now
 from fedsea.wire.identity.identity import Identity, needs_renewal
 from fedsea.wire.identity.peers import PeerGate
+from fedsea.wire.identity.signing import CertificateVerifier
 from fedsea.wire.limits import HANDSHAKE
 from fedsea.wire.server import WireServer
 from fedsea.wire.server import serve as listen
@@ -39,11 +40,6 @@ from fedsea.wire.server import serve as listen
 log = logging.getLogger(__name__)
 
 _LOOK_EVERY_S = 600.0
-
-TRUST_STATEMENT = (
-    "Trust mode: trusted-server. Connections are encrypted and clients keep their text, but this server CAN "
-    "reconstruct the text from the hidden states and gradients that it receives. Operate it accordingly."
-)
 
 
 @dataclass(frozen=True, slots=True)
@@ -162,7 +158,7 @@ def serve(options: ServerOptions, watch: Watcher | None = None) -> None:
             state = RunState(run_id=secrets.token_hex(8))
             store.save(engine, state)
         write_bytes_atomic(options.run / "plan.json", plan.model_dump_json(indent=2).encode())
-        log.warning("%s", TRUST_STATEMENT)
+        log.warning("%s", server_statement(plan))
         with EngineThread() as executor:
             asyncio.run(_serve(options, plan, engine, store, state, roster, executor, identity, gate, watch))
     finally:
@@ -181,7 +177,7 @@ async def _serve(
     gate: PeerGate,
     watch: Watcher | None,
 ) -> None:
-    service = Service(plan, engine, store, state, roster, executor)
+    service = Service(plan, engine, store, state, roster, executor, CertificateVerifier(identity.ca_pem))
     stopped = asyncio.Event()
     if threading.current_thread() is threading.main_thread():  # elsewhere, signals are somebody else's
         for number in (signal.SIGINT, signal.SIGTERM):

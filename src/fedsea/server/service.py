@@ -12,8 +12,9 @@ from typing import Any
 
 import fedsea
 from fedsea.errors import AuthError, ConfigError, FedseaError, ProtocolError
+from fedsea.federation.secure import Verifier
 from fedsea.model.decoding import TrunkDecoder
-from fedsea.plan import FederationPlan
+from fedsea.plan import FederationPlan, backward_channel, server_statement
 from fedsea.server.coordinator import Coordinator
 from fedsea.server.engine import Engine
 from fedsea.server.executor.local import EngineThread, Priority
@@ -89,6 +90,7 @@ class Service:
         state: Where the run stands.
         roster: What each client has.
         executor: The engine thread.
+        verifier: Checks clients' certificates for each other; needed with `aggregation.secure`.
     """
 
     def __init__(
@@ -99,10 +101,11 @@ class Service:
         state: RunState,
         roster: dict[str, Member],
         executor: EngineThread,
+        verifier: Verifier | None = None,
     ) -> None:
         self.plan = plan
         self.roster = roster
-        self.coordinator = Coordinator(plan, engine, store, state, roster, self)
+        self.coordinator = Coordinator(plan, engine, store, state, roster, self, verifier)
         self.sessions = Sessions(plan.inference, TrunkDecoder(engine.trunk), self, roster)
         self.over = asyncio.Event()
         self._engine = engine
@@ -207,6 +210,7 @@ class Service:
         await session.send(self._welcome)
 
     def _limits(self, name: str, *, decodes: bool) -> WireLimits:
+        secure = self.coordinator.secure
         max_tokens, max_sequences = self.plan.most_in_a_message(name, self._hidden_size, decodes=decodes)
         return WireLimits(
             hidden_size=self._hidden_size,
@@ -216,6 +220,7 @@ class Service:
             codecs={Channel.HIDDEN: self.plan.wire.hidden, Channel.GRADIENT: self.plan.wire.gradient},
             bundle_shapes=self.roster[name].shapes,
             num_blocks=self._num_blocks,
+            masked_shapes={} if secure is None else secure.layout.shapes_of(name),
         )
 
     async def _observe(self, link: _Link) -> None:
@@ -317,6 +322,8 @@ class Service:
             "plan_sha256": self.plan.sha256(),
             "version": fedsea.__version__,
             "trust_mode": self.plan.trust.mode,
+            "trust": server_statement(self.plan),
+            "backward_channel": backward_channel(self.plan),
             "time": time.time(),
             "next_step": state.next_step,
             "num_steps": self.plan.num_steps,
