@@ -1,0 +1,125 @@
+"""All recognisers together: the client's own words and patterns, dates, names, and identifiers that have a form."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+from fedsea.errors import ConfigError
+from fedsea.plan.pseudonyms import PseudonymSettings
+from fedsea.privacy.pseudonyms.dates import find_dates
+from fedsea.privacy.pseudonyms.lexicon import load_lexicon
+from fedsea.privacy.pseudonyms.names import NameRecogniser
+from fedsea.privacy.pseudonyms.patterns import PatternRecogniser
+from fedsea.privacy.pseudonyms.spans import Span, apart, grown
+
+VERSION = 1
+"""Counted up whenever other places of a text would be found, so that an interrupted run notices."""
+
+_MOST_WORDS = 200_000
+
+
+class Recogniser:
+    """Finds identifiers. What is found in a text depends on that text and the settings alone.
+
+    Args:
+        settings: What is looked for.
+        folder: Where relative paths of the settings begin.
+
+    Attributes:
+        lexicon: Word lists in use.
+        names: The recogniser of names.
+        identity: Changes whenever something else might be found.
+
+    Raises:
+        ConfigError: A file of words cannot be read, or a package is missing.
+    """
+
+    def __init__(self, settings: PseudonymSettings, folder: Path) -> None:
+        self._types = frozenset(settings.types)
+        self._custom = {f"pattern:{name}": re.compile(pattern) for name, pattern in settings.patterns.items()}
+        words = [*settings.words, *_listed(folder, settings.word_files)]
+        own_names = frozenset(name.lower() for line in _listed(folder, settings.name_files) for name in line.split())
+        self._words = _Phrases(words)
+        self._keep = _Phrases(settings.keep)
+        self.lexicon = load_lexicon(settings.languages)
+        self.names = NameRecogniser(self.lexicon, own_names)
+        self._patterns = PatternRecogniser(settings.languages, self.lexicon)
+        about = [VERSION, sorted(self._types), settings.languages, settings.patterns, sorted(words), sorted(own_names),
+                 sorted(settings.keep), self.lexicon.sha256]  # fmt: skip
+        self.identity = hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()
+
+    def find(self, text: str) -> list[Span]:
+        """Identifiers in order; they do not overlap, and cut through no word."""
+        kept = [(span.start, span.end) for span in self._keep.find(text, "keep")]
+        candidates = (grown(text, span) for span in self._candidates(text))
+        return apart(
+            span
+            for span in candidates
+            if not any(start < span.end and span.start < end for start, end in kept) and text[span.start : span.end]
+        )
+
+    def _candidates(self, text: str) -> Iterator[Span]:
+        yield from self._words.find(text, "word")
+        for kind, pattern in self._custom.items():
+            for match in pattern.finditer(text):
+                yield Span(match.start(), match.end(), kind)
+        dates = (Span(start, end, "date") for start, end in find_dates(text)) if "date" in self._types else iter(())
+        formed = [span for span in self._patterns.find(text) if span.kind in self._types]
+        # A date may look like a phone number, and a part of an account number like a date.
+        yield from (span for span in formed if span.kind not in ("phone", "plate"))
+        yield from dates
+        yield from (span for span in formed if span.kind in ("phone", "plate"))
+        if "name" in self._types:
+            yield from self.names.find(text)
+
+
+class _Phrases:
+    """Finds words and phrases of a list, in any case; longer ones first. The list may be long: it costs nothing more."""
+
+    _WORD = re.compile(r"\w+")
+
+    def __init__(self, phrases: list[str] | tuple[str, ...]) -> None:
+        self._by_first: dict[str, list[re.Pattern[str]]] = {}
+        for phrase in sorted({" ".join(phrase.split()) for phrase in phrases}, key=lambda one: (-len(one), one)):
+            first = self._WORD.search(phrase)
+            if first is None or first.start() != 0:
+                raise ConfigError(
+                    "Words of [pseudonyms] must begin with a letter or digit: mend words, word_files or keep."
+                )
+            pattern = re.compile(r"\s+".join(map(re.escape, phrase.split())), re.IGNORECASE)
+            self._by_first.setdefault(first.group().lower(), []).append(pattern)
+
+    def find(self, text: str, kind: str) -> Iterator[Span]:
+        if not self._by_first:
+            return
+        for word in self._WORD.finditer(text):
+            for pattern in self._by_first.get(word.group().lower(), ()):
+                match = pattern.match(text, word.start())
+                if match is not None and _ends(text, match.end()):
+                    yield Span(match.start(), match.end(), kind)
+                    break
+
+
+def _ends(text: str, at: int) -> bool:
+    return at == len(text) or not (text[at].isalnum() and text[at - 1].isalnum())
+
+
+def _listed(folder: Path, files: tuple[str, ...]) -> list[str]:
+    """Lines of files; blank ones, and those that begin with #, do not count."""
+    found: list[str] = []
+    for name in files:
+        path = folder / name
+        try:
+            lines = path.read_text(encoding="utf-8-sig").splitlines()
+        except OSError as error:
+            raise ConfigError(f"{path} of [pseudonyms] cannot be read ({error.strerror}): check its path.") from None
+        except UnicodeDecodeError:
+            raise ConfigError(f"{path} of [pseudonyms] is no UTF-8 text: convert it, for example with iconv.") from None
+        found += [line.strip() for line in lines if len(line.strip()) > 1 and not line.startswith("#")]
+    if len(found) > _MOST_WORDS:
+        raise ConfigError(f"The word files of [pseudonyms] have more than {_MOST_WORDS:,} lines; use shorter ones.")
+    return found
