@@ -16,7 +16,7 @@ import torch
 from fedsea.client.segments import ClientSegments
 from fedsea.client.trunk import Trunk, TrunkSession
 from fedsea.errors import CapacityError, ConfigError, ProtocolError
-from fedsea.model.cache import Extension, SequenceCache
+from fedsea.model.cache import Extension
 from fedsea.model.decoding import rearranged
 from fedsea.plan import FederationPlan
 from fedsea.privacy.boundary import Boundary
@@ -171,7 +171,7 @@ class Sequences:
             positions = tuple(self.lengths)
             with decoder.lock:
                 self._check_open()
-                extension = _extension(lengths, self._inputs)
+                extension = Extension.of(lengths, self._inputs)
                 hidden_TH = segments.input_blocks.extend(ids_T.to(segments.device), extension, decoder.input_adapters)
                 extension.commit()
                 sealed = decoder.trunk.seal(decoder.boundary.hidden(hidden_TH, self._origin(lengths)))
@@ -201,7 +201,7 @@ class Sequences:
                 decoder.on_version(self.session.version)
             with decoder.lock:
                 self._check_open()
-                extension = _extension(piece.lengths, self._outputs)
+                extension = Extension.of(piece.lengths, self._outputs)
                 rows_R = torch.tensor(piece.rows, dtype=torch.long, device=segments.device)
                 logits.append(segments.output_blocks.extend(hidden_TH, extension, decoder.output_adapters, rows_R))
                 extension.commit()
@@ -254,11 +254,6 @@ class Sequences:
 
     def __exit__(self, *_: object) -> None:
         self.close()
-
-
-def _extension(lengths: Sequence[int], caches: Sequence[SequenceCache]) -> Extension:
-    pairs = [(length, cache) for length, cache in zip(lengths, caches, strict=True) if length]
-    return Extension(tuple(length for length, _ in pairs), tuple(cache for _, cache in pairs))
 
 
 def _cut(lengths: Sequence[int], most: int) -> Iterator[list[tuple[int, int]]]:

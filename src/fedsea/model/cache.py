@@ -10,7 +10,7 @@ is made, charged and given back by the slab, which is several sequences' room.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import Any
@@ -195,14 +195,7 @@ class SequenceCache:
         """
         if other.length > self.capacity:
             raise ConfigError(f"A sequence of {other.length} tokens does not fit into a room of {self.capacity}.")
-        if other.slab is self.slab:
-            self.slab.copy(other.slot, self.slot, other.length)
-        else:
-            for block, pair in enumerate(other.slab._blocks):
-                if pair is not None:
-                    keys, values = self.slab.of(block, pair[0][0], pair[1][0])
-                    keys[self.slot, :, : other.length] = pair[0][other.slot, :, : other.length]
-                    values[self.slot, :, : other.length] = pair[1][other.slot, :, : other.length]
+        self.slab.take_over(self.slot, other.slab, other.slot, other.length)
         self.length = other.length
 
     def close(self) -> None:
@@ -235,6 +228,12 @@ class Extension:
                     f"A sequence would have {cache.length + length} tokens and has room for {cache.capacity}: open it "
                     "with more max_tokens, or ask for a shorter answer."
                 )
+
+    @classmethod
+    def of(cls, lengths: Sequence[int], caches: Sequence[SequenceCache]) -> Extension:
+        """Of the sequences that have new tokens, out of as many as there are caches."""
+        pairs = [(length, cache) for length, cache in zip(lengths, caches, strict=True) if length]
+        return cls(tuple(length for length, _ in pairs), tuple(cache for _, cache in pairs))
 
     @property
     def num_tokens(self) -> int:

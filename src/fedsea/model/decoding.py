@@ -96,9 +96,7 @@ class Turn:
             memory.caches = rearranged(memory.caches, self.sources)
         for cache, position in zip(memory.caches, self.positions, strict=True):
             cache.rollback(position)
-        pairs = [(n, cache) for n, cache in zip(self.lengths, memory.caches, strict=True) if n]
-        extension = Extension(tuple(n for n, _ in pairs), tuple(cache for _, cache in pairs))
-        return CachedPart(self.hidden_TH, extension, memory.blocks)
+        return CachedPart(self.hidden_TH, Extension.of(self.lengths, memory.caches), memory.blocks)
 
 
 def rearranged(caches: Sequence[SequenceCache], sources: Sequence[int]) -> list[SequenceCache]:

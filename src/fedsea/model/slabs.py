@@ -61,11 +61,12 @@ class Slab:
         heads, _, size = part_NTD.shape
         return _zeros((self.num_slots, heads, self.capacity, size), part_NTD.dtype, part_NTD.device)
 
-    def copy(self, source: int, target: int, length: int) -> None:
-        """Copy one slot's first tokens to another slot of this slab."""
-        for pair in self._blocks:
-            for memory in pair or ():
-                memory[target, :, :length] = memory[source, :, :length]
+    def take_over(self, slot: int, other: Slab, source: int, length: int) -> None:
+        """Copy the first tokens of another slot, of this or of another slab of the segment, to a slot of this one."""
+        for block, pair in enumerate(other._blocks):
+            if pair is not None:
+                for mine, theirs in zip(self.of(block, pair[0][0], pair[1][0]), pair, strict=True):
+                    mine[slot, :, :length] = theirs[source, :, :length]
 
     def wipe(self, slot: int, start: int, stop: int) -> None:
         """Make some of a slot's tokens zero again."""
