@@ -92,7 +92,7 @@ def test_ten_thousand_random_mutations_of_real_frames() -> None:
 
 def test_the_strategies_reach_what_they_are_for() -> None:
     """A fuzz test whose frames all die at the magic number would prove nothing."""
-    quick = settings(max_examples=4000, derandomize=True, database=None, deadline=None, phases=(Phase.generate,))
+    quick = settings(max_examples=12000, derandomize=True, database=None, deadline=None, phases=(Phase.generate,))
     for kind in (m.Forward, m.Join, m.RoundUpdate):
         find(
             frames.mutated(),

@@ -211,6 +211,10 @@ class LocalTrunk:
         self._save()
         self._events.append(m.RoundResult(round_index, dict(parameters)))
 
+    def tell(self, message: m.Message) -> None:
+        """See `Trunk.tell`; alone there is nobody to hide a sum's parts among, so this is never asked for."""
+        raise ProtocolError(f"A trunk in this process takes no {type(message).__name__}.")
+
     def open_session(self, max_tokens: int, num_sequences: int = 1) -> LocalSession:
         """See `Trunk.open_session`."""
         blocks = self.plan.partition_of(self.name).trunk(self._num_blocks)

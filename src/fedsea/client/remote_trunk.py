@@ -137,6 +137,10 @@ class RemoteTrunk:
         """See `Trunk.update`."""
         self._send(m.RoundUpdate(round_index, num_target_tokens, parameters))
 
+    def tell(self, message: m.Message) -> None:
+        """See `Trunk.tell`."""
+        self._send(message)
+
     def evaluate(self, where: MicroBatch, hidden: Sealed) -> Future[torch.Tensor]:
         """See `Trunk.evaluate`; survives a lost connection."""
         return self._ask(("evaluation", where.step, -1, where.number), self._forward(where, hidden, True), lasting=True)
@@ -392,7 +396,14 @@ class RemoteTrunk:
             case m.RoundOpen() | m.Finished():
                 self._questions.begin(None)  # a straggler may still be at a step that went on without it
                 self._events.put(message)
-            case m.StepDone() | m.RoundResult():
+            case (
+                m.StepDone()
+                | m.RoundResult()
+                | m.SecureRoster()
+                | m.SecureDelivery()
+                | m.SecureSurvivors()
+                | m.SecureEvidence()
+            ):
                 self._events.put(message)
             case m.SessionOpened() | m.SessionOutput() | m.SessionFailed():
                 if self._sessions is not None:

@@ -13,6 +13,7 @@ from fedsea.client import setup
 from fedsea.client.local_trunk import LocalTrunk
 from fedsea.client.remote_trunk import RemoteTrunk
 from fedsea.client.run_key import ALONE, RunKey
+from fedsea.client.secure import SecureRounds, layout_of
 from fedsea.client.segments import ClientSegments
 from fedsea.client.setup import ClientOptions, Invited
 from fedsea.client.state import ClientStore, Ended
@@ -21,12 +22,14 @@ from fedsea.client.trunk import Connected, Trunk
 from fedsea.data.opening import files_sha256
 from fedsea.data.silo import Silo
 from fedsea.errors import ConfigError, FedseaError
+from fedsea.model.checkpoint import Checkpoint
 from fedsea.model.fingerprint import fingerprint
 from fedsea.model.loading import trainable_trunk
 from fedsea.plan import FederationPlan, load_plan
 from fedsea.privacy.boundary import Boundary
 from fedsea.wire import messages as m
 from fedsea.wire.identity.identity import Identity
+from fedsea.wire.identity.signing import IdentityNotary
 from fedsea.wire.limits import HANDSHAKE
 
 log = logging.getLogger(__name__)
@@ -96,6 +99,7 @@ def _trainer(
     recorder: _Recorder,
     options: ClientOptions,
     boundary: Boundary,
+    secure: SecureRounds | None = None,
 ) -> Trainer:
     name = segments.name
     held_out = None
@@ -104,7 +108,8 @@ def _trainer(
             held_out = lambda: list(setup.held_out(plan, silo, name))  # noqa: E731 (a factory, made only if wanted)
         else:
             log.warning("Nothing is held out that could be evaluated: this client trains without evaluation.")
-    return Trainer(plan, segments, setup.open_stream(plan, silo, name), trunk, store, boundary, recorder, held_out)
+    stream = setup.open_stream(plan, silo, name)
+    return Trainer(plan, segments, stream, trunk, store, boundary, recorder, held_out, secure)
 
 
 def train(options: ClientOptions, observer: Observer | None = None) -> TrainSummary:
@@ -154,7 +159,8 @@ def train(options: ClientOptions, observer: Observer | None = None) -> TrainSumm
             on_waiting=getattr(observer, "waiting", lambda _: None),
         )
         with setup.open_boundary(plan, name, invited.invitation.run_id, options) as boundary:
-            trainer = _trainer(plan, segments, silo, trunk, store, recorder, options, boundary)
+            secure = _secure(options, invited, checkpoint, trunk)
+            trainer = _trainer(plan, segments, silo, trunk, store, recorder, options, boundary, secure)
             trainer.restore()
             if (begin := getattr(observer, "begin", None)) is not None:
                 begin(plan, name, trunk)
@@ -163,6 +169,17 @@ def train(options: ClientOptions, observer: Observer | None = None) -> TrainSumm
         return _finished(store, recorder.summary(name, store.state.next_step, trunk.traffic), files, boundary)
     finally:
         store.close()
+
+
+def _secure(options: ClientOptions, invited: Invited, checkpoint: Checkpoint, trunk: Trunk) -> SecureRounds | None:
+    """This client's part in secure aggregation, if the plan has it."""
+    if not invited.plan.aggregation.secure:
+        return None
+    layout, run_id = layout_of(invited.plan, checkpoint), invited.invitation.run_id
+    current = invited.keeper.current
+    return SecureRounds(
+        invited.plan, invited.name, run_id, layout, lambda: IdentityNotary(current()), trunk, options.run
+    )
 
 
 def _finished_there_too(options: ClientOptions, invited: Invited, ended: Ended) -> bool:
@@ -225,7 +242,9 @@ def train_alone(plan_file: Path, name: str, options: ClientOptions, observer: Ob
         torch.set_num_threads(options.threads)
     plan = load_plan(plan_file)
     training = plan.training.model_copy(update={"mode": "batched", "wait": "all", "min_clients": 1})
-    plan = plan.model_copy(update={"clients": (plan.client(name),), "training": training})
+    aggregation = plan.aggregation.model_copy(update={"secure": False})  # nobody to hide among, nobody to hide from
+    alone = {"clients": (plan.client(name),), "training": training, "aggregation": aggregation}
+    plan = plan.model_copy(update=alone)
     checkpoint = setup.open_base_model(plan, options, name)
     plan = plan.model_copy(update={"model": plan.model.model_copy(update={"fingerprint": fingerprint(checkpoint)})})
     ended = _ended(options.run)

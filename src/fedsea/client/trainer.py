@@ -13,6 +13,7 @@ from typing import Protocol
 import torch
 
 from fedsea.client.evaluation import evaluate
+from fedsea.client.secure import SecureRounds
 from fedsea.client.segments import ClientSegments
 from fedsea.client.state import ClientState, ClientStore, Prepared
 from fedsea.client.trunk import Connected, MicroBatch, Sealed, StepInterrupted, Trunk
@@ -21,7 +22,7 @@ from fedsea.errors import FedseaError, ProtocolError, StorageError
 from fedsea.federation.schedule import place
 from fedsea.plan import FederationPlan
 from fedsea.plan.trust import needs_norms
-from fedsea.privacy.boundary import Boundary
+from fedsea.privacy.boundary import Boundary, Maskable
 from fedsea.types import Purpose, TokenBatch
 from fedsea.wire import messages as m
 
@@ -109,6 +110,7 @@ class Trainer:
         boundary: The only maker of releases.
         observer: Told of every step and evaluation.
         held_out: Makes the evaluation batches anew; None evaluates nothing.
+        secure: This client's part in secure aggregation; None where the plan has none.
     """
 
     def __init__(
@@ -121,6 +123,7 @@ class Trainer:
         boundary: Boundary,
         observer: Observer,
         held_out: Callable[[], list[TokenBatch]] | None = None,
+        secure: SecureRounds | None = None,
     ) -> None:
         self.plan = plan
         self.segments = segments
@@ -130,6 +133,7 @@ class Trainer:
         self.boundary = boundary
         self.observer = observer
         self.held_out = held_out
+        self.secure = secure
         self._work: _Work | None = None
         self._seconds: dict[str, float] = {}
         self._evaluated_at = -1
@@ -181,6 +185,8 @@ class Trainer:
             event = self.trunk.next_event()
             match event:
                 case Connected():
+                    if self.secure is not None:
+                        self.secure.forget()
                     self._offer_prepared()
                 case m.StepOpen():
                     self._evaluate_once()
@@ -190,6 +196,13 @@ class Trainer:
                         continue
                 case m.StepDone():
                     self._apply(event)
+                case m.RoundOpen() if self.secure is not None:
+                    state = self.store.state
+                    self.secure.begin(event, state.rounds_done, state.round_tokens, self._maskable)
+                case m.SecureRoster() | m.SecureDelivery() | m.SecureSurvivors() | m.SecureEvidence():
+                    if self.secure is None:
+                        raise ProtocolError("The server began secure aggregation, which is not in the plan.")
+                    self.secure.receive(event)
                 case m.RoundOpen():
                     sealed = self._seal_update(("round", event.round), self.segments.parameters())
                     self.trunk.update(event.round, self.store.state.round_tokens, sealed)
@@ -306,6 +319,9 @@ class Trainer:
         sealed = self._seal_update(("step", prepared.step), sums)
         norm = prepared.squared_norm if needs_norms(self.plan) else 0.0
         self.trunk.ready(prepared.step, attempt, prepared.num_target_tokens, norm, sealed)
+
+    def _maskable(self) -> Maskable:
+        return self.boundary.maskable(self.segments.parameters(), self._reference)
 
     def _seal_update(self, key: tuple[str, int], tensors: Mapping[str, torch.Tensor]) -> Sealed:
         """An update as first released: asked for again, it is the same bytes, unless its values are others by now."""

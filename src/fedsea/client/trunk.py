@@ -42,7 +42,10 @@ class Standing:
     round: int = 0
 
 
-Event: TypeAlias = Connected | m.StepOpen | m.StepDone | m.RoundOpen | m.RoundResult | m.Finished
+Secure: TypeAlias = m.SecureRoster | m.SecureDelivery | m.SecureSurvivors | m.SecureEvidence
+"""What a server asks in the course of secure aggregation."""
+
+Event: TypeAlias = Connected | m.StepOpen | m.StepDone | m.RoundOpen | m.RoundResult | m.Finished | Secure
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,6 +125,10 @@ class Trunk(Protocol):
 
     def update(self, round_index: int, num_target_tokens: int, parameters: Sealed) -> None:
         """This client's trained parameters of a round; `RoundResult` follows as an event."""
+        ...
+
+    def tell(self, message: m.Message) -> None:
+        """Send a part of secure aggregation; what follows comes as an event."""
         ...
 
     def evaluate(self, where: MicroBatch, hidden: Sealed) -> Future[torch.Tensor]:

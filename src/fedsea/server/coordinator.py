@@ -16,6 +16,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 
 from fedsea.errors import FedseaError, NonFiniteError, ProtocolError
+from fedsea.federation.secure import Verifier
 from fedsea.plan import FederationPlan
 from fedsea.server.context import Run
 from fedsea.server.engine import Engine, Outcome
@@ -23,6 +24,7 @@ from fedsea.server.executor.local import Priority
 from fedsea.server.ports import Member, Ports
 from fedsea.server.replies import Answer, Questions, Replies
 from fedsea.server.rounds import RoundKeeper
+from fedsea.server.secure import SecureRounds
 from fedsea.server.state import RunState, ServerStore
 from fedsea.server.step import StepState
 from fedsea.server.steps import StepRunner
@@ -42,6 +44,10 @@ class Coordinator:
         state: Where the run stands.
         roster: What each client of the plan has.
         ports: The world.
+        verifier: Checks clients' certificates; needed with `aggregation.secure`.
+
+    Raises:
+        ConfigError: Secure aggregation cannot be done with this plan.
     """
 
     def __init__(
@@ -52,8 +58,13 @@ class Coordinator:
         state: RunState,
         roster: Mapping[str, Member],
         ports: Ports,
+        verifier: Verifier | None = None,
     ) -> None:
         self.run = Run(plan, engine, store, state, roster, ports)
+        self.secure: SecureRounds | None = None
+        if plan.aggregation.secure:
+            assert verifier is not None
+            self.secure = SecureRounds(self.run, self, verifier)
         self.num_target_tokens = 0
         self.failure: FedseaError | None = None
         self.replies = Replies(ports, roster)
@@ -105,12 +116,14 @@ class Coordinator:
         outcome = self.state.outcomes.get(name)
         if outcome is not None and outcome.step == join.prepared_step:
             self.replies.done(name, outcome)
-        if self.state.result and join.round < self.state.rounds_done:
+        if (self.state.result or self.state.skipped) and join.round < self.state.rounds_done:
             self.replies.result(name, self.state)
         if self.finished:
             self.run.ports.send(name, m.Finished(self.state.next_step))
             return
-        if self.round_due:
+        if self.round_due and self.secure is not None:
+            self.secure.join(name)
+        elif self.round_due:
             self.run.ports.send(name, m.RoundOpen(self.state.rounds_done))
         else:
             self.steps.welcome(name, join.prepared_step)
@@ -120,6 +133,8 @@ class Coordinator:
         """A client's stream has ended."""
         self.connected.discard(name)
         self.steps.leave(name)
+        if self.secure is not None:
+            self.secure.leave(name)
         self.advance()
 
     def evict(self, name: str, error: FedseaError) -> None:
@@ -158,8 +173,12 @@ class Coordinator:
         match message:
             case m.Forward(evaluate=False) | m.Backward() | m.StepReady():
                 self.steps.receive(name, message)
-            case m.RoundUpdate():
+            case m.RoundUpdate() if self.secure is None:
                 self._round_update(name, message)
+            case m.SecureKeys() | m.SecureShares() | m.SecureUpdate() | m.SecureConsent() | m.SecureReveal() if (
+                self.secure is not None
+            ):
+                self.secure.receive(name, message)
             case _:
                 raise ProtocolError(f"A client may not send {type(message).__name__} here.")
         self.advance()
@@ -179,8 +198,10 @@ class Coordinator:
 
     def waiting_for(self) -> tuple[str, ...]:
         """Clients whose turn it is to send something that the step, or the round's end, needs next."""
+        if self.round_due and self.secure is not None:
+            return self.secure.waiting_for()
         if self.round_due:
-            return self.rounds.missing(self._expected())
+            return self.rounds.missing(self.expected())
         return () if self.step is None else self.step.waiting_for()
 
     def tick(self) -> None:
@@ -190,7 +211,10 @@ class Coordinator:
         late = self._patience.exhausted()
         if not late:
             return
-        if self.round_due:
+        if self.round_due and self.secure is not None:
+            self.secure.late(late)
+            self.advance()
+        elif self.round_due:
             self._aggregate()
         elif self.step is not None and not self.step.running and not self.step.finishing:
             self.steps.drop(late)
@@ -199,7 +223,9 @@ class Coordinator:
     def _note_waiting(self) -> None:
         """Who has its turn now, and who waits: at every event, whenever ticks fall."""
         step, turn = self.step, self.waiting_for()
-        if self.round_due:
+        if self.round_due and self.secure is not None:
+            self._patience.note(self.secure.stage(), turn, self.secure.arrived())
+        elif self.round_due:
             self._patience.note(("round", self.state.rounds_done), turn, self.rounds.updates.keys())
         elif step is not None:
             # Who is there without a part in the step waits for its end. One that was left behind and is silent may
@@ -225,7 +251,8 @@ class Coordinator:
             if name in self.connected:
                 self.replies.done(name, outcome)
         if self.round_due:
-            self._tell(m.RoundOpen(self.state.rounds_done))
+            if self.secure is None:
+                self._tell(m.RoundOpen(self.state.rounds_done))
         elif self.finished:
             self._tell(m.Finished(self.state.next_step))
         self.advance()
@@ -252,10 +279,12 @@ class Coordinator:
             self.rounds.add(name, message, self.state, strict=self.wait_s is None)
 
     def _advance_round(self) -> None:
-        if self.rounds.complete(self._expected()):
+        if self.secure is not None:
+            self.secure.advance()
+        elif self.rounds.complete(self.expected()):
             self._aggregate()
 
-    def _expected(self) -> tuple[str, ...]:
+    def expected(self) -> tuple[str, ...]:
         """Whose parameters a round is made of: everybody's, or with bounded waiting, of those who trained in it."""
         if self.wait_s is None:
             return self.run.plan.client_names
@@ -274,9 +303,10 @@ class Coordinator:
             self.run.store.save_round(self.run.engine, state)
             return state
 
-        self.run.ports.submit(Priority.CONTROL, job, self._aggregated)
+        self.run.ports.submit(Priority.CONTROL, job, self.aggregated)
 
-    def _aggregated(self, state: RunState) -> None:
+    def aggregated(self, state: RunState) -> None:
+        """A round is closed and durable: tell everybody, and go on."""
         self.run.state = state
         self.rounds.aggregating = False
         self.rounds.updates.clear()

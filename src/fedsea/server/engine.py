@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 import torch
 
 from fedsea.errors import NonFiniteError
-from fedsea.federation.aggregation import Contribution, aggregate, sum_gradients
+from fedsea.federation.aggregation import Contribution, aggregate, mean, sum_gradients
 from fedsea.model import adapters
 from fedsea.model.optim import SegmentOptimizer, clip_coefficient
 from fedsea.model.passes import Entry, TrunkPasses, check_gradient
@@ -159,6 +159,25 @@ class Engine:
         shared = {name: own[name] for name in own.keys() & at_clients}
         users = [Contribution({n: t for n, t in shared.items() if n not in c.tensors}, c.weight) for c in ordered]
         result = aggregate([*ordered, *(user for user in users if user.tensors)], self.plan.aggregation)
+        if shared:
+            adapters.load(self.trunk, own | {name: result[name] for name in shared})
+        return result
+
+    def take_means(
+        self, means: Mapping[str, torch.Tensor], weights: Mapping[str, int], total: int
+    ) -> dict[str, torch.Tensor]:
+        """Like `average`, of means over the clients that hold each parameter, with the clients' values unknown.
+
+        Args:
+            means: By name.
+            weights: Weight of each mean.
+            total: Weight of all clients of the round: where the trunk holds a parameter, it stands for the others.
+        """
+        own = {name: tensor.cpu() for name, tensor in adapters.read(self.trunk).items()}
+        shared, result = own.keys() & means.keys(), dict(means)
+        for name in shared:
+            parts = [means[name], own[name]]
+            result[name] = mean(parts, [float(weights[name]), float(total - weights[name])])
         if shared:
             adapters.load(self.trunk, own | {name: result[name] for name in shared})
         return result

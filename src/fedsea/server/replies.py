@@ -53,8 +53,9 @@ class Replies:
         self._ports.send(name, message)
 
     def result(self, name: str, state: RunState) -> None:
-        """The newest round's aggregate."""
-        self._ports.send(name, m.RoundResult(state.rounds_done - 1, Reply(self._held_by(name, state.result))))
+        """The newest round's aggregate; nothing if it was closed without one."""
+        result = {} if state.skipped else self._held_by(name, state.result)
+        self._ports.send(name, m.RoundResult(state.rounds_done - 1, Reply(result)))
 
     def _held_by(self, name: str, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         return {key: tensor for key, tensor in tensors.items() if key in self._roster[name].shapes}

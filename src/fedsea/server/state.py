@@ -29,6 +29,7 @@ class RunState:
         outcomes: Client to the outcome of the last step it took part in, for a client that missed the message.
         result: Aggregated parameters of the last round.
         round_tokens: Client to the target tokens of its steps since the last aggregation, as counted here.
+        skipped: Whether the last round was closed without an aggregation; `result` is then of an earlier one.
     """
 
     run_id: str
@@ -37,6 +38,7 @@ class RunState:
     outcomes: dict[str, Outcome] = field(default_factory=dict)
     result: dict[str, torch.Tensor] = field(default_factory=dict)
     round_tokens: dict[str, int] = field(default_factory=dict)
+    skipped: bool = False
 
     def check_standing(self, name: str, join: Join, *, strict: bool) -> None:
         """Whether what a client holds and what the server holds belong together.
@@ -128,7 +130,7 @@ class ServerStore:
             for name, item in values["outcomes"].items()
         }
         state = RunState(values["run_id"], values["next_step"], values["rounds_done"], outcomes)
-        state.round_tokens = values["round_tokens"]
+        state.round_tokens, state.skipped = values["round_tokens"], values.get("skipped", False)
         if state.rounds_done in self._rounds.steps():
             state.result = self._rounds.load(state.rounds_done)[0]
         return state
@@ -158,6 +160,7 @@ class ServerStore:
             "rounds_done": state.rounds_done,
             "outcomes": outcomes,
             "round_tokens": state.round_tokens,
+            "skipped": state.skipped,
             "plan": self.plan.to_json(),
             "plan_sha256": self.plan.sha256(),
         }

@@ -181,6 +181,11 @@ class StepRunner:
     def _ready(self, name: str, message: m.StepReady) -> None:
         if self._run.plan.aggregation.sync == "step":
             self._run.check_bundle(name, message.tensors)
+        elif message.tensors:
+            raise ProtocolError(
+                f"Client {name} sent its gradients, which the plan keeps at the clients: install the same version of "
+                "fedsea on both sides."
+            )
         step, outcome = self.step, self._run.state.outcomes.get(name)
         if outcome is not None and outcome.step == message.step:
             self._replies.done(name, outcome)

@@ -97,6 +97,15 @@ class Aggregator:
         """A member is gone: masked words that it has sent count, and nothing more is awaited from it."""
         self._gone.add(name)
 
+    def is_gone(self, name: str) -> bool:
+        """Whether a member was dropped."""
+        return name in self._gone
+
+    def withdraw(self, name: str) -> None:
+        """A member whose keys nobody else has seen yet will send others."""
+        assert self.phase is Phase.KEYS
+        self.roster.pop(name, None)
+
     def _expect(self, name: str, phase: Phase) -> None:
         if not self.awaits(name, phase):
             raise ProtocolError(f"Client {name} sent a part of secure aggregation twice, or out of turn.")
@@ -179,7 +188,8 @@ class Aggregator:
             self.setting.check_groups(left)
         self.members = left
         if self.phase is Phase.KEYS:
-            self.roster = {name: self.roster[name] for name in left}
+            order = [name for name in self.setting.clients if name in left]
+            self.roster = {name: self.roster[name] for name in order}
             self._digest = roster_digest(self.setting.place, tuple(self.roster.values()))
         elif self.phase is Phase.SHARES:
             self.sharers = left

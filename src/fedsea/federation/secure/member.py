@@ -62,6 +62,11 @@ class Member:
         self._shares: dict[str, bytes] = {}
         self._survivors: frozenset[str] = frozenset()
 
+    @property
+    def survivors(self) -> frozenset[str]:
+        """Whose sum this member has consented to; empty before."""
+        return self._survivors
+
     def _go(self, before: _Stage, after: _Stage) -> None:
         if self._stage is not before:
             raise ProtocolError("The server asked for a part of secure aggregation twice, or out of turn; reconnect.")

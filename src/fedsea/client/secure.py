@@ -1,0 +1,189 @@
+"""This client's part in secure aggregation, round after round; what is decided is `federation.secure.Member`'s.
+
+Every attempt has fresh keys, and nothing of it outlives the connection. Before this client reveals anything, it is on
+disk whose sum that was: it never helps to a second sum of the same round over others, whose difference would show one.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Callable
+from pathlib import Path
+
+from fedsea.client.trunk import Secure, Trunk
+from fedsea.errors import PrivacyError, ProtocolError, StorageError
+from fedsea.federation.secure import Advertisement, Layout, Member, Notary, Setting
+from fedsea.model import adapters
+from fedsea.model.checkpoint import Checkpoint
+from fedsea.plan import FederationPlan
+from fedsea.privacy.boundary import Maskable
+from fedsea.storage import write_bytes_atomic
+from fedsea.types import SegmentKind
+from fedsea.wire import messages as m
+
+log = logging.getLogger(__name__)
+
+_NOTE = "secure.json"
+
+
+def layout_of(plan: FederationPlan, checkpoint: Checkpoint) -> Layout:
+    """Which parameters are summed over which clients, as every party finds it by itself."""
+    kinds = (SegmentKind.INPUT, SegmentKind.OUTPUT)
+    cuts = {name: plan.partition_of(name) for name in plan.client_names}
+    shapes = {cut: adapters.trainable_shapes(checkpoint.config, cut, kinds, plan.adapter) for cut in set(cuts.values())}
+    return Layout.of({name: shapes[cut] for name, cut in cuts.items()})
+
+
+class SecureRounds:
+    """Takes part in the attempts of a run's rounds.
+
+    Args:
+        plan: The plan.
+        name: This client.
+        run_id: The run.
+        layout: As `layout_of` gives it.
+        notary: Makes one of the identity as it is now.
+        trunk: Where messages go.
+        folder: Run folder.
+
+    Raises:
+        ConfigError: The plan's sums would not be precise enough.
+    """
+
+    def __init__(
+        self,
+        plan: FederationPlan,
+        name: str,
+        run_id: str,
+        layout: Layout,
+        notary: Callable[[], Notary],
+        trunk: Trunk,
+        folder: Path,
+    ) -> None:
+        self._plan = plan
+        self._name = name
+        self._run_id = run_id
+        self._layout = layout
+        self._notary = notary
+        self._trunk = trunk
+        self._note = folder / _NOTE
+        self._member: Member | None = None
+        self._own: Advertisement | None = None
+        self._weight = 0
+        self._update: tuple[int, Maskable] | None = None
+        self._values: Callable[[], Maskable] | None = None
+        self._setting(0, 0)
+
+    def _setting(self, round_index: int, attempt: int) -> Setting:
+        return Setting.of(self._plan, self._run_id, round_index, attempt, self._layout)
+
+    def forget(self) -> None:
+        """The connection is a new one: what was begun on the one before is over."""
+        self._member = None
+
+    def begin(self, opened: m.RoundOpen, rounds_done: int, weight: int, values: Callable[[], Maskable]) -> None:
+        """Make keys for an attempt and advertise them.
+
+        Args:
+            opened: The server's call.
+            rounds_done: Rounds whose sum is applied here.
+            weight: Target tokens that this client trained on in the round; without any it has nothing to add.
+            values: Releases the parameters; called once a round, when they are to be masked.
+
+        Raises:
+            ProtocolError: The round was closed before.
+        """
+        self._member = None
+        if opened.round < rounds_done:
+            raise ProtocolError(
+                f"The server asks for the sum of round {opened.round} again, which is closed here: its run folder may "
+                "be older than this client's. Nothing was sent; restore the newest run folder at the server."
+            )
+        if weight == 0:
+            log.info("nothing was trained here in round %d: this client takes no part in its sum", opened.round)
+            return
+        if self._update is not None and self._update[0] != opened.round:
+            self._update = None
+        self._values, self._weight = values, weight
+        self._member = Member(self._setting(opened.round, opened.attempt), self._name, self._notary())
+        self._own = own = self._member.advertise()
+        keys = (own.certificate, own.sharing_key, own.mask_key, own.commitment)
+        self._trunk.tell(m.SecureKeys(opened.round, opened.attempt, *keys, own.signature))
+
+    def receive(self, message: Secure) -> None:
+        """Answer the server; what is of an attempt that is over is ignored.
+
+        Raises:
+            AggregationError: Too few members are left, or a value is out of range; nothing was revealed.
+            ProtocolError: The server, or a member, does what the protocol does not allow; nothing was revealed.
+            PrivacyError: It asks for a second sum of the same round, over others.
+        """
+        member = self._member
+        if member is None or (message.round, message.attempt) != (member.setting.round, member.setting.attempt):
+            return
+        place = message.round, message.attempt
+        match message:
+            case m.SecureRoster():
+                roster = _roster(message)
+                if self._own not in roster:  # an earlier connection's, or a lie: in neither case ours to answer
+                    log.warning("the server's list of members has other keys of this client; it is not answered")
+                    self._member = None
+                    return
+                sealed = member.share(roster)
+                self._trunk.tell(m.SecureShares(*place, tuple(sealed), tuple(sealed.values())))
+            case m.SecureDelivery():
+                member.receive(dict(zip(message.names, message.sealed, strict=True)))
+                self._send_masked(member)
+            case m.SecureSurvivors():
+                self._check_note(message)
+                self._trunk.tell(m.SecureConsent(*place, member.consent(message.names)))
+            case m.SecureEvidence():
+                shares = member.reveal(dict(zip(message.names, message.signatures, strict=True)))
+                self._write_note(member)
+                self._trunk.tell(m.SecureReveal(*place, tuple(shares), tuple(shares.values())))
+
+    def _send_masked(self, member: Member) -> None:
+        setting = member.setting
+        if self._update is None:
+            assert self._values is not None
+            self._update = setting.round, self._values()
+        _, update = self._update
+        release = update.under(lambda values: setting.layout.to_tensors(member.mask(values, self._weight)))
+        self._trunk.tell(m.SecureUpdate(setting.round, setting.attempt, self._trunk.seal(release)))
+
+    def _write_note(self, member: Member) -> None:
+        note = {"run_id": self._run_id, "round": member.setting.round, "survivors": sorted(member.survivors)}
+        write_bytes_atomic(self._note, json.dumps(note).encode())
+
+    def _check_note(self, message: m.SecureSurvivors) -> None:
+        try:
+            note = json.loads(self._note.read_bytes())
+            revealed = (
+                set(note["survivors"]) if (note["run_id"], note["round"]) == (self._run_id, message.round) else None
+            )
+        except FileNotFoundError:
+            return
+        except (OSError, ValueError, KeyError, TypeError):
+            raise StorageError(
+                f"{self._note} is damaged, so it is not known which sum this client has helped to: nothing was "
+                "revealed. Restore the file, or take part with a new run folder."
+            ) from None
+        if revealed is not None and revealed != set(message.names):
+            raise PrivacyError(
+                f"The server asks for a second sum of round {message.round} over other clients; the difference would "
+                "show single ones. Nothing was revealed; ask its operator to start it with all of the first sum's "
+                "clients connected."
+            )
+
+
+def _roster(message: m.SecureRoster) -> tuple[Advertisement, ...]:
+    columns = (
+        message.names,
+        message.certificates,
+        message.sharing_keys,
+        message.mask_keys,
+        message.commitments,
+        message.signatures,
+    )
+    return tuple(Advertisement(*row) for row in zip(*columns, strict=True))
