@@ -10,10 +10,9 @@ from typing import TYPE_CHECKING
 
 from fedsea.client import setup
 from fedsea.client.decoding import SplitDecoder
-from fedsea.client.remote_trunk import RemoteTrunk
-from fedsea.client.results import PartsWatch, own_run
+from fedsea.client.results import PartsWatch, observing, own_run
 from fedsea.client.setup import ClientOptions
-from fedsea.client.trunk import Standing, Trunk
+from fedsea.client.trunk import Trunk
 from fedsea.data.tokenizer import load_tokenizer
 from fedsea.errors import ConfigError
 from fedsea.model.checkpoint import Checkpoint
@@ -85,16 +84,7 @@ def open_decoder(options: ClientOptions, *, base: bool = False) -> Iterator[Open
     if trained is not None:
         segments.load_tensors(trained)
     segments.train(False)
-    trunk = RemoteTrunk(
-        options.server,
-        invited.keeper.current,
-        invited.invitation,
-        setup.wire_limits(plan, checkpoint, name),
-        Standing,
-        options.retry,
-        role="observe",
-        answer_within_s=options.answer_within_s,
-    )
+    trunk = observing(options, invited, setup.wire_limits(plan, checkpoint, name))
     watch = (lambda _: None) if state is None else PartsWatch(plan, name, state, options.run)
     with invited.keeper, trunk, setup.open_boundary(plan, name, invited.invitation.run_id, options) as boundary:
         decoder = SplitDecoder(plan, segments, trunk, boundary, on_version=watch)

@@ -71,7 +71,7 @@ def evaluate(options: ClientOptions, everything: bool = False, base: bool = Fals
         say_if_apart(plan, name, state, status(options.server, options.identity)["next_step"], options.run)
     batches = setup.every_row(plan, silo, name) if everything else setup.held_out(plan, silo, name)
     limits, run_id = setup.wire_limits(plan, checkpoint, name), invited.invitation.run_id
-    with setup.open_boundary(plan, name, run_id, options) as boundary, _observing(options, invited, limits) as trunk:
+    with setup.open_boundary(plan, name, run_id, options) as boundary, observing(options, invited, limits) as trunk:
         loss, tokens = evaluate_batches(segments, trunk, boundary, batches, plan)
     return EvalSummary(loss, math.exp(min(loss, 700.0)), tokens, "base" if base else "trained")
 
@@ -92,7 +92,7 @@ def export_adapter(options: ClientOptions, out: Path, merged: bool = False) -> N
     plan, name = invited.plan, invited.name
     state, found = _look(options.run, invited.key)
     checkpoint = setup.open_base_model(plan, options, name)
-    with _observing(options, invited, setup.wire_limits(plan, checkpoint, name, trunk=True)) as trunk:
+    with observing(options, invited, setup.wire_limits(plan, checkpoint, name, trunk=True)) as trunk:
         theirs = trunk.fetch().result()
     ended = ClientStore.ended(options.run)
     finished = ended is not None and ended.belongs_to(invited.key) and ended.standing.next_step == state.next_step
@@ -128,11 +128,11 @@ def _look(run: Path, key: RunKey, otherwise: str = "") -> tuple[ClientState, Ten
     return found
 
 
-def _observing(options: ClientOptions, invited: Invited, limits: WireLimits) -> RemoteTrunk:
-    current = invited.keeper.current
+def observing(options: ClientOptions, invited: Invited, limits: WireLimits) -> RemoteTrunk:
+    """The server's trunk for a client that takes part in no step, to be entered as a context."""
     return RemoteTrunk(
         options.server,
-        current,
+        invited.keeper.current,
         invited.invitation,
         limits,
         Standing,
