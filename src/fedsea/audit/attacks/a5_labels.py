@@ -9,11 +9,14 @@ T  tokens of a sequence, V  vocabulary size
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 
 from fedsea.audit.attacker import Attacker
+from fedsea.audit.attacks.a4_averaging import averaged
 from fedsea.audit.attacks.label_decoding import NO_LABEL, DecodedLabels, decode_labels
+from fedsea.audit.attacks.search import search
 from fedsea.audit.targets import Observation, Progress, Recovered, Target, unheard
 from fedsea.types import Channel
 from fedsea.wire.codecs import CODECS
@@ -26,7 +29,8 @@ def run(attacker: Attacker, targets: Sequence[Target], progress: Progress = unhe
     """Decode each target's text from its gradients; several passes over a text are put together.
 
     A row's gradient speaks of the token after it. So the first token is never scored, nor are those whose row carries
-    no loss (a prompt's, with `loss_on = "completion"`).
+    no loss (a prompt's, with `loss_on = "completion"`). Where both channels are noised, what both say of each token is
+    put together in one search, with the public model's expectation (A2).
 
     Args:
         attacker: What the server knows.
@@ -36,13 +40,36 @@ def run(attacker: Attacker, targets: Sequence[Target], progress: Progress = unhe
     Returns:
         For each target; without any gradient, nothing is scored.
     """
-    answers = []
+    answers, evidence = [], []
     for number, target in enumerate(targets):
         progress(number, len(targets))
         decoded = [decode(attacker, seen) for seen in target.observations if seen.gradient_TH is not None]
         answers.append(_answer(attacker, target.observations[0].length, decoded))
+        evidence.append(together(decoded)[1] if decoded else None)
     progress(len(targets), len(targets))
-    return answers
+    noised = [attacker.noise_std.get(channel, 0.0) > 0 for channel in (Channel.HIDDEN, Channel.GRADIENT)]
+    return _joint(attacker, targets, answers, evidence, progress) if all(noised) else answers
+
+
+def _joint(
+    attacker: Attacker,
+    targets: Sequence[Target],
+    answers: Sequence[Recovered],
+    evidence: Sequence[torch.Tensor | None],
+    progress: Progress,
+) -> list[Recovered]:
+    """Search each text with what both channels say of it; which tokens are scored stays as it was."""
+    seen = []
+    for target, evidence_TV in zip(targets, evidence, strict=True):
+        both = averaged(attacker, target)
+        if evidence_TV is not None:  # a row's gradient speaks of the token after it
+            both = replace(both, evidence_TV=torch.cat([torch.zeros_like(evidence_TV[:1]), evidence_TV[:-1]]))
+        else:
+            both = replace(both, evidence_TV=torch.zeros(len(both.rows_TH), attacker.vocab_size))
+        seen.append(both)
+    truths = [target.ids_T for target in targets]
+    found = search(attacker, seen, truths, beam=attacker.beam, prior=True, progress=progress)
+    return [replace(new, scored_T=old.scored_T) for new, old in zip(found, answers, strict=True)]
 
 
 def decode(attacker: Attacker, seen: Observation) -> DecodedLabels:
@@ -85,6 +112,7 @@ def together(decoded: Sequence[DecodedLabels]) -> tuple[torch.Tensor, torch.Tens
     same.
     """
     likelihood_TV = torch.stack([one.likelihood_TV for one in decoded]).sum(0)
+    likelihood_TV = likelihood_TV - likelihood_TV.amax(-1, keepdim=True)
     prior_TV = torch.stack([one.prior_TV for one in decoded]).mean(0)
     silent_T = torch.stack([one.labels_T == NO_LABEL for one in decoded]).float().mean(0) > 0.5
     labels_T = torch.where(silent_T, NO_LABEL, (likelihood_TV + prior_TV).argmax(-1))

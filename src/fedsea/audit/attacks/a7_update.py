@@ -8,7 +8,8 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from typing import Any
 
 import torch
 
@@ -16,6 +17,7 @@ from fedsea.audit.attacker import Attacker
 from fedsea.audit.attacks.update_inversion import NOTHING, SpanFindings, invert, token_inputs
 from fedsea.audit.targets import Progress, Target, unheard
 from fedsea.audit.training import SplitRun, Tensors, batches_of, pack
+from fedsea.audit.verdict import Verdict
 
 _WARM_UP_STEPS = 5
 """Steps on public text first: LoRA's factor B begins at zero, so in the first step of all A has no gradient."""
@@ -26,6 +28,10 @@ _ROUND_STEPS = 2
 """Steps of the first round, which is the one that tells most: later ones carry the moments of all before."""
 
 _MOST_UPDATES = 24
+
+
+_EXPOSED_EXCESS = 0.5
+_CLEAR_EXCESS = 0.05
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,8 +62,48 @@ class UpdateInversion:
     conclusive: float
     method: str
 
+    @property
+    def excess_share(self) -> float:
+        """What was named beyond the guess, as a share of what the guess leaves open; negative if it was worse."""
+        return (self.recall - self.guess) / max(1.0 - self.guess, 1e-9)
 
-def run(attacker: Attacker, targets: Sequence[Target], progress: Progress = unheard) -> list[UpdateInversion]:
+
+@dataclass(frozen=True, slots=True)
+class UpdateReport:
+    """All kinds of update that leave under a plan."""
+
+    cases: tuple[UpdateInversion, ...]
+
+    @property
+    def worst(self) -> UpdateInversion | None:
+        """The one that told most."""
+        return max(self.cases, key=lambda case: case.excess_share, default=None)
+
+    @property
+    def verdict(self) -> Verdict:
+        """By the worst update."""
+        if (worst := self.worst) is None or worst.excess_share <= _CLEAR_EXCESS:
+            return Verdict.NOT_RECOVERED
+        return Verdict.EXPOSED if worst.excess_share > _EXPOSED_EXCESS else Verdict.PARTIAL
+
+    @property
+    def sentence(self) -> str:
+        """The worst update in one line."""
+        if (worst := self.worst) is None:
+            return "No update of the client's input side leaves it."
+        of = "one client" if worst.clients == 1 else f"the sum of {worst.clients} clients"
+        return (
+            f"From a {worst.kind} of {of}, {worst.sequences} text(s) each, {worst.recall:.1%} of the distinct tokens "
+            f"were named ({worst.precision:.1%} of those named were there; guessing the commonest names "
+            f"{worst.guess:.1%})."
+        )
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values."""
+        return {"cases": [asdict(case) for case in self.cases], "sentence": self.sentence}
+
+
+def run(attacker: Attacker, targets: Sequence[Target], progress: Progress = unheard) -> UpdateReport:
     """Attack the updates that this plan lets leave, made of the targets' texts.
 
     Args:
@@ -70,7 +116,7 @@ def run(attacker: Attacker, targets: Sequence[Target], progress: Progress = unhe
     """
     plan = attacker.plan
     if plan.aggregation.sync == "personal" or not plan.trains_below_cut(plan.client_names[0]):
-        return []
+        return UpdateReport(())
     inputs = token_inputs(attacker.input_blocks, attacker.vocab_size)
     texts = [target.ids_T.long() for target in targets]
     public = [ids_T.long() for ids_T in attacker.public] or texts
@@ -95,7 +141,7 @@ def run(attacker: Attacker, targets: Sequence[Target], progress: Progress = unhe
             steps = 1 if by_step else _ROUND_STEPS
             results.append(_attack(update, chunks[:_MOST_UPDATES], size, clients, steps, inputs, common))
     progress(len(cases), len(cases))
-    return results
+    return UpdateReport(tuple(results))
 
 
 def _attack(
