@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from fedsea.client.drafters import Drafter
     from fedsea.client.generation import GenerationSettings, GenerationStats
     from fedsea.client.inference import OpenedDecoder
+    from fedsea.client.pseudonyms import Prompt
 
 Run = Annotated[Path, typer.Option(help="Run folder of `fedsea train` with this server.")]
 Base = Annotated[
@@ -106,7 +107,7 @@ class Answer:
 
 def answer(
     opened: OpenedDecoder,
-    prompt: Sequence[int],
+    prompt: Prompt,
     settings: GenerationSettings,
     show: Callable[[str], None],
     *,
@@ -120,7 +121,7 @@ def answer(
 
     Args:
         opened: The model.
-        prompt: Token ids.
+        prompt: What the model is given; originals of its pseudonyms are put back into the answer.
         settings: How to choose tokens.
         show: Takes text, piece by piece.
         drafter: Guesses tokens ahead.
@@ -132,7 +133,8 @@ def answer(
     from fedsea.client.generation import generate
     from fedsea.data.detokenize import TextStream
 
-    stream = TextStream(opened.tokenizer, stop, after=prompt if continues else ())
+    change = prompt.restore() if prompt.restore else None
+    stream = TextStream(opened.tokenizer, stop, after=prompt.ids if continues else (), change=change)
     pieces: list[str] = []
 
     def take(piece: str) -> None:
@@ -142,7 +144,7 @@ def answer(
 
     sent, received = num_bytes(opened)
     reason = ""
-    with generate(opened.decoder, prompt, settings, drafter=drafter, sequences=sequences) as generation:
+    with generate(opened.decoder, prompt.ids, settings, drafter=drafter, sequences=sequences) as generation:
         for token in generation:
             take(stream.push(token.id))
             if stream.stopped or ended():

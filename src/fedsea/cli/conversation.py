@@ -14,7 +14,7 @@ from fedsea.cli.answering import Answer
 from fedsea.client.decoding import Sequences
 from fedsea.client.generation import GenerationSettings
 from fedsea.client.inference import OpenedDecoder
-from fedsea.data.prompts import PromptMaker
+from fedsea.client.pseudonyms import Prompt
 from fedsea.errors import ConfigError, SessionLost
 
 _LEAST_TOKENS = 1024
@@ -46,7 +46,7 @@ class Conversation:
         self._stop = stop
         self._first = [] if system is None else [{"role": "system", "content": system}]
         self._messages = list(self._first)
-        self._prompts = PromptMaker(opened.tokenizer)
+        self._prompts = opened.prompts
         self._sequences: Sequences | None = None
         self.answers: list[Answer] = []
 
@@ -61,35 +61,35 @@ class Conversation:
             FedseaError: There is no answer; the conversation is as it was before.
         """
         asked = [*self._messages, {"role": "user", "content": text}]
-        ids = self._prompts.chat(asked)
+        prompt = self._prompts.chat(asked)
         shown = threading.Event()
         try:
-            found = self._answer(ids, shown)
+            found = self._answer(prompt, shown)
         except SessionLost:
             if shown.is_set():
                 raise
-            found = self._answer(ids, shown)
+            found = self._answer(prompt, shown)
         self._messages = [*asked, {"role": "assistant", "content": found.text}]
         self.answers.append(found)
         return found
 
-    def _answer(self, ids: Sequence[int], shown: threading.Event) -> Answer:
+    def _answer(self, prompt: Prompt, shown: threading.Event) -> Answer:
         """One try at an answer; `shown` is set when something of it is on the screen."""
 
         def show(piece: str) -> None:
             shown.set()
             a.show(piece)
 
-        settings = self._fitting(len(ids))
+        settings = self._fitting(len(prompt.ids))
         try:
             with _interruptible() as interrupted:
                 return a.answer(
                     self._opened,
-                    ids,
+                    prompt,
                     settings,
                     show,
                     drafter=self._drafter,
-                    sequences=self._room(len(ids)),
+                    sequences=self._room(len(prompt.ids)),
                     stop=self._stop,
                     ended=interrupted.is_set,
                 )

@@ -131,20 +131,18 @@ def _generate(
     from dataclasses import replace
 
     from fedsea.client.inference import open_decoder
-    from fedsea.data.prompts import PromptMaker
-    from fedsea.data.templates import instruction_prompt
 
     with open_decoder(options, base=base) as opened:
-        prompts = PromptMaker(opened.tokenizer)
+        prompts = opened.prompts
         if template == "chat":
-            ids = prompts.chat([{"role": "user", "content": text}])
+            prompt = prompts.chat([{"role": "user", "content": text}])
         else:
-            ids = prompts.text(instruction_prompt(text) if template == "instruction" else text)
-        room = max(1, opened.decoder.max_tokens - len(ids)) if fit else wanted.max_new_tokens
+            prompt = prompts.instruction(text) if template == "instruction" else prompts.text(text)
+        room = max(1, opened.decoder.max_tokens - len(prompt.ids)) if fit else wanted.max_new_tokens
         wanted = replace(wanted, max_new_tokens=min(room, wanted.max_new_tokens), stop_tokens=opened.stop_tokens)
         return a.answer(
             opened,
-            ids,
+            prompt,
             wanted,
             (lambda _: None) if silent else a.show,
             drafter=a.pick_drafter(drafter, opened),

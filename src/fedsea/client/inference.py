@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from fedsea.client import setup
 from fedsea.client.decoding import SplitDecoder
+from fedsea.client.pseudonyms import Prompts, pseudonyms_of
 from fedsea.client.results import PartsWatch, observing, own_run
 from fedsea.client.setup import ClientOptions
 from fedsea.client.trunk import Trunk
@@ -17,6 +18,7 @@ from fedsea.data.tokenizer import load_tokenizer
 from fedsea.errors import ConfigError
 from fedsea.model.checkpoint import Checkpoint
 from fedsea.plan import FederationPlan
+from fedsea.privacy.pseudonyms import Pseudonyms
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -33,6 +35,7 @@ class OpenedDecoder:
         name: This client.
         trunk: The connection; ends with the context that gave this.
         checkpoint: This client's copy of the base model.
+        pseudonyms: What replaces identifiers in prompts and puts them back into answers, if the settings say so.
     """
 
     decoder: SplitDecoder
@@ -41,6 +44,12 @@ class OpenedDecoder:
     name: str
     trunk: Trunk
     checkpoint: Checkpoint
+    pseudonyms: Pseudonyms | None = None
+
+    @property
+    def prompts(self) -> Prompts:
+        """Makes prompts as training did; see there for answers."""
+        return Prompts(self.tokenizer, self.pseudonyms)
 
     @property
     def stop_tokens(self) -> tuple[int, ...]:
@@ -77,6 +86,7 @@ def open_decoder(options: ClientOptions, *, base: bool = False) -> Iterator[Open
     if not plan.inference.enabled:
         raise ConfigError("The server's plan allows no inference (inference.enabled = false): ask its operator.")
     state, trained = (None, None) if base else own_run(options.run, invited.key)
+    pseudonyms = pseudonyms_of(options.settings, name)
     checkpoint = setup.open_base_model(plan, options, name)
     vocab_size = int(checkpoint.config.get_text_config(decoder=True).vocab_size)
     tokenizer = load_tokenizer(str(checkpoint.folder), plan.model.revision, vocab_size=vocab_size)
@@ -88,4 +98,4 @@ def open_decoder(options: ClientOptions, *, base: bool = False) -> Iterator[Open
     watch = (lambda _: None) if state is None else PartsWatch(plan, name, state, options.run)
     with invited.keeper, trunk, setup.open_boundary(plan, name, invited.invitation.run_id, options) as boundary:
         decoder = SplitDecoder(plan, segments, trunk, boundary, on_version=watch)
-        yield OpenedDecoder(decoder, tokenizer, plan, name, trunk, checkpoint)
+        yield OpenedDecoder(decoder, tokenizer, plan, name, trunk, checkpoint, pseudonyms)

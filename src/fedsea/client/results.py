@@ -63,7 +63,7 @@ def evaluate(options: ClientOptions, everything: bool = False, base: bool = Fals
         known = ClientStore.format_of(options.run)
         options = replace(options, format=known.name, fields=known.fields)
     checkpoint = setup.open_base_model(plan, options, name)
-    silo = setup.open_data(plan, checkpoint, options)
+    silo = setup.open_data(plan, checkpoint, options, name)
     segments = setup.load_segments(plan, checkpoint, name, options.device)
     if trained is not None:
         segments.load_tensors(trained)

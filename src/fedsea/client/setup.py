@@ -15,6 +15,7 @@ import torch
 from fedsea.client import accounts
 from fedsea.client.accounts import own_noise
 from fedsea.client.invitation import Invitation, seek_invitation
+from fedsea.client.pseudonyms import pseudonyms_of
 from fedsea.client.renewal import IdentityKeeper
 from fedsea.client.retry import RetryPolicy
 from fedsea.client.run_key import RunKey
@@ -182,8 +183,8 @@ def load_segments(plan: FederationPlan, checkpoint: Checkpoint, name: str, devic
     return ClientSegments(plan, name, input_blocks, output_blocks)
 
 
-def open_data(plan: FederationPlan, checkpoint: Checkpoint, options: ClientOptions) -> Silo:
-    """The silo, tokenised for the base model.
+def open_data(plan: FederationPlan, checkpoint: Checkpoint, options: ClientOptions, name: str = "") -> Silo:
+    """The silo, tokenised for the base model, with pseudonyms if the client `name` wants them.
 
     Raises:
         DataError: A file cannot be used.
@@ -200,6 +201,7 @@ def open_data(plan: FederationPlan, checkpoint: Checkpoint, options: ClientOptio
         format=options.data_format,
         seed=plan.seed,
         on_bad_row="skip" if options.skip_bad_rows else "error",
+        rewrite=pseudonyms_of(options.settings, name),
     )
     for warning in silo.summary().warnings():
         log.warning("%s", warning)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import Any
+from typing import Any, Protocol
 
 from fedsea.errors import ConfigError
 
@@ -13,6 +13,18 @@ _MOST_HELD = 16
 """Tokens that may wait for the rest of a character; more are no character, but a model that writes stray bytes."""
 _CONTEXT = 4
 """Tokens before the answer that are looked at; one usually does, a character may have four."""
+
+
+class TextFilter(Protocol):
+    """Changes a text that grows: what both methods return is, joined, the new text."""
+
+    def push(self, text: str) -> str:
+        """Text that is certain, now that this follows."""
+        ...
+
+    def finish(self) -> str:
+        """What waited, now that nothing follows."""
+        ...
 
 
 class TextStream:
@@ -27,6 +39,7 @@ class TextStream:
         stop: Strings that end the text; they are not part of it.
         after: Tokens that come before the answer. Without them the answer is a text of its own, and tokenizers that
             write a space before every word leave it out before the first; with them the answer continues these.
+        change: Changes the text before stop strings are sought in it, and before it appears.
 
     Attributes:
         stopped: A stop string was found.
@@ -35,8 +48,16 @@ class TextStream:
         ConfigError: A stop string is empty.
     """
 
-    def __init__(self, tokenizer: Any, stop: Iterable[str] = (), *, after: Sequence[int] = ()) -> None:
+    def __init__(
+        self,
+        tokenizer: Any,
+        stop: Iterable[str] = (),
+        *,
+        after: Sequence[int] = (),
+        change: TextFilter | None = None,
+    ) -> None:
         self.stopped = False
+        self._change = change
         self._tokenizer = tokenizer
         self._stop = (stop,) if isinstance(stop, str) else tuple(stop)
         if not all(self._stop):
@@ -59,7 +80,7 @@ class TextStream:
         new = text[len(self._shown_text) :]
         self._shown, self._waiting = self._waiting, []
         self._shown_text = self._decode(self._shown)
-        return self._release(new)
+        return self._release(new if self._change is None else self._change.push(new))
 
     def finish(self) -> str:
         """What waited, now that no token follows."""
@@ -67,7 +88,11 @@ class TextStream:
             return ""
         new = self._decode([*self._shown, *self._waiting])[len(self._shown_text) :]
         self._shown, self._shown_text, self._waiting = [], "", []
-        text = self._release(new) + self._held
+        if self._change is not None:
+            new = self._change.push(new) + self._change.finish()
+        text = self._release(new)
+        if not self.stopped:
+            text += self._held
         self._held = ""
         return text
 

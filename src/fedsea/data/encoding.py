@@ -6,7 +6,7 @@ import enum
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -76,6 +76,20 @@ class EncodedRow:
         return 256 + sum(256 + sequence.ids.nbytes + sequence.targets.nbytes for sequence in self.sequences)
 
 
+class Rewriter(Protocol):
+    """What changes the texts of rows before they are put into templates, such as pseudonyms.
+
+    Attributes:
+        identity: Changes whenever a text would be rewritten otherwise.
+    """
+
+    identity: str
+
+    def __call__(self, texts: Sequence[str]) -> list[str]:
+        """Texts, each rewritten by itself: the same one always in the same way."""
+        ...
+
+
 class RowEncoder:
     """Encodes rows of one format.
 
@@ -84,14 +98,22 @@ class RowEncoder:
         reader: The silo's format.
         max_tokens: Longest sequence.
         loss_on: As in the plan's data section.
+        rewrite: Changes texts first; None leaves them as they are.
 
     Raises:
         ConfigError: The beginning that the tokenizer prescribes leaves no room for text.
     """
 
     def __init__(
-        self, tokenizer: Any, reader: RowReader, *, max_tokens: int, loss_on: Literal["completion", "all"]
+        self,
+        tokenizer: Any,
+        reader: RowReader,
+        *,
+        max_tokens: int,
+        loss_on: Literal["completion", "all"],
+        rewrite: Rewriter | None = None,
     ) -> None:
+        self._rewrite = rewrite
         self._tokenizer = tokenizer
         self._reader = reader
         self._max_tokens = max_tokens
@@ -103,6 +125,8 @@ class RowEncoder:
 
     def encode(self, rows: Sequence[Values]) -> list[EncodedRow]:
         """Tokenise rows, all their segments in one call of the tokenizer."""
+        if self._rewrite is not None:
+            rows = self._reader.rewritten(rows, self._rewrite)
         rendered = [self._render(row) for row in rows]
         texts = [segment.text for item in rendered if isinstance(item, Rendered) for segment in item.segments]
         ids = iter(ids_of(self._tokenizer, texts))

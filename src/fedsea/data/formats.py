@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal, get_args
 
@@ -120,6 +120,29 @@ class RowReader:
             except RowError as error:
                 raise RowError(f"has a bad message (number {number}), which {error}") from None
         return plain
+
+    def rewritten(self, rows: Sequence[Values], rewrite: Callable[[Sequence[str]], list[str]]) -> list[Values]:
+        """Rows whose texts are changed, all in one call; one from which no text can be taken stays as it is."""
+        texts: list[str] = []
+        found: list[dict[str, str] | list[dict[str, str]] | None] = []
+        for values in rows:
+            try:
+                row = self.messages(values) if self.name == "chat" else self.texts(values)
+            except RowError:
+                found.append(None)
+                continue
+            found.append(row)
+            texts += row.values() if isinstance(row, dict) else [message["content"] for message in row]
+        new = iter(rewrite(texts))
+        return [values if row is None else self._filled(row, new) for values, row in zip(rows, found, strict=True)]
+
+    def _filled(self, row: dict[str, str] | list[dict[str, str]], new: Iterator[str]) -> Values:
+        if isinstance(row, list):
+            role, content = self.keys
+            return {self.required["messages"]: [{role: one["role"], content: next(new)} for one in row]}
+        texts = {name: next(new) for name in row}
+        columns = {"input": self.optional[0], **self.required} if self.optional else self.required
+        return {columns[name]: text for name, text in texts.items()}
 
     def check(self, values: Values) -> None:
         """Refuse a row from which no text can be taken.

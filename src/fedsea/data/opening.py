@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
-from fedsea.data.encoding import RowEncoder
+from fedsea.data.encoding import Rewriter, RowEncoder
 from fedsea.data.formats import DataFormat, RowReader, resolve
 from fedsea.data.parquet_files import ParquetRows
 from fedsea.data.rows import Int64s, RowError, RowFile
@@ -45,6 +45,7 @@ def open_silo(
     format: DataFormat | None = None,
     seed: int,
     on_bad_row: Literal["error", "skip"] = "error",
+    rewrite: Rewriter | None = None,
 ) -> Silo:
     """Open the files of one silo: every row is looked at once, none is kept.
 
@@ -55,6 +56,7 @@ def open_silo(
         format: `None` recognises it from the first row.
         seed: Decides the held-out split; the same for every opening of a run.
         on_bad_row: "skip" counts malformed rows instead of refusing them.
+        rewrite: Changes every row's texts before they are tokenised; None leaves them as they are.
 
     Raises:
         DataError: A file cannot be read or a row is malformed (named by file and line), or no row is of use.
@@ -63,7 +65,7 @@ def open_silo(
     opened = _open_files([Path(file) for file in files])
     reader = _recognise(opened, format or DataFormat())
     index, num_bad = _index(opened, reader, skip=on_bad_row == "skip")
-    encoder = RowEncoder(tokenizer, reader, max_tokens=settings.max_tokens, loss_on=settings.loss_on)
+    encoder = RowEncoder(tokenizer, reader, max_tokens=settings.max_tokens, loss_on=settings.loss_on, rewrite=rewrite)
     heldout = heldout_mask(len(index), settings.holdout, seed)
     silo = Silo(
         index,
@@ -78,6 +80,7 @@ def open_silo(
             "columns": reader.columns,
             "plan": settings.model_dump(mode="json"),
             "tokenizer": [len(tokenizer), tokenizer.eos_token_id, beginning_of(tokenizer)],
+            **({} if rewrite is None else {"rewrite": rewrite.identity}),
         },
     )
     _survey(silo, settings)

@@ -8,6 +8,7 @@ from pydantic import Field
 
 from fedsea.errors import ConfigError
 from fedsea.plan.federation import FederationPlan
+from fedsea.plan.pseudonyms import PseudonymSettings
 from fedsea.plan.sections import CodecName, NoiseSection, Section
 from fedsea.plan.trust import no_claim_reason
 from fedsea.types import Channel
@@ -133,3 +134,4 @@ class ClientSettings(Section):
 
     limits: ClientLimits = ClientLimits()
     noise: ClientNoise = ClientNoise()
+    pseudonyms: PseudonymSettings = PseudonymSettings()

@@ -8,6 +8,7 @@ import pytest
 
 from fedsea.client.gateway.errors import RequestError
 from fedsea.client.gateway.requests import ChatBody, TextBody, choices_of, parse
+from fedsea.client.pseudonyms import Prompt
 
 CHAT = {"model": "m", "messages": [{"role": "user", "content": "hello"}]}
 TEXT = {"model": "m", "prompt": "hello"}
@@ -23,7 +24,9 @@ def text(**fields):
 
 
 def choices(body, *prompts, max_tokens=100):
-    return choices_of(body, [list(p) for p in prompts], max_tokens=max_tokens, default_new_tokens=50, stop_tokens=(2,))
+    return choices_of(
+        body, [Prompt(list(p)) for p in prompts], max_tokens=max_tokens, default_new_tokens=50, stop_tokens=(2,)
+    )
 
 
 def test_fields_that_change_nothing_are_passed_over_and_null_is_as_if_left_out():

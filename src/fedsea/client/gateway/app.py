@@ -22,7 +22,7 @@ from fedsea.client.gateway.guard import Guard, read_body
 from fedsea.client.gateway.metrics import GatewayMetrics
 from fedsea.client.gateway.requests import ChatBody, Choice, TextBody, choices_of, parse
 from fedsea.client.gateway.work import Work, Workers
-from fedsea.data.prompts import PromptMaker
+from fedsea.client.pseudonyms import Prompt, Prompts
 from fedsea.errors import FedseaError
 
 log = logging.getLogger(__name__)
@@ -57,7 +57,7 @@ class Served:
     stop_tokens: tuple[int, ...]
     max_body_bytes: int
     first_s: float
-    prompts: PromptMaker
+    prompts: Prompts
     workers: Workers
     guard: Guard
     metrics: GatewayMetrics
@@ -195,8 +195,14 @@ class _Routes:
         if isinstance(body, ChatBody):
             prompts = [served.prompts.chat([message.plain() for message in body.messages])]
         else:
-            prompts = [served.prompts.text(p) if isinstance(p, str) else p for p in body.prompts]
-        if any(not 0 <= token < served.vocab_size for prompt in prompts for token in prompt):
+            if served.prompts.replaces and not all(isinstance(p, str) for p in body.prompts):
+                raise RequestError(
+                    "This gateway replaces identifiers by pseudonyms, which token ids hide from it: send the text.",
+                    param="prompt",
+                    reason="unsupported",
+                )
+            prompts = [served.prompts.text(p) if isinstance(p, str) else Prompt(p) for p in body.prompts]
+        if any(not 0 <= token < served.vocab_size for prompt in prompts for token in prompt.ids):
             raise RequestError(f"A token id is not below {served.vocab_size}, the vocabulary's size.", param="prompt")
         choices = choices_of(
             body,

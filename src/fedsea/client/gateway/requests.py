@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar, Literal
 
@@ -10,6 +11,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from fedsea.client.gateway.errors import RequestError
 from fedsea.client.generation import GenerationSettings
+from fedsea.client.pseudonyms import Prompt
+from fedsea.data.detokenize import TextFilter
 
 MOST_CHOICES = 64
 """Choices of one request, over all its prompts."""
@@ -144,12 +147,14 @@ class Choice:
         index: Its place in the answer.
         prompt: Token ids.
         stop: Strings that end it and are not part of it.
+        restore: See `Prompt`.
     """
 
     index: int
     prompt: tuple[int, ...]
     settings: GenerationSettings
     stop: tuple[str, ...]
+    restore: Callable[[], TextFilter] | None = None
 
 
 def parse(kind: type[ChatBody] | type[TextBody], data: bytes) -> ChatBody | TextBody:
@@ -184,7 +189,7 @@ def _refusal(error: ValidationError) -> RequestError:
 
 def choices_of(
     body: ChatBody | TextBody,
-    prompts: list[list[int]],
+    prompts: list[Prompt],
     *,
     max_tokens: int,
     default_new_tokens: int,
@@ -207,13 +212,13 @@ def choices_of(
     stop = (body.stop,) if isinstance(body.stop, str) else tuple(body.stop)
     choices: list[Choice] = []
     for prompt in prompts:
-        room = max_tokens - len(prompt)
+        room = max_tokens - len(prompt.ids)
         wanted = body.new_tokens or max(1, min(default_new_tokens, room))
-        if not prompt:
+        if not prompt.ids:
             raise RequestError("A prompt is empty: it needs at least one token.", param="prompt")
         if wanted > room:
             raise RequestError(
-                f"Prompt and answer together may have {max_tokens} tokens here; the prompt has {len(prompt)} and "
+                f"Prompt and answer together may have {max_tokens} tokens here; the prompt has {len(prompt.ids)} and "
                 f"{wanted} new ones were asked for: shorten the prompt, or ask for fewer.",
                 param="messages" if isinstance(body, ChatBody) else "prompt",
                 reason="context_length_exceeded",
@@ -231,5 +236,5 @@ def choices_of(
                 stop_tokens=stop_tokens,
                 num_logprobs=body.num_logprobs,
             )
-            choices.append(Choice(index, tuple(prompt), settings, stop))
+            choices.append(Choice(index, tuple(prompt.ids), settings, stop, prompt.restore))
     return choices

@@ -18,7 +18,6 @@ from fedsea.client.gateway.pieces import Pieces
 from fedsea.client.gateway.work import Means, Workers
 from fedsea.client.inference import OpenedDecoder, open_decoder
 from fedsea.client.setup import ClientOptions
-from fedsea.data.prompts import PromptMaker
 from fedsea.errors import ConfigError, FedseaError
 
 _GRACE_S = 5
@@ -134,7 +133,7 @@ class Gateway:
             stop_tokens=opened.stop_tokens,
             max_body_bytes=settings.max_body_bytes,
             first_s=settings.first_s,
-            prompts=PromptMaker(opened.tokenizer),
+            prompts=opened.prompts,
             workers=self.workers,
             guard=Guard(settings.api_key),
             metrics=self.metrics,

@@ -243,7 +243,9 @@ class _Running:
 
     def _generate(self, means: Means, sequences: Sequences) -> None:
         choice = self._choice
-        text = TextStream(means.tokenizer, choice.stop, after=choice.prompt if self._after_prompt else ())
+        after = choice.prompt if self._after_prompt else ()
+        change = choice.restore() if choice.restore else None
+        text = TextStream(means.tokenizer, choice.stop, after=after, change=change)
         held: list[Token] = []
         with generate(
             means.decoder, choice.prompt, choice.settings, drafter=means.drafter, sequences=sequences

@@ -65,8 +65,8 @@ class KeyFile:
                 os.fsync(file.fileno())
         except FileExistsError:
             raise ConfigError(
-                f"There is a key {self.path}, but no mapping {mapping}: restore the mapping from a backup, or, to begin "
-                "one with other surrogates, move the key away."
+                f"There is a key {self.path}, but no mapping {mapping}: restore the mapping from a backup, or, to "
+                "begin one with other surrogates, move the key away."
             ) from None
         except OSError as error:
             raise storage_error("write", self.path, error) from None

@@ -78,7 +78,7 @@ class Recogniser:
 
 
 class _Phrases:
-    """Finds words and phrases of a list, in any case; longer ones first. The list may be long: it costs nothing more."""
+    """Finds words and phrases of a list, in any case; longer ones first. A long list costs no more."""
 
     _WORD = re.compile(r"\w+")
 

@@ -92,8 +92,8 @@ ADDRESS_FRAME = _set(
 SYLLABLES = tuple(
     sorted(
         _set(
-            "ba be bo da de do fa fe fo ga ge go ka ke ko la le lo ma me mo na ne no pa pe po ra re ro sa se so ta te to "
-            "va ve vo"
+            "ba be bo da de do fa fe fo ga ge go ka ke ko la le lo ma me mo na ne no pa pe po ra re ro sa se so ta "
+            "te to va ve vo"
         )
     )
 )

@@ -1,0 +1,106 @@
+"""Where a client's pseudonyms meet its data and its prompts."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from fedsea.data.detokenize import TextFilter
+from fedsea.data.prompts import PromptMaker
+from fedsea.data.templates import instruction_prompt
+from fedsea.plan import load_settings
+from fedsea.privacy.pseudonyms import Pseudonyms, ReplacedText, open_pseudonyms
+
+log = logging.getLogger(__name__)
+
+
+def pseudonyms_of(settings: Path | None, owner: str) -> Pseudonyms | None:
+    """The pseudonyms of a client, if its settings file switches them on.
+
+    Args:
+        settings: The file, or None.
+        owner: Name of the client; a mapping of another one is refused.
+
+    Raises:
+        ConfigError: The file, a package or the key cannot be used, or the mapping is another client's.
+        StorageError: The mapping is truncated or was altered.
+    """
+    if settings is None or not (chosen := load_settings(settings).pseudonyms).enabled:
+        return None
+    found = open_pseudonyms(chosen, settings.parent, owner)
+    log.info(
+        "identifiers that are recognised become pseudonyms before tokenising (%d in the mapping so far); "
+        "`fedsea pseudonyms recall` says how many are not recognised",
+        found.num_entries,
+    )
+    return found
+
+
+@dataclass(frozen=True, slots=True)
+class Prompt:
+    """What the model is given.
+
+    Attributes:
+        ids: Token ids.
+        restore: Begins a filter that puts originals back into one answer; None: nothing was replaced.
+    """
+
+    ids: list[int]
+    restore: Callable[[], TextFilter] | None = None
+
+
+class Prompts:
+    """From what a user asks to what the model is given, as in training. Any number of threads may use it.
+
+    Args:
+        tokenizer: A transformers tokenizer.
+        pseudonyms: Replace identifiers first; None: nothing is replaced.
+    """
+
+    def __init__(self, tokenizer: Any, pseudonyms: Pseudonyms | None = None) -> None:
+        self._maker = PromptMaker(tokenizer)
+        self._pseudonyms = pseudonyms
+
+    @property
+    def replaces(self) -> bool:
+        """Whether identifiers are replaced, so that only text can be taken."""
+        return self._pseudonyms is not None
+
+    def text(self, text: str) -> Prompt:
+        """A plain text.
+
+        Raises:
+            FedseaError: Its identifiers cannot be replaced.
+        """
+        return self._made([text], lambda new: self._maker.text(new[0]))
+
+    def instruction(self, text: str) -> Prompt:
+        """An instruction, in the template of training.
+
+        Raises:
+            FedseaError: Its identifiers cannot be replaced.
+        """
+        return self._made([text], lambda new: self._maker.text(instruction_prompt(new[0])))
+
+    def chat(self, messages: Sequence[Mapping[str, str]]) -> Prompt:
+        """A conversation, see `PromptMaker.chat`.
+
+        Raises:
+            ConfigError: The template refuses it.
+            FedseaError: Its identifiers cannot be replaced.
+        """
+
+        def made(new: Sequence[str]) -> list[int]:
+            return self._maker.chat([{**one, "content": text} for one, text in zip(messages, new, strict=True)])
+
+        return self._made([message["content"] for message in messages], made)
+
+    def _made(self, texts: Sequence[str], made: Callable[[Sequence[str]], list[int]]) -> Prompt:
+        pseudonyms = self._pseudonyms
+        if pseudonyms is None:
+            return Prompt(made(texts))
+        replaced: list[ReplacedText] = [pseudonyms.prompt(text) for text in texts]
+        return Prompt(made([one.text for one in replaced]), lambda: pseudonyms.restorer(replaced))
