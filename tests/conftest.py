@@ -7,6 +7,8 @@ import os
 # Before torch is imported anywhere, and whatever the environment says: the tests compare bits, which depend on it.
 os.environ["OMP_NUM_THREADS"] = "1"
 
+import logging
+import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -42,3 +44,15 @@ def federation(tmp_path: Path, base_model: Path, identities: Path) -> Iterator[C
     yield make
     for one in made:
         one.close()
+
+
+@pytest.fixture
+def restored() -> Iterator[None]:
+    """Undo what a command line sets for its process."""
+    handlers, level, term = logging.root.handlers[:], logging.root.level, signal.getsignal(signal.SIGTERM)
+    yield
+    logging.root.handlers[:] = handlers
+    logging.root.setLevel(level)
+    logging.getLogger("fedsea").setLevel(logging.NOTSET)
+    logging.captureWarnings(False)
+    signal.signal(signal.SIGTERM, term)

@@ -2,34 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-
 import pytest
 import torch
 
 from fedsea.client.trunk import Connected, Standing
 from fedsea.errors import FedseaError
 from fedsea.wire import messages as m
-from tests.contract.trunks import BOUNDARY, Bench, get, local_bench, remote_bench, values, where
+from tests.contract.trunks import BOUNDARY, get, values, where
 
 PLAN = {
     "adapter": {"dropout": 0.5},
     "training": {"rounds": 1, "steps_per_round": 1, "micro_batches": 1, "micro_batch_sequences": 3},
 }
-
-
-@pytest.fixture(params=["local", "remote"])
-def bench(request, federation) -> Iterator[Callable[..., Bench]]:
-    made: list[Bench] = []
-
-    def make(**plan) -> Bench:
-        build = local_bench if request.param == "local" else remote_bench
-        made.append(build(federation("a", **{**PLAN, **plan})))
-        return made[-1]
-
-    yield make
-    for one in made:
-        one.close()
 
 
 def pulled(trunk, number=7, hidden=5, gradient=6):

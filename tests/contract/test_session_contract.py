@@ -2,30 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-
 import pytest
 import torch
 
 from fedsea.client.trunk import Standing, Trunk, TrunkSession
 from fedsea.errors import CapacityError, ProtocolError
-from tests.contract.trunks import BOUNDARY, Bench, get, local_bench, remote_bench
+from tests.contract.trunks import BOUNDARY, Bench, get
 
 TOLERANCE = {"rtol": 1e-5, "atol": 1e-5}
-
-
-@pytest.fixture(params=["local", "remote"])
-def bench(request, federation) -> Iterator[Callable[..., Bench]]:
-    made: list[Bench] = []
-
-    def make(**plan) -> Bench:
-        build = local_bench if request.param == "local" else remote_bench
-        made.append(build(federation("a", **plan)))
-        return made[-1]
-
-    yield make
-    for one in made:
-        one.close()
 
 
 def opened(bench: Bench) -> Trunk:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-
 import pytest
 import torch
 
@@ -12,23 +10,9 @@ from fedsea.client.trunk import Connected, Standing, Trunk
 from fedsea.errors import UnprotectedRelease
 from fedsea.model.checkpoint import open_checkpoint
 from fedsea.wire import messages as m
-from tests.contract.trunks import BOUNDARY, Bench, get, local_bench, remote_bench, values, where
+from tests.contract.trunks import BOUNDARY, Bench, get, values, where
 
 PLAN = {"training": {"rounds": 2, "steps_per_round": 1, "micro_batches": 2, "micro_batch_sequences": 3}}
-
-
-@pytest.fixture(params=["local", "remote"])
-def bench(request, federation) -> Iterator[Callable[..., Bench]]:
-    made: list[Bench] = []
-
-    def make(**plan) -> Bench:
-        build = local_bench if request.param == "local" else remote_bench
-        made.append(build(federation("a", **{**PLAN, **plan})))
-        return made[-1]
-
-    yield make
-    for one in made:
-        one.close()
 
 
 def opened(bench: Bench, step: int = 0) -> Trunk:

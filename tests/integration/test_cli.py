@@ -1,9 +1,7 @@
 """The commands against a running server: what they say, and what they leave."""
 
 import json
-import logging
-import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,16 +15,7 @@ from tests.support.federation import Federation
 SILO = Path(fedsea.__file__).parent / "assets" / "silos" / "clinic.jsonl"
 
 
-@pytest.fixture(autouse=True)
-def restored() -> Iterator[None]:
-    """Undo what a command line sets for its process."""
-    handlers, level, term = logging.root.handlers[:], logging.root.level, signal.getsignal(signal.SIGTERM)
-    yield
-    logging.root.handlers[:] = handlers
-    logging.root.setLevel(level)
-    logging.getLogger("fedsea").setLevel(logging.NOTSET)
-    logging.captureWarnings(False)
-    signal.signal(signal.SIGTERM, term)
+pytestmark = pytest.mark.usefixtures("restored")
 
 
 @pytest.fixture

@@ -5,11 +5,9 @@ from __future__ import annotations
 import asyncio
 import io
 import json
-import logging
-import signal
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -24,16 +22,7 @@ from tests.support.federation import DEADLINE_S, Federation, ServerThread
 PROMPT = "the old ship"
 
 
-@pytest.fixture(autouse=True)
-def restored() -> Iterator[None]:
-    """Undo what a command line sets for its process."""
-    handlers, level, term = logging.root.handlers[:], logging.root.level, signal.getsignal(signal.SIGTERM)
-    yield
-    logging.root.handlers[:] = handlers
-    logging.root.setLevel(level)
-    logging.getLogger("fedsea").setLevel(logging.NOTSET)
-    logging.captureWarnings(False)
-    signal.signal(signal.SIGTERM, term)
+pytestmark = pytest.mark.usefixtures("restored")
 
 
 @pytest.fixture

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import json
-import logging
 import os
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import openai
 import pytest
@@ -17,17 +16,7 @@ from fedsea.cli import gateway as command
 from fedsea.errors import ConfigError
 from tests.support.federation import DEADLINE_S, Federation
 
-
-@pytest.fixture(autouse=True)
-def restored() -> Iterator[None]:
-    """Undo what a command line sets for its process."""
-    handlers, level, term = logging.root.handlers[:], logging.root.level, signal.getsignal(signal.SIGTERM)
-    yield
-    logging.root.handlers[:] = handlers
-    logging.root.setLevel(level)
-    logging.getLogger("fedsea").setLevel(logging.NOTSET)
-    logging.captureWarnings(False)
-    signal.signal(signal.SIGTERM, term)
+pytestmark = pytest.mark.usefixtures("restored")
 
 
 def _arguments(fed: Federation) -> list[str]:

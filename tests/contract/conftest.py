@@ -1,0 +1,25 @@
+"""Both kinds of trunk for suites that run against either."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import pytest
+
+from tests.contract.trunks import Bench, local_bench, remote_bench
+from tests.support.federation import Federation
+
+
+@pytest.fixture(params=["local", "remote"])
+def bench(request: pytest.FixtureRequest, federation: Callable[..., Federation]) -> Iterator[Callable[..., Bench]]:
+    """Makes benches of a federation of one client, with the module's `PLAN` where it has one."""
+    made: list[Bench] = []
+
+    def make(**plan: object) -> Bench:
+        build = local_bench if request.param == "local" else remote_bench
+        made.append(build(federation("a", **{**getattr(request.module, "PLAN", {}), **plan})))
+        return made[-1]
+
+    yield make
+    for one in made:
+        one.close()
