@@ -42,7 +42,7 @@ def needs_norms(plan: FederationPlan) -> bool:
 
 
 def no_claim_reason(plan: FederationPlan, name: str, noise: NoiseSection | None = None) -> str:
-    """Why nothing can be claimed for a client under a plan; "" if something can.
+    """Why nothing can be claimed for a client under a plan, all reasons; "" if something can.
 
     Args:
         plan: The plan.
@@ -52,17 +52,20 @@ def no_claim_reason(plan: FederationPlan, name: str, noise: NoiseSection | None 
     if plan.trust.mode != "noised":
         return "trust.mode is trusted-server: nothing is clipped and no noise is added"
     noise = plan.noise if noise is None else noise
+    reasons = []
     for channel in open_channels(plan, name):
         if not noise.std(channel):
-            return f"{_VALUES[channel]} leave without noise (noise.{channel}_std = 0)"
-        if not noise.clip(channel):
-            return f"no clip bounds the {_VALUES[channel]} (noise.{channel}_clip = 0), so their sensitivity is unknown"
+            reasons.append(f"{_VALUES[channel]} leave without noise (noise.{channel}_std = 0)")
+        elif not noise.clip(channel):
+            reasons.append(
+                f"no clip bounds the {_VALUES[channel]} (noise.{channel}_clip = 0), so their sensitivity is unknown"
+            )
     if needs_norms(plan) and (plan.trains_below_cut(name) or trains_output(plan, name)):
-        return (
+        reasons.append(
             "the norm of this client's gradients leaves it in every step without noise "
             '(set optimizer.clip_scope = "segment", or optimizer.max_norm = 0)'
         )
-    return ""
+    return "; ".join(reasons)
 
 
 def check_noise(plan: FederationPlan) -> None:

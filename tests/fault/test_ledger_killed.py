@@ -1,0 +1,127 @@
+"""SIGKILL at every call that a charge makes of the system: what was sent is never more than what is counted."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import signal
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from fedsea.privacy import ledger as ledger_module
+from fedsea.privacy.book import FILE, Book
+from fedsea.privacy.ledger import Ledger
+from fedsea.privacy.pricing import Charge
+from fedsea.types import Channel, Purpose
+from tests.unit.privacy.plans import noised
+
+PLAN = noised()
+CHARGES = 3
+MOST_CALLS = 400
+
+
+class Killer:
+    """Ends this process at the nth call of what a ledger asks the system for.
+
+    Args:
+        at: Which call.
+        when: "before" it, "after" it, or in the "middle" of a write.
+    """
+
+    def __init__(self, at: int, when: str) -> None:
+        self.left, self.when = at, when
+
+    def install(self) -> None:
+        calls = [(os, name) for name in ("write", "fsync", "open", "replace", "ftruncate")]
+        for module, name in (*calls, (fcntl, "flock")):
+            setattr(module, name, self.around(getattr(module, name), name))
+
+    def around(self, call: Callable[..., Any], name: str) -> Callable[..., Any]:
+        def watched(*args: Any, **kwargs: Any) -> Any:
+            self.left -= 1
+            if self.left:
+                return call(*args, **kwargs)
+            if self.when == "after":
+                call(*args, **kwargs)
+            elif self.when == "middle" and name == "write":
+                call(args[0], args[1][: len(args[1]) * 2 // 3])
+            os.kill(os.getpid(), signal.SIGKILL)
+            raise AssertionError("still alive")
+
+        return watched
+
+
+def client(folder: Path, sent: Path, killer: Killer, *, anchors: bool) -> bool:
+    """Charge and send in a process of its own; whether it was killed."""
+    pid = os.fork()
+    if pid:
+        return os.WIFSIGNALED(os.waitpid(pid, 0)[1])
+    code = 1
+    try:
+        send, out = os.write, os.open(sent, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+        if anchors:
+            ledger_module._ANCHOR_EVERY_S = 0.0
+        killer.install()
+        with Ledger(folder, PLAN, "a", "run") as ledger:
+            for _ in range(CHARGES):
+                ledger.charge(Charge(Channel.HIDDEN, Purpose.TRAINING, 1, (("x", 0.25),)))
+                send(out, b"x")
+        code = 0
+    finally:
+        os._exit(code)
+
+
+def sizes(folder: Path, sent: Path) -> tuple[int, int]:
+    """Releases that were sent, and releases that are counted; opening the ledger must work."""
+    with Ledger(folder, PLAN, "a", "run"):
+        pass
+    counted = Book.open(folder).spent.account(Channel.HIDDEN, Purpose.TRAINING).releases
+    return sent.stat().st_size if sent.exists() else 0, counted
+
+
+def attempts() -> Iterator[int]:
+    yield from range(1, MOST_CALLS)
+    pytest.fail("the process never came to its end")
+
+
+@pytest.mark.parametrize("when", ["before", "middle", "after"])
+@pytest.mark.parametrize("anchors", [False, True])
+def test_a_new_ledger_never_counts_less_than_was_sent(tmp_path, when, anchors):
+    seen = set()
+    for at in attempts():
+        folder, sent = tmp_path / str(at), tmp_path / f"{at}.sent"
+        killed = client(folder, sent, Killer(at, when), anchors=anchors)
+        num_sent, counted = sizes(folder, sent)
+        assert num_sent <= counted <= num_sent + 1
+        seen.add((num_sent, counted))
+        if not killed:
+            break
+    assert {(n, n) for n in range(CHARGES + 1)} <= seen
+    assert {(n, n + 1) for n in range(CHARGES)} <= seen  # charged, and killed before it was sent
+
+
+@pytest.mark.parametrize("when", ["before", "middle", "after"])
+def test_a_ledger_that_is_killed_again_and_again_never_counts_less_than_was_sent(tmp_path, when):
+    folder, sent, kills = tmp_path / "ledger", tmp_path / "sent", 0
+    for at in attempts():
+        killed = client(folder, sent, Killer(at, when), anchors=bool(at % 2))
+        kills += killed
+        num_sent, counted = sizes(folder, sent)
+        assert num_sent <= counted <= num_sent + kills
+        if not killed:
+            break
+    assert kills > 10
+
+
+def test_the_ledger_after_a_torn_line_is_the_one_before_it(tmp_path):
+    with Ledger(tmp_path, PLAN, "a", "run") as ledger:
+        ledger.charge(Charge(Channel.HIDDEN, Purpose.TRAINING, 1, (("x", 0.25),)))
+    before = (tmp_path / FILE).read_bytes()
+    with (tmp_path / FILE).open("ab") as file:
+        file.write(b'{"c":"hidden","p":"trai')
+    with Ledger(tmp_path, PLAN, "a", "run"):
+        pass
+    assert (tmp_path / FILE).read_bytes() == before
