@@ -7,8 +7,8 @@ these to the sum as they arrive.
 from __future__ import annotations
 
 import enum
-import itertools
-from collections.abc import Callable, Collection, Mapping
+import random
+from collections.abc import Callable, Collection, Iterator, Mapping
 
 import torch
 from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
@@ -28,7 +28,8 @@ from fedsea.federation.secure.messages import (
 )
 
 _MOST_TRIES = 64
-"""Sets of shares that are tried when some are wrong."""
+"""Sets of shares that are tried when several are wrong."""
+_ANY = random.SystemRandom()
 
 
 class Phase(enum.IntEnum):
@@ -66,6 +67,7 @@ class Aggregator:
         self._masked: set[str] = set()
         self._revealed: dict[str, dict[str, bytes]] = {}
         self._gone: set[str] = set()
+        self._good: tuple[str, ...] = ()
 
     # --- what is collected ------------------------------------------------------------------------------------------
 
@@ -263,16 +265,27 @@ class Aggregator:
                 adding = [stream for name, stream in keys.items() if gone < name]
                 add_streams(self._sum[index], adding, [stream for name, stream in keys.items() if name < gone])
 
+    def _choices(self) -> Iterator[tuple[str, ...]]:
+        """Sets of members whose shares to try: the last that was right, all without one member, then any."""
+        count, names = self.setting.threshold, tuple(self._revealed)
+        yield self._good or names[:count]
+        if len(names) == count:
+            return
+        for left_out in names:
+            yield tuple(name for name in names if name != left_out)[:count]
+        for _ in range(_MOST_TRIES):
+            yield tuple(_ANY.sample(names, count))
+
     def _secret(self, owner: str, fits: Callable[[bytes], bool]) -> bytes:
         """A member's secret out of the shares; should some be wrong, out of another set of them."""
         number = {name: position + 1 for position, name in enumerate(self.roster)}
-        chosen = itertools.combinations(self._revealed, self.setting.threshold)
-        for names in itertools.islice(chosen, _MOST_TRIES):
+        for names in self._choices():
             try:
                 secret = shamir.combine({number[name]: self._revealed[name][owner] for name in names})
             except ProtocolError:
                 continue
             if fits(secret):
+                self._good = names
                 return secret
         raise AggregationError(
             f"The shares of client {owner}'s secret do not give back what it advertised, so the masks of round "
