@@ -14,6 +14,7 @@ from typing import Any
 import grpc
 import grpc.aio
 
+from fedsea.wire.calls import _PROVISIONAL, _at_once
 from fedsea.wire.identity import Authority, Identity, Role, enroll, install
 from fedsea.wire.identity.certificates import RELAY_HOST
 from fedsea.wire.transport import DEFAULT_TIMING, client_options, server_options
@@ -49,8 +50,20 @@ Meddle = Callable[[Carried, bool, int, bytes], list[bytes]]
 """Gets the call, whether it goes up, the chunk's number in its direction, and the chunk; returns what goes on."""
 
 
+Status = tuple[grpc.StatusCode, str, tuple[tuple[str, Any], ...]]
+"""gRPC's code, its words, and the trailing metadata."""
+
+
 class Cut(Exception):
-    """A meddler ends the stream here, as if the client or the server had."""
+    """A meddler ends the stream here, as if the client or the server had.
+
+    Attributes:
+        status: What the client is told, on the way down; None is the orderly end.
+    """
+
+    def __init__(self, status: Status | None = None) -> None:
+        super().__init__()
+        self.status = status
 
 
 def honest(_: Carried, _up: bool, _number: int, chunk: bytes) -> list[bytes]:
@@ -76,7 +89,7 @@ class Relay:
         self.meddle: Meddle = honest
         self.carried: list[Carried] = []
         self.address = ""
-        self.forged: tuple[grpc.StatusCode, str, tuple[tuple[str, str], ...]] | None = None
+        self.forged: Status | None = None
         self._identity = identity
         self._server_address = server
         self._server: Any = None
@@ -111,25 +124,26 @@ class Relay:
         options = client_options(DEFAULT_TIMING, proxy=False)
         async with aio.secure_channel(self._server_address, credentials, options=options) as channel:
             upstream = channel.stream_stream(method)()
+            ended = _Ended(upstream)
             up = asyncio.create_task(self._up(call, context, upstream))
             try:
                 await context.send_initial_metadata(tuple(await upstream.initial_metadata()))
                 await self._pass(call, False, upstream.read, context.write)
-                code, details = await upstream.code(), await upstream.details()
-                trailers = tuple(await upstream.trailing_metadata() or ())
-            except Cut:
+            except Cut as cut:
+                if cut.status is not None:
+                    await context.abort(*cut.status)
                 return
-            except aio.AioRpcError as error:
-                code, details, trailers = error.code(), error.details(), tuple(error.trailing_metadata() or ())
+            except aio.AioRpcError:
+                pass  # it is told below
             finally:
                 up.cancel()
                 await asyncio.gather(up, return_exceptions=True)
                 upstream.cancel()
+            code, details, trailers = await ended.status()
             call.trailers += [value if isinstance(value, bytes) else str(value).encode() for _, value in trailers]
-            call.trailers.append((details or "").encode())
-            context.set_trailing_metadata(trailers)
+            call.trailers.append(details.encode())
             if code is not grpc.StatusCode.OK:
-                await context.abort(code, details or "", trailers)
+                await context.abort(code, details, trailers)
 
     async def _up(self, call: Carried, context: Any, upstream: Any) -> None:
         with contextlib.suppress(Cut, aio.AioRpcError, asyncio.InvalidStateError):
@@ -145,6 +159,27 @@ class Relay:
             kept.append(chunk)
             for piece in self.meddle(call, up, len(kept) - 1, chunk):
                 await write(piece)
+
+
+class _Ended:
+    """How a call ended, noted before a write that meets the end puts gRPC's own words in the place of the server's."""
+
+    def __init__(self, call: Any) -> None:
+        self._known = asyncio.Event()
+        self._found: Status = (grpc.StatusCode.UNAVAILABLE, "", ())
+        call.add_done_callback(self._note)
+
+    def _note(self, call: Any) -> None:
+        if not self._known.is_set() and _at_once(call.details()) != _PROVISIONAL:
+            trailers = tuple(_at_once(call.trailing_metadata()) or ())
+            self._found = (_at_once(call.code()), _at_once(call.details()) or "", trailers)
+            self._known.set()
+
+    async def status(self) -> Status:
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(5.0):
+                await self._known.wait()
+        return self._found
 
 
 class _Everything(grpc.GenericRpcHandler):  # type: ignore[misc]
