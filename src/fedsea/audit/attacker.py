@@ -6,7 +6,7 @@ S  sequences, C  candidates, T  tokens, H  hidden size, V  vocabulary size
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import TypeVar
 
@@ -41,18 +41,22 @@ class BaseModel:
     @functools.cached_property
     def input_blocks(self) -> InputBlocks:
         """The client's input blocks as the public weights have them."""
-        return _frozen(load_input_blocks(self.checkpoint, self.partition, dtype=torch.float32, device=self.device))
+        return _loaded(
+            lambda: load_input_blocks(self.checkpoint, self.partition, dtype=torch.float32, device=self.device)
+        )
 
     @functools.cached_property
     def trunk(self) -> Trunk:
         """The server's own blocks."""
         blocks = self.partition.trunk(self.checkpoint.num_blocks)
-        return _frozen(load_trunk(self.checkpoint, blocks, dtype=torch.float32, device=self.device))
+        return _loaded(load_trunk, self.checkpoint, blocks, self.device)
 
     @functools.cached_property
     def output_blocks(self) -> OutputBlocks:
         """The client's output blocks as the public weights have them."""
-        return _frozen(load_output_blocks(self.checkpoint, self.partition, dtype=torch.float32, device=self.device))
+        return _loaded(
+            lambda: load_output_blocks(self.checkpoint, self.partition, dtype=torch.float32, device=self.device)
+        )
 
     @property
     def vocab_size(self) -> int:
@@ -60,7 +64,9 @@ class BaseModel:
         return int(self.checkpoint.config.get_text_config(decoder=True).vocab_size)
 
 
-def _frozen(segment: _Part) -> _Part:
+def _loaded(load: Callable[..., _Part], checkpoint: Checkpoint, where: object, device: torch.device) -> _Part:
+    with torch.inference_mode(False):  # whoever asks first may be a search; gradients are taken through it later
+        segment = load(checkpoint, where, dtype=torch.float32, device=device)
     segment.model.requires_grad_(False)
     return segment
 
@@ -162,6 +168,21 @@ class Attacker:
         logits_TV = self.output_blocks(hidden_TH, length).float()
         first_1V = torch.zeros_like(logits_TV[:1])
         return torch.log_softmax(torch.cat([first_1V, logits_TV[:-1]]), dim=-1).cpu()
+
+    @torch.inference_mode()
+    def sampled(self, count: int, length: int, seed: int) -> list[torch.Tensor]:
+        """Texts [T] that the public model writes: all the public text that an attacker needs, without any data."""
+        draw = torch.Generator().manual_seed(seed)
+        reader, taken = self.reader(count), []
+        begins = self.beginning or (int(torch.randint(self.vocab_size, (1,), generator=draw)),)
+        expected_SV = torch.empty(0)
+        for token in begins:
+            taken.append(torch.full((count,), token))
+            expected_SV = reader.take(taken[-1].to(self.base.device))
+        while len(taken) < length:
+            taken.append(torch.multinomial(expected_SV.exp().cpu(), 1, generator=draw)[:, 0])
+            expected_SV = reader.take(taken[-1].to(self.base.device))
+        return list(torch.stack(taken, dim=1))
 
     def row_variance(self, channel: Channel, rows_TH: torch.Tensor) -> torch.Tensor:
         """Variance [T] of the difference between what was observed and what the client computed.

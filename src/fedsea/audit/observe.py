@@ -7,6 +7,7 @@ T  tokens of a sequence, H  hidden size
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -19,7 +20,7 @@ from fedsea.errors import ProtocolError
 from fedsea.model.checkpoint import Checkpoint
 from fedsea.model.loading import trainable_trunk
 from fedsea.model.segments import Trunk
-from fedsea.plan import FederationPlan
+from fedsea.plan import FederationPlan, open_channels
 from fedsea.privacy.boundary import Boundary
 from fedsea.types import Channel, Purpose, Release, Reply, TokenBatch
 from fedsea.wire import messages as m
@@ -44,7 +45,8 @@ class Tap:
         checkpoint: The base model.
         name: The client; the plan's first one if empty.
         parameters: Trained parameters of the client's segments by portable name; None: as a run begins.
-        boundary: The maker of releases; None: the plan's own, with a ledger in memory.
+        boundary: The maker of releases; None: the plan's own, with nothing counted, as nothing leaves.
+        key: Of the noise, for an audit that can be repeated; 32 bytes.
         change: Applied to the hidden states before the boundary: a defence that is tried out.
         device: Where the models run.
     """
@@ -57,6 +59,7 @@ class Tap:
         parameters: Mapping[str, torch.Tensor] | None = None,
         *,
         boundary: Boundary | None = None,
+        key: bytes | None = None,
         change: Change | None = None,
         device: str = "cpu",
     ) -> None:
@@ -67,13 +70,28 @@ class Tap:
             self.segments.load_parameters(parameters)
         self.segments.train(False)
         self.trunk: Trunk = trainable_trunk(plan, checkpoint, self.segments.trunk_blocks, device)
-        self.boundary = boundary or Boundary.of(plan, self.name)
+        self.boundary = boundary or Boundary.of(plan, self.name, key=key)
         self._change = change
         codecs = {Channel.HIDDEN: plan.wire.hidden, Channel.GRADIENT: plan.wire.gradient}
         limits = setup.wire_limits(plan, checkpoint, self.name)
         self._encoders = {"client": Encoder("client", codecs), "server": Encoder("server", codecs)}
         self._decoders = {"client": Decoder(limits, "client"), "server": Decoder(limits, "server")}
         self._steps = 0
+        self._loss, self._loss_tokens = 0.0, 0
+
+    @property
+    def perplexity(self) -> float:
+        """Of the model over everything that was sent, with the defences in force; 0 if nothing was."""
+        return math.exp(min(self._loss / self._loss_tokens, 80.0)) if self._loss_tokens else 0.0
+
+    def perplexity_alone(self, targets: Sequence[Target]) -> float:
+        """Of the client without any server: its input and output blocks, nothing between."""
+        total, tokens = 0.0, 0
+        for target in targets:
+            batch = _batch(target)
+            total += self.segments.evaluate_head(batch, self.segments.evaluate_embed(batch))
+            tokens += batch.num_target_tokens
+        return math.exp(min(total / max(1, tokens), 80.0))
 
     def observe(self, targets: Sequence[Target], epochs: int = 1, progress: Progress = unheard) -> list[list[Tapped]]:
         """Send every target in every epoch; each gets an observation for each.
@@ -94,8 +112,8 @@ class Tap:
     def send(self, target: Target) -> tuple[Observation, list[Tapped]]:
         """One training pass of one sequence."""
         self._steps += 1
-        length = (len(target.ids_T),)
-        batch = TokenBatch(target.ids_T.long(), target.targets_T.long(), length)
+        batch = _batch(target)
+        length = batch.lengths
         origin = batch.origin(Purpose.TRAINING)
         with torch.no_grad():
             hidden_TH = self.segments.embed(batch, self._steps, 0).detach()
@@ -108,11 +126,13 @@ class Tap:
         tapped = [Tapped(hidden_TH.float().cpu(), seen_TH.cpu())]
         with torch.no_grad():
             output_TH = self.trunk(seen_TH.to(self.trunk.device), length)
-        if not self.segments.sends_gradients or not weight:
-            return Observation(seen_TH, None, length[0], output_TH.float().cpu()), tapped
         reply = m.Output(self._steps, 0, 0, False, Reply({"": output_TH}))
         answered_TH = self._over("server", "client", reply)
-        _, gradient_TH = self.segments.head(batch, answered_TH, self._steps, 0)
+        if not self.segments.sends_gradients or not weight:
+            self._count(self.segments.evaluate_head(batch, answered_TH), weight)
+            return Observation(seen_TH, None, length[0], output_TH.float().cpu()), tapped
+        loss, gradient_TH = self.segments.head(batch, answered_TH, self._steps, 0)
+        self._count(loss, weight)
         self.segments.zero_grad()
         if gradient_TH is None:
             raise ProtocolError("The output blocks gave no gradient, though the plan sends one; update fedsea.")
@@ -121,6 +141,25 @@ class Tap:
         tapped.append(Tapped(gradient_TH.detach().float().cpu(), seen_gradient_TH.cpu()))
         return Observation(seen_TH, seen_gradient_TH, length[0], output_TH.float().cpu()), tapped
 
+    def tap_update(self) -> Tapped | None:
+        """The client's parameters as a round's update, over the same bytes; None if the plan lets none leave."""
+        if Channel.UPDATE not in open_channels(self.plan, self.name):
+            return None
+        parameters = self.segments.parameters()
+        release = self.boundary.update(parameters)
+        message = m.RoundUpdate(0, 1, release)
+        arrived: m.Message | None = None
+        for chunk in self._encoders["client"].encode(message).chunks:
+            arrived = self._decoders["server"].feed(chunk)
+        seen = arrived.tensors  # type: ignore[union-attr]
+        names = sorted(parameters)
+        raw_N = torch.cat([parameters[name].float().flatten().cpu() for name in names])
+        seen_N = torch.cat([seen[name].float().flatten().cpu() for name in names])  # type: ignore[index]
+        return Tapped(raw_N[:, None], seen_N[:, None])
+
+    def _count(self, loss: float, weight: int) -> None:
+        self._loss, self._loss_tokens = self._loss + loss, self._loss_tokens + weight
+
     def _over(self, sender: str, receiver: str, message: m.Message) -> torch.Tensor:
         """A message's tensor as its receiver decodes it from the sender's bytes."""
         arrived: m.Message | None = None
@@ -128,3 +167,7 @@ class Tap:
             arrived = self._decoders[receiver].feed(chunk)
         tensor: torch.Tensor = arrived.tensors[""]  # type: ignore[union-attr, index]
         return tensor
+
+
+def _batch(target: Target) -> TokenBatch:
+    return TokenBatch(target.ids_T.long(), target.targets_T.long(), (len(target.ids_T),))

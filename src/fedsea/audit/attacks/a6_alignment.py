@@ -60,7 +60,7 @@ def align(attacker: Attacker, known: Sequence[Target]) -> tuple[Map, float]:
     fitted, held = _rows(attacker, known[:cut]), _rows(attacker, known[cut:])
 
     def makers() -> list[Callable[[torch.Tensor, torch.Tensor], Map]]:
-        squares = [lambda s, c, a=a: _least_squares(s, c, a) for a in _SHRINKAGE]  # type: ignore[misc]
+        squares = [lambda s, c, a=a: _least_squares(s, c, a) for a in _SHRINKAGE]
         return [lambda s, c: lambda rows: rows, _rotation, *squares]  # noqa: ARG005
 
     errors = [float((make(*fitted)(held[0]) - held[1]).square().mean()) for make in makers()]

@@ -19,14 +19,15 @@ from fedsea.audit.targets import Progress, Recovered, Target, unheard
 from fedsea.model.branching import Branches
 from fedsea.types import Channel
 
-_HINTS = 32
-"""Candidates that are tried first where what was seen is exact: what the public model expects."""
+_HINTS = 48
+"""Candidates that are tried first where what was seen is exact: so many that the public model expects, and so many
+whose rows alone are near."""
 _CLEAR = 1e-3
 """A squared distance below this share of the row's own, and of the runner-up's, ends the search of a position."""
 _FOLLOWERS = 48
 """Candidates of each hypothesis but the leading one, whose whole vocabulary is searched."""
 _EXHAUSTIVE = 20_000
-"""Largest vocabulary that is searched whole; above it candidates are shortlisted, and the shortlist's recall is told."""
+"""Largest vocabulary that is searched whole; of a larger one a shortlist is, and the shortlist's recall is told."""
 _SHORTLIST = 1024
 
 
@@ -147,20 +148,21 @@ class _Group:
 
     def _nearest(self, rows_SH: torch.Tensor, evidence_SV: torch.Tensor | None) -> torch.Tensor:
         """Ids [S] of the candidates nearest to what was seen."""
-        hints_SC = self._expected_RV.topk(min(_HINTS, self._expected_RV.shape[1])).indices
+        hints_SC = self._suggested(rows_SH, self._expected_RV, min(_HINTS, self._attacker.vocab_size))
         distances_SC = self._distances(rows_SH, hints_SC)
-        (best_S2, order_S2) = distances_SC.topk(2, largest=False)
-        ids_S = hints_SC.gather(1, order_S2)[:, 0]
-        clear_S = best_S2[:, 0] <= _CLEAR * torch.minimum(best_S2[:, 1], rows_SH.square().sum(dim=1))
+        best_S, order_S = distances_SC.min(dim=1)
+        ids_S = hints_SC.gather(1, order_S[:, None])[:, 0]
+        others_SC = distances_SC.masked_fill(hints_SC == ids_S[:, None], torch.inf)
+        clear_S = best_S <= _CLEAR * torch.minimum(others_SC.amin(dim=1), rows_SH.square().sum(dim=1))
         if evidence_SV is None and bool(clear_S.all()):
-            self._count(ids_S, None)
+            self._count(None)
             return ids_S
         open_O = (~clear_S).nonzero().squeeze(1)
         candidates_OC = self._candidates(rows_SH, open_O)
         distances_OC = self._distances(rows_SH.index_select(0, open_O), candidates_OC, open_O)
         ids_S = ids_S.clone()
         ids_S[open_O] = candidates_OC.gather(1, distances_OC.argmin(dim=1, keepdim=True))[:, 0]
-        self._count(ids_S, open_O, candidates_OC)
+        self._count(open_O, candidates_OC)
         return ids_S
 
     def _candidates(self, rows_SH: torch.Tensor, which_O: torch.Tensor, stride: int = 1) -> torch.Tensor:
@@ -169,9 +171,12 @@ class _Group:
         if self._whole:
             return torch.arange(size, device=self._device).expand(len(which_O), size)
         expected_OV = self._expected_RV.index_select(0, which_O * stride)
-        near_OV = -torch.cdist(rows_SH.index_select(0, which_O), self._alone())
-        lists = [values.topk(_SHORTLIST // 2).indices for values in (expected_OV, near_OV)]
-        return torch.cat(lists, dim=1)
+        return self._suggested(rows_SH.index_select(0, which_O), expected_OV, _SHORTLIST // 2)
+
+    def _suggested(self, rows_OH: torch.Tensor, expected_OV: torch.Tensor, count: int) -> torch.Tensor:
+        """Candidates [O, 2 count] of the public model, and of the rows alone; some may be the same."""
+        near_OV = -torch.cdist(rows_OH, self._alone())
+        return torch.cat([values_OV.topk(count).indices for values_OV in (expected_OV, near_OV)], dim=1)
 
     def _alone(self) -> torch.Tensor:
         """Hidden states [V, H] of every token behind the beginning alone: where its rows are, roughly."""
@@ -180,7 +185,7 @@ class _Group:
             for token in self._attacker.beginning:
                 branches.take(torch.tensor([token], device=self._device))
             ids = torch.arange(self._attacker.vocab_size, device=self._device)
-            parts = [branches.peek(part[None])[0] for part in ids.split(self._attacker.most_rows)]
+            parts = [branches.peek(part[None])[0] for part in torch.split(ids, self._attacker.most_rows)]
             self._table_VH = torch.cat(parts).float()
         return self._table_VH
 
@@ -190,7 +195,7 @@ class _Group:
         """Squared distances [O, C] of candidates from what was seen, a batch at a time."""
         parts = []
         width = max(1, self._attacker.most_rows // max(1, len(rows_OH)))
-        for part_OC in candidates_OC.split(width, dim=1):
+        for part_OC in torch.split(candidates_OC, width, dim=1):
             hidden_OCH = self._branches.peek(part_OC, which_O).float()
             parts.append((hidden_OCH - rows_OH[:, None]).square().sum(dim=-1))
         return torch.cat(parts, dim=1)
@@ -221,7 +226,7 @@ class _Group:
         scores_SX, ids_SX, parents_SX = (torch.cat(parts, dim=1) for parts in (scores, ids, parents))
         self._scores_SB, order_SB = scores_SX.topk(beam)
         ids_SB, parents_SB = ids_SX.gather(1, order_SB), parents_SX.gather(1, order_SB)
-        self._count(ids_SB[:, 0], torch.arange(now, device=self._device), candidates_SC)
+        self._count(torch.arange(now, device=self._device), candidates_SC)
         past_SBt = self._ids_SBt.gather(1, parents_SB[:, :, None].expand(-1, -1, self._position))
         self._ids_SBt = torch.cat([past_SBt, ids_SB[:, :, None]], dim=2)
         return (leaders_S[:, None] + parents_SB).flatten(), ids_SB
@@ -244,7 +249,7 @@ class _Group:
 
     # --- bookkeeping ------------------------------------------------------------------------------------------------
 
-    def _count(self, ids_S: torch.Tensor, open_O: torch.Tensor | None, candidates: torch.Tensor | None = None) -> None:
+    def _count(self, open_O: torch.Tensor | None, candidates: torch.Tensor | None = None) -> None:
         """How often the truth was among the candidates."""
         self._positions += self.active
         self._considered += self.active

@@ -1,0 +1,175 @@
+"""Recovery against noise, against the cut, and against what the noise costs; each point is a small audit of its own."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+
+from fedsea.audit.attacker import Attacker, BaseModel
+from fedsea.audit.attacks import a1_nearest, a2_likelihood, a5_labels
+from fedsea.audit.canaries import Texts
+from fedsea.audit.observe import Tap
+from fedsea.audit.scoring import Score, score
+from fedsea.audit.settings import AuditOptions, Clock
+from fedsea.audit.subject import Subject, variant
+from fedsea.audit.targets import OutOfTime, Progress, Target
+from fedsea.plan import FederationPlan
+from fedsea.types import Channel, Partition
+
+Point = dict[str, Any]
+
+_MOST_BLOCKS = 3
+
+
+def attacker_of(
+    subject: Subject, partition: Partition, noise_std: dict[Channel, float], texts: Texts, options: AuditOptions
+) -> Attacker:
+    """The server as an attacker of a cut, with what the plan tells it."""
+    wire = subject.plan.wire
+    return Attacker(
+        BaseModel(subject.checkpoint, partition, options.device),
+        subject.plan,
+        noise_std,
+        {Channel.HIDDEN: wire.hidden, Channel.GRADIENT: wire.gradient},
+        texts.beginning,
+        beam=options.scale.beam,
+        seed=options.seed,
+    )
+
+
+def guesses_of(attacker: Attacker, targets: Sequence[Target]) -> list[torch.Tensor]:
+    """The public model's guess at every position, given the true tokens before it."""
+    return [attacker.expected(target.ids_T).argmax(dim=1) for target in targets]
+
+
+def norm_of(attacker: Attacker, targets: Sequence[Target]) -> float:
+    """Mean norm of the hidden states at the cut, over rows behind the beginning."""
+    rows = [attacker.clean(target.ids_T)[max(1, target.begins) :] for target in targets]
+    return float(torch.cat(rows).norm(dim=1).mean())
+
+
+def fresh(targets: Sequence[Target], tokens: int) -> list[Target]:
+    """The same texts, cut to a length, with nothing observed."""
+    made = []
+    for target in targets:
+        aims = target.targets_T[:tokens].clone()
+        aims[-1] = target.targets_T[-1] if len(target.ids_T) <= tokens else -100
+        made.append(replace(target, ids_T=target.ids_T[:tokens], targets_T=aims, secrets=(), observations=[]))
+    return made
+
+
+def perplexity(
+    subject: Subject, plain_texts: Sequence[Target], options: AuditOptions, plan: FederationPlan | None = None
+) -> float:
+    """Of the model on texts, with a plan's noise and codecs in force.
+
+    Args:
+        subject: The client.
+        plain_texts: What it is measured on.
+        options: For the noise's key.
+        plan: None: without any defence.
+    """
+    plan = plan or variant(subject.plan, subject.name, hidden_std=0.0, plain_wire=True)
+    key = options.key("perplexity", plan.sha256())
+    tap = Tap(plan, subject.checkpoint, subject.name, subject.parameters, key=key, device=options.device)
+    tap.observe(fresh(plain_texts, options.scale.tokens))
+    return tap.perplexity
+
+
+def noise_curve(
+    subject: Subject,
+    targets: Sequence[Target],
+    plain_texts: Sequence[Target],
+    texts: Texts,
+    options: AuditOptions,
+    progress: Progress,
+) -> list[Point]:
+    """Best of A1 and A2 on the targets, and perplexity on plain texts, at rising noise; at the plan's own cut."""
+    points: list[Point] = []
+    plain = attacker_of(subject, subject.partition, {}, texts, options)
+    targets = fresh(targets, options.scale.curve_tokens)
+    width = subject.checkpoint.hidden_size
+    norm = norm_of(plain, targets)
+    for number, rho in enumerate(options.scale.rhos):
+        std = rho * norm / math.sqrt(width)
+        plan = variant(subject.plan, subject.name, hidden_std=std)
+        sent = fresh(targets, options.scale.curve_tokens)
+        tap = Tap(plan, subject.checkpoint, subject.name, subject.parameters, key=options.key("curve", rho))
+        tap.observe(sent)
+        cost = perplexity(subject, plain_texts, options, plan)
+        attacker = replace(plain, noise_std={Channel.HIDDEN: std} if std else {})
+        found = _best(attacker, sent, texts, options.seed, noised=std > 0)
+        points.append({"rho": rho, "std": round(std, 6), **_point(found), "perplexity": round(cost, 4)})
+        progress(number + 1, len(options.scale.rhos))
+    return points
+
+
+def cut_curves(
+    subject: Subject, targets: Sequence[Target], texts: Texts, options: AuditOptions, progress: Progress
+) -> dict[str, list[Point]]:
+    """Recovery against k (forward, A1 or A2) and against m (backward, A5), with the plan's own noise."""
+    blocks, cut = subject.checkpoint.num_blocks, subject.partition
+    ks = range(min(_MOST_BLOCKS + 1, blocks - cut.output_blocks))
+    ms = range(min(_MOST_BLOCKS, blocks - cut.input_blocks))
+    points: dict[str, list[Point]] = {"k": [], "m": []}
+    jobs = [("k", Partition(k, cut.output_blocks)) for k in ks]
+    if subject.plan.sends_gradients(subject.name):
+        jobs += [("m", Partition(cut.input_blocks, m)) for m in ms]
+    std = subject.noise_std()
+    for number, (axis, partition) in enumerate(jobs):
+        plan = variant(subject.plan, subject.name, partition=partition)
+        sent = fresh(targets, options.scale.curve_tokens)
+        Tap(plan, subject.checkpoint, subject.name, key=options.key("cut", axis, number)).observe(sent)
+        attacker = attacker_of(subject, partition, std, texts, options)
+        if axis == "k":
+            found = _best(attacker, sent, texts, options.seed, noised=Channel.HIDDEN in std)
+        else:
+            answers = a5_labels.run(replace(attacker, plan=plan), sent)
+            found = score(sent, answers, guesses_of(attacker, sent), texts.decode, options.seed)
+        points[axis].append({axis: partition.input_blocks if axis == "k" else partition.output_blocks, **_point(found)})
+        progress(number + 1, len(jobs))
+    return {axis: found for axis, found in points.items() if found}
+
+
+def _best(attacker: Attacker, targets: Sequence[Target], texts: Texts, seed: int, *, noised: bool) -> Score:
+    """The better of A1 and A2; without noise A1 is enough."""
+    guesses = guesses_of(attacker, targets)
+    attacks = (a1_nearest, a2_likelihood) if noised else (a1_nearest,)
+    scores = [score(targets, module.run(attacker, targets), guesses, texts.decode, seed) for module in attacks]
+    return max(scores, key=lambda item: item.recovery.value)
+
+
+def _point(found: Score) -> Point:
+    return {
+        "recovery": round(found.recovery.value, 6),
+        "low": round(found.recovery.low, 6),
+        "high": round(found.recovery.high, 6),
+        "prior": round(found.prior.value, 6),
+        "excess": round(found.excess.value, 6),
+    }
+
+
+def curves(
+    subject: Subject,
+    targets: Sequence[Target],
+    plain_texts: Sequence[Target],
+    texts: Texts,
+    options: AuditOptions,
+    clock: Clock,
+) -> tuple[dict[str, list[Point]], str]:
+    """All of them, as far as time allows.
+
+    Returns:
+        The curves, and a sentence about those that did not fit; "" if all did.
+    """
+    chosen, found = list(targets)[: options.scale.curve_sequences], {}
+    try:
+        found["noise"] = noise_curve(subject, chosen, plain_texts, texts, options, clock.watch("curve of noise"))
+        found |= cut_curves(subject, chosen, texts, options, clock.watch("curves of the cut"))
+    except OutOfTime:
+        return found, "the time was up before all curves were drawn"
+    return found, ""

@@ -1,0 +1,151 @@
+"""What became of each attack, as values."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, is_dataclass
+from typing import Any, Literal
+
+from fedsea.audit.catalogue import Attack
+from fedsea.audit.scoring import Score
+from fedsea.audit.targets import Recovered
+from fedsea.audit.verdict import Finding, Verdict, of_score, sentences, worst
+from fedsea.types import Channel
+
+Status = Literal["run", "skipped", "not needed", "not applicable", "not asked for"]
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """One attack.
+
+    Attributes:
+        status: "skipped" means that it should have run and did not: the audit is then inconclusive at best.
+        reason: Why it did not run.
+        score: Of an attack that recovers text.
+        own: Result of another one, as plain values.
+        answers: What it recovered; stays out of the JSON line.
+    """
+
+    attack: Attack
+    status: Status
+    verdict: Verdict | None = None
+    reason: str = ""
+    score: Score | None = None
+    own: Mapping[str, Any] | None = None
+    answers: Sequence[Recovered] = field(default=(), repr=False)
+
+    def to_json(self) -> dict[str, Any]:
+        """Under its channel's name."""
+        values: dict[str, Any] = {"title": self.attack.title, "status": self.status}
+        if self.reason:
+            values["reason"] = self.reason
+        if self.verdict is not None:
+            values["verdict"] = self.verdict.value
+        if self.score is not None:
+            values |= self.score.to_json()
+        if self.own is not None:
+            values |= self.own
+        return values
+
+
+def scored(attack: Attack, score: Score, answers: Sequence[Recovered]) -> Outcome:
+    """Of an attack that recovers text; A0 is what others are held against, so it has no verdict."""
+    verdict = None if attack.id == "A0" else of_score(score)
+    return Outcome(attack, "run", verdict, score=score, answers=answers)
+
+
+def own(attack: Attack, result: Any) -> Outcome:
+    """Of an attack with a result of its own: one, or several of which the worst counts."""
+    results = list(result) if isinstance(result, list | tuple) else [] if result is None else [result]
+    if not results:
+        return Outcome(attack, "not applicable", reason="this plan has nothing that it could be run on")
+    plain = [_plain(item) for item in results]
+    found = worst(getattr(item, "verdict", Verdict.INCONCLUSIVE) for item in results)
+    values = plain[0] if len(plain) == 1 else {"results": plain} | _best(plain)
+    said = [item.sentence for item in results if hasattr(item, "sentence")]
+    return Outcome(attack, "run", found, " ".join(said), own=values)
+
+
+def _plain(item: Any) -> dict[str, Any]:
+    if hasattr(item, "to_json"):
+        return dict(item.to_json())
+    return asdict(item) if is_dataclass(item) and not isinstance(item, type) else {"result": str(item)}
+
+
+def _best(plain: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """The attack's best figures, so that every attack has them in one place."""
+    withs = [values for values in plain if "excess" in values]
+    if not withs:
+        return {}
+    best = max(withs, key=lambda values: values["excess"])
+    return {key: best[key] for key in ("recovery", "prior", "excess") if key in best}
+
+
+@dataclass(frozen=True)
+class AuditReport:
+    """All of an audit.
+
+    Attributes:
+        about: Plan, model, seed and scale, as plain values.
+        statement: The trust mode in plain words.
+        claim: (epsilon, delta), or the reason why there is none.
+        self_check: What A1 recovers at k = 1 without any defence.
+        findings: What is wrong with the bytes.
+        perplexity: "without_defence", "with_defence", "client_alone".
+        curves: Name to points.
+        examples: Original and reconstructed text; for the page and `report.json`, never for the log.
+        seconds: Part to wall seconds.
+    """
+
+    about: dict[str, Any]
+    statement: str
+    claim: str
+    self_check: float
+    outcomes: tuple[Outcome, ...]
+    findings: tuple[Finding, ...]
+    perplexity: dict[str, float]
+    curves: dict[str, list[dict[str, Any]]]
+    examples: tuple[dict[str, Any], ...] = field(default=(), repr=False)
+    seconds: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def skipped(self) -> list[str]:
+        """Attacks that should have run, and channels that nothing looked at."""
+        missing = [f"{o.attack.id} ({o.reason})" for o in self.outcomes if o.status == "skipped"]
+        attacked = {o.attack.channel for o in self.outcomes if o.verdict is not None}
+        unasked = {o.attack.channel for o in self.outcomes if o.status == "not asked for"} - attacked
+        return missing + [f"anything on the {channel} channel" for channel in Channel if channel in unasked]
+
+    @property
+    def verdict(self) -> Verdict:
+        """The worst channel's."""
+        found = [o.verdict for o in self.outcomes if o.verdict is not None]
+        found += [finding.verdict for finding in self.findings]
+        if self.skipped:
+            found.append(Verdict.INCONCLUSIVE)
+        return worst(found)
+
+    @property
+    def sentences(self) -> list[str]:
+        """What goes with the verdict."""
+        return sentences(self.verdict, self.findings, self.skipped)
+
+    def by_attack(self) -> dict[str, dict[str, Any]]:
+        """Attack to channel to figures."""
+        return {o.attack.id: {o.attack.channel.value: o.to_json()} for o in self.outcomes}
+
+    def to_json(self) -> dict[str, Any]:
+        """Everything but text and times: two audits with one seed give the same."""
+        return {
+            "audit": self.about,
+            "statement": self.statement,
+            "claim": self.claim,
+            "self_check": round(self.self_check, 6),
+            "attacks": self.by_attack(),
+            "findings": [finding.sentence for finding in self.findings],
+            "perplexity": {key: round(value, 4) for key, value in self.perplexity.items()},
+            "curves": self.curves,
+            "sentences": self.sentences,
+            "verdict": self.verdict.value,
+        }

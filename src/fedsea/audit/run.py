@@ -1,0 +1,295 @@
+"""An audit from its options to its report: tap the bytes, check them, attack them, say what came out."""
+
+from __future__ import annotations
+
+import logging
+import math
+import time
+from collections.abc import Sequence
+from typing import Any
+
+from fedsea.audit import curves as drawn
+from fedsea.audit.attacks import a1_nearest
+from fedsea.audit.canaries import Texts
+from fedsea.audit.catalogue import ATTACKS, Attack
+from fedsea.audit.checks import check_taps
+from fedsea.audit.observe import Change, Tap, Tapped
+from fedsea.audit.outcome import AuditReport, Outcome, own, scored
+from fedsea.audit.scoring import score
+from fedsea.audit.settings import AuditOptions, Clock, Show
+from fedsea.audit.subject import Subject, open_subject, variant
+from fedsea.audit.targets import OutOfTime, Target
+from fedsea.audit.verdict import LEAST_SELF_CHECK, Finding, Verdict
+from fedsea.plan import no_claim_reason
+from fedsea.privacy.boundary import Boundary
+from fedsea.types import Channel, Partition
+
+log = logging.getLogger(__name__)
+
+_ENOUGH = 0.95
+_SELF_CHECK_SEQUENCES = 4
+_SELF_CHECK_TOKENS = 32
+_SMALLEST_PART_S = 2.0
+
+
+def audit(
+    options: AuditOptions,
+    show: Show = lambda *_: None,
+    *,
+    boundary: Boundary | None = None,
+    change: Change | None = None,
+    clock: Clock | None = None,
+) -> AuditReport:
+    """Audit a plan or a run.
+
+    Args:
+        options: See `AuditOptions`.
+        show: Told how far each part is.
+        boundary: In the place of the plan's own: a fault that is planted.
+        change: Applied to hidden states before the boundary: a defence that is tried out.
+        clock: The time budget; None makes one of the options.
+
+    Raises:
+        FedseaError: Plan, model or texts cannot be used.
+    """
+    subject = open_subject(options.path, options.model, options.client)
+    clock = clock or Clock(options.minutes or options.scale.minutes, show)
+    return _Audit(subject, options, clock, boundary, change).run()
+
+
+class _Audit:
+    """One audit under way."""
+
+    def __init__(
+        self,
+        subject: Subject,
+        options: AuditOptions,
+        clock: Clock,
+        boundary: Boundary | None,
+        change: Change | None,
+    ) -> None:
+        self._subject, self._options, self._clock = subject, options, clock
+        self._scale = options.scale
+        self._texts = Texts(subject.tokenizer, subject.plan, self._scale.tokens)
+        self._attacker = drawn.attacker_of(subject, subject.partition, subject.noise_std(), self._texts, options)
+        self._attacker.plan = variant(subject.plan, subject.name)
+        self._boundary, self._change = boundary, change
+        self._seconds: dict[str, float] = {}
+
+    def run(self) -> AuditReport:
+        """All parts in order."""
+        targets = self._targets()
+        findings = []
+        self_check = self._self_check(targets)
+        if self_check < LEAST_SELF_CHECK:
+            findings.append(
+                Finding(
+                    Verdict.BROKEN,
+                    f"Without any defence A1 recovers {self_check:.1%} of the tokens at k = 1, and an audit that is in "
+                    f"order recovers at least {LEAST_SELF_CHECK:.0%}.",
+                )
+            )
+        tap, taps = self._observe(targets)
+        findings += check_taps(self._subject, taps, self._attacker.codecs)
+        plain_texts = self._plain_texts()
+        perplexity = self._perplexity(tap, plain_texts)
+        outcomes = self._attacks(targets)
+        started = time.monotonic()
+        found, missing = drawn.curves(self._subject, targets, plain_texts, self._texts, self._options, self._clock)
+        self._seconds["curves"] = time.monotonic() - started
+        if missing:
+            log.warning("%s", f"{missing[0].upper()}{missing[1:]}: give more --minutes.")
+        return AuditReport(
+            self._about(targets),
+            tap.boundary.statement,
+            self._claim(),
+            self_check,
+            tuple(outcomes),
+            tuple(findings),
+            perplexity,
+            found,
+            _examples(targets, outcomes, self._texts),
+            {part: round(value, 2) for part, value in self._seconds.items()},
+        )
+
+    # --- what is attacked -------------------------------------------------------------------------------------------
+
+    def _targets(self) -> list[Target]:
+        targets = self._texts.canaries(self._scale.canaries, self._options.seed)
+        if self._options.texts:
+            targets += self._texts.of_files(self._options.texts, self._scale.texts)
+        return targets
+
+    def _self_check(self, targets: Sequence[Target]) -> float:
+        """Whether the audit can see what lies open: recovery without any defence at k = 1."""
+        subject = self._subject
+        started = time.monotonic()
+        blocks = subject.checkpoint.num_blocks
+        cut = Partition(min(1, blocks - 1), 0)
+        plan = variant(subject.plan, subject.name, partition=cut, hidden_std=0.0, plain_wire=True)
+        sent = drawn.fresh(targets[:_SELF_CHECK_SEQUENCES], _SELF_CHECK_TOKENS)
+        Tap(plan, subject.checkpoint, subject.name, device=self._options.device).observe(sent)
+        attacker = drawn.attacker_of(subject, cut, {}, self._texts, self._options)
+        attacker.codecs = {}
+        progress = self._clock.watch("self-check")
+        try:
+            answers = a1_nearest.run(attacker, sent, progress)
+        except OutOfTime:
+            log.warning("The time was up before the audit's own check was done: give more --minutes.")
+            return 0.0
+        guesses = drawn.guesses_of(attacker, sent)
+        self._seconds["self-check"] = time.monotonic() - started
+        return score(sent, answers, guesses, self._texts.decode, self._options.seed).recovery.value
+
+    def _observe(self, targets: Sequence[Target]) -> tuple[Tap, dict[Channel, list[Tapped]]]:
+        """What the server sees of all targets in all epochs, and of the texts that it knows."""
+        started = time.monotonic()
+        subject, options = self._subject, self._options
+        tap = Tap(
+            variant(subject.plan, subject.name),
+            subject.checkpoint,
+            subject.name,
+            subject.parameters,
+            boundary=self._boundary,
+            key=options.key("tap"),
+            change=self._change,
+            device=options.device,
+        )
+        epochs = self._scale.epochs if subject.noise_std() else 1
+        pairs = tap.observe(targets, epochs, self._clock.watch("tapping the bytes"))
+        taps: dict[Channel, list[Tapped]] = {Channel.HIDDEN: [pair[0] for pair in pairs]}
+        if gradients := [pair[1] for pair in pairs if len(pair) > 1]:
+            taps[Channel.GRADIENT] = gradients
+        if updates := tap.tap_update():
+            taps[Channel.UPDATE] = [updates]
+        known = self._attacker.sampled(self._scale.known, self._scale.tokens, options.seed + 1)
+        self._attacker.known = [self._texts.of_ids(ids_T) for ids_T in known]
+        tap.observe(self._attacker.known)
+        self._seconds["tapping"] = time.monotonic() - started
+        return tap, taps
+
+    def _plain_texts(self) -> list[Target]:
+        """What perplexity is measured on: the user's texts, or else what the public model writes itself."""
+        if self._options.texts:
+            return self._texts.of_files(self._options.texts, self._scale.texts)
+        sampled = self._attacker.sampled(self._scale.known, self._scale.tokens, self._options.seed + 3)
+        return [self._texts.of_ids(ids_T) for ids_T in sampled]
+
+    def _perplexity(self, tap: Tap, plain_texts: Sequence[Target]) -> dict[str, float]:
+        subject, options = self._subject, self._options
+        plan = variant(subject.plan, subject.name)
+        return {
+            "without_defence": drawn.perplexity(subject, plain_texts, options),
+            "with_defence": drawn.perplexity(subject, plain_texts, options, plan),
+            "client_alone": tap.perplexity_alone(plain_texts),
+        }
+
+    # --- attacks ----------------------------------------------------------------------------------------------------
+
+    def _attacks(self, targets: Sequence[Target]) -> list[Outcome]:
+        self._attacker.public = self._attacker.sampled(self._scale.public, self._scale.tokens, self._options.seed + 2)
+        outcomes: list[Outcome] = []
+        for attack in ATTACKS:
+            started = time.monotonic()
+            outcomes.append(self._attack(attack, targets, outcomes))
+            self._seconds[attack.id] = time.monotonic() - started
+        return outcomes
+
+    def _attack(self, attack: Attack, targets: Sequence[Target], before: Sequence[Outcome]) -> Outcome:
+        if reason := self._inapplicable(attack):
+            return Outcome(attack, "not applicable", reason=reason)
+        wanted = self._options.attacks
+        if wanted and attack.id not in wanted and attack.id != "A0":
+            return Outcome(attack, "not asked for")
+        if attack.needs_more and attack.id not in wanted and self._options.quick:
+            done = [o for o in before if o.score is not None and o.attack.id in ("A1", "A2")]
+            best = max((o.score.recovery.value for o in done if o.score), default=0.0)
+            if best >= _ENOUGH:
+                return Outcome(attack, "not needed", reason=f"a simpler attack recovered {best:.1%} already")
+        if self._clock.left_s < _SMALLEST_PART_S:
+            return Outcome(attack, "skipped", reason="the time was up")
+        self._attacker.budget_s = max(_SMALLEST_PART_S, self._clock.left_s / 3)
+        try:
+            module = attack.load()
+        except ModuleNotFoundError:
+            return Outcome(attack, "skipped", reason="this version does not have it")
+        watch = self._clock.watch(f"{attack.id} {attack.title}")
+        try:
+            answers = module.run(self._attacker, targets, watch)
+        except OutOfTime:
+            return Outcome(attack, "skipped", reason="the time was up")
+        if attack.answers == "own":
+            return own(attack, answers)
+        guesses = drawn.guesses_of(self._attacker, targets)
+        return scored(attack, score(targets, answers, guesses, self._texts.decode, self._options.seed), answers)
+
+    def _inapplicable(self, attack: Attack) -> str:
+        """Why an attack has nothing to look at under this plan; "" if it has."""
+        subject = self._subject
+        if attack.channel is Channel.GRADIENT and not subject.plan.sends_gradients(subject.name):
+            return "the backward channel is closed: this plan sends no gradients"
+        if attack.id == "A4" and Channel.HIDDEN not in subject.noise_std():
+            return "hidden states leave without noise, so there is nothing to average out"
+        return ""
+
+    # --- what is said -----------------------------------------------------------------------------------------------
+
+    def _claim(self) -> str:
+        reason = no_claim_reason(self._subject.plan, self._subject.name)
+        if reason:
+            return f"no DP claim: {reason}"
+        return (
+            f"(epsilon, delta) of one {self._subject.plan.noise.unit} is counted by the ledger of each run: "
+            "`fedsea ledger RUN` says what was spent."
+        )
+
+    def _about(self, targets: Sequence[Target]) -> dict[str, Any]:
+        subject, plan = self._subject, self._subject.plan
+        cut = subject.partition
+        return {
+            "plan": plan.name,
+            "plan_sha256": plan.sha256(),
+            "client": subject.name,
+            "trained": subject.parameters is not None,
+            "trust_mode": plan.trust.mode,
+            "noise_std": {channel.value: std for channel, std in subject.noise_std().items()},
+            "codecs": {channel.value: codec for channel, codec in self._attacker.codecs.items()},
+            "backward_channel": "open" if plan.sends_gradients(subject.name) else "closed",
+            "k": cut.input_blocks,
+            "m": cut.output_blocks,
+            "blocks": subject.checkpoint.num_blocks,
+            "hidden_size": subject.checkpoint.hidden_size,
+            "vocab_size": self._attacker.vocab_size,
+            "scale": "quick" if self._options.quick else "full",
+            "seed": self._options.seed,
+            "sequences": len(targets),
+            "tokens": sum(len(target.ids_T) - target.begins for target in targets),
+            "own_texts": bool(self._options.texts),
+            "rho": self._rho(targets),
+        }
+
+    def _rho(self, targets: Sequence[Target]) -> float:
+        """The plan's noise on hidden states as a share of their norm."""
+        std = self._subject.noise_std().get(Channel.HIDDEN, 0.0)
+        if not std:
+            return 0.0
+        return round(std * math.sqrt(self._subject.checkpoint.hidden_size) / drawn.norm_of(self._attacker, targets), 4)
+
+
+def _examples(targets: Sequence[Target], outcomes: Sequence[Outcome], texts: Texts) -> tuple[dict[str, Any], ...]:
+    """Original and best reconstruction, token by token, of some sequences of each channel."""
+    made: list[dict[str, Any]] = []
+    for channel in (Channel.HIDDEN, Channel.GRADIENT):
+        done = [o for o in outcomes if o.attack.channel is channel and o.score is not None and o.attack.id != "A0"]
+        if not done:
+            continue
+        best = max(done, key=lambda o: o.score.recovery.value if o.score else 0.0)
+        for target, answer in list(zip(targets, best.answers, strict=True))[:4]:
+            said, truth = answer.ids_T.tolist(), target.ids_T.tolist()
+            pieces = [
+                {"text": texts.decode([token]) or "·", "right": token == truth[i]}
+                for i, token in enumerate(said)
+                if i >= target.begins
+            ]
+            made.append({"channel": channel.value, "attack": best.attack.id, "original": target.text, "pieces": pieces})
+    return tuple(made)

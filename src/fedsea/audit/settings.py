@@ -1,0 +1,123 @@
+"""How large an audit is, and how long it may take."""
+
+from __future__ import annotations
+
+import hashlib
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from fedsea.audit.catalogue import IDS
+from fedsea.audit.targets import OutOfTime, Progress
+from fedsea.errors import ConfigError
+
+Show = Callable[[str, int, int], None]
+"""Told (what, done, of how many)."""
+
+
+@dataclass(frozen=True, slots=True)
+class Scale:
+    """How much is attacked.
+
+    Attributes:
+        canaries: Notes with planted identifiers.
+        texts: Most sequences of the user's own.
+        tokens: Longest sequence.
+        epochs: Passes over each, for averaging.
+        beam: Hypotheses of a search.
+        known: Texts that the attacker knows, for alignment.
+        public: Texts that the public model writes, to train an inverter on.
+        rhos: Noise of the curve, as mean noise norm over mean norm of the hidden states.
+        curve_sequences: Sequences at each point of a curve.
+        curve_tokens: Their length.
+        minutes: Time budget.
+    """
+
+    canaries: int
+    texts: int
+    tokens: int
+    epochs: int
+    beam: int
+    known: int
+    public: int
+    rhos: tuple[float, ...]
+    curve_sequences: int
+    curve_tokens: int
+    minutes: float
+
+
+QUICK = Scale(10, 10, 56, 4, 4, 12, 96, (0.0, 0.5, 1.0, 2.0, 4.0), 5, 40, 2.5)
+FULL = Scale(24, 48, 96, 16, 8, 32, 512, (0.0, 0.1, 0.25, 0.5, 1.0, 2.0, 4.0, 8.0), 12, 64, 30.0)
+
+
+@dataclass(frozen=True, slots=True)
+class AuditOptions:
+    """What an audit may be asked for.
+
+    Attributes:
+        path: Plan file, or a client's run folder.
+        model: This machine's copy of the base model.
+        client: Client of a plan file; its first one if empty.
+        texts: Own files; they never leave the machine.
+        quick: A few minutes on two cores for a small model.
+        minutes: Time budget; None takes the scale's.
+        attacks: Ids of those to run; empty runs all.
+        seed: Of canaries, noise and attacks.
+        device: Where models and attacks run.
+    """
+
+    path: Path
+    model: str | None = None
+    client: str = ""
+    texts: tuple[Path, ...] = ()
+    quick: bool = False
+    minutes: float | None = None
+    attacks: tuple[str, ...] = ()
+    seed: int = 0
+    device: str = "cpu"
+
+    def __post_init__(self) -> None:
+        if unknown := sorted(set(self.attacks) - set(IDS)):
+            raise ConfigError(f"There is no attack {', '.join(unknown)}: choose from {', '.join(IDS)}.")
+        if self.minutes is not None and self.minutes <= 0:
+            raise ConfigError("An audit needs some time: give --minutes a number above 0.")
+
+    @property
+    def scale(self) -> Scale:
+        """How much is attacked."""
+        return QUICK if self.quick else FULL
+
+    def key(self, *purpose: object) -> bytes:
+        """Key of the noise of one part of the audit: the same seed gives the same report."""
+        return hashlib.sha256(repr(("fedsea audit", self.seed, *purpose)).encode()).digest()
+
+
+class Clock:
+    """The time budget, and who is told how far things are.
+
+    Args:
+        minutes: From now on.
+        show: Told of progress.
+        now: Seconds; replaced in tests.
+    """
+
+    def __init__(self, minutes: float, show: Show, now: Callable[[], float] = time.monotonic) -> None:
+        self._now = now
+        self._end = now() + 60 * minutes
+        self._show = show
+
+    @property
+    def left_s(self) -> float:
+        """Seconds that are left."""
+        return max(0.0, self._end - self._now())
+
+    def watch(self, what: str) -> Progress:
+        """A `Progress` that shows, and ends the work when the time is up."""
+
+        def told(done: int, total: int) -> None:
+            self._show(what, done, total)
+            if done < total and not self.left_s:
+                raise OutOfTime
+
+        return told
