@@ -86,7 +86,7 @@ def connected(
     segments = setup.load_segments(plan, checkpoint, name, "cpu")
     trunk = RemoteTrunk(through or address, lambda: identity, invitation, limits, Standing, retry, role="observe")
     with trunk:
-        yield SplitDecoder(plan, segments, trunk, Boundary(plan.trust.mode))
+        yield SplitDecoder(plan, segments, trunk, Boundary.of(plan))
         trunk.close(0)
 
 

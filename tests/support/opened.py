@@ -29,7 +29,7 @@ def open_local(folder: Path, chat_template: str | None = None, **sections: Any) 
     local = LocalTrunk(trunk, plan, "a")
     tokenizer = load_tokenizer(str(folder), vocab_size=None)
     tokenizer.chat_template = chat_template
-    decoder = SplitDecoder(plan, segments, local, Boundary("trusted-server"))
+    decoder = SplitDecoder(plan, segments, local, Boundary.of(plan))
     return OpenedDecoder(decoder, tokenizer, plan, "a", local, checkpoint)
 
 

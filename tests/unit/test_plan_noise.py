@@ -86,7 +86,7 @@ def test_a_closed_backward_channel_is_said_in_both_modes_at_both_ends():
     assert "backward channel" not in trust_statement(noised())
 
 
-# --- a client's own noise -----------------------------------------------------------------------------------------------
+# --- a client's own noise ---------------------------------------------------------------------------------------------
 
 
 def settings(tmp_path: Path, **noise: Any) -> ClientNoise:

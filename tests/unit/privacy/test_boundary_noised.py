@@ -14,7 +14,7 @@ from fedsea.privacy.claims import Claim, NoClaim
 from fedsea.privacy.ledger import Ledger
 from fedsea.types import Channel, Origin, Purpose, Release
 from fedsea.wire.encoding import Encoder
-from tests.unit.privacy.plans import CLAIMED, noised
+from tests.unit.privacy.plans import noised
 
 KEY = bytes(range(32))
 LENGTHS = (5, 3)

@@ -7,6 +7,7 @@ import json
 import os
 import shutil
 import threading
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -103,12 +104,17 @@ def test_the_budget_of_a_plan_is_reached_and_never_passed(tmp_path):
     plan = noised({**CLAIMED, "epsilon": 3.0})
     with Ledger(tmp_path, plan, "a") as ledger:
         boundary = Boundary.of(plan, "a", ledger)
+        origin = Origin(Purpose.TRAINING, (3,), ("d",), (0,))
         with pytest.raises(BudgetExhausted):
-            for _ in range(1000):
-                boundary.hidden(torch.randn(3, 8), Origin(Purpose.TRAINING, (3,), ("d",), (0,)))
+            _forever(lambda: boundary.hidden(torch.randn(3, 8), origin))
         spent = epsilon_of(ledger.spent.total**0.5, 1e-5)
         assert 2.0 < spent <= 3.0
         assert epsilon_of((ledger.spent.total + 0.25) ** 0.5, 1e-5) > 3.0
+
+
+def _forever(release: Callable[[], object]) -> None:
+    for _ in range(1000):
+        release()
 
 
 def test_two_processes_charge_one_ledger(tmp_path):
@@ -132,7 +138,7 @@ def test_threads_charge_one_ledger(tmp_path):
     assert Book.open(tmp_path).spent.total == pytest.approx(5.0)
 
 
-# --- what is refused ----------------------------------------------------------------------------------------------------
+# --- what is refused --------------------------------------------------------------------------------------------------
 
 
 def refused(folder: Path, reason: str) -> None:
@@ -220,7 +226,7 @@ def test_a_ledger_that_shrinks_while_it_is_in_use_is_refused(tmp_path):
         (tmp_path / FILE).unlink()
 
 
-# --- a disk that refuses ------------------------------------------------------------------------------------------------
+# --- a disk that refuses ----------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("call", ["write", "half a write", "fsync"])
