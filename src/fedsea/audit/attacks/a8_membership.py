@@ -1,0 +1,100 @@
+"""A8, membership: whether the trained adapters tell which texts they were trained on.
+
+Half of the canaries are trained on, under the plan's own settings and noise, among public text; the other half, made
+in the same way, is not. A text's score is how much more the trained model expects it than the public one does. Who can
+try this is whoever gets the adapters: the server, and where they are shared every client.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+
+from fedsea.audit.attacker import Attacker
+from fedsea.audit.attacks.membership import Membership, membership
+from fedsea.audit.targets import Progress, Target, unheard
+from fedsea.audit.training import SplitRun, batches_of
+from fedsea.audit.verdict import Verdict
+from fedsea.model import adapters
+
+_STEPS = 60
+_EXPOSED_AUC = 0.75
+_FEWEST = 16
+
+
+@dataclass(frozen=True, slots=True)
+class MembershipReport:
+    """What the adapters tell.
+
+    Attributes:
+        found: None if there were too few texts.
+        epochs: How often each member was trained on, on average.
+        adapters: "all": the whole model's; "trunk": the server's own, where the clients' stay at home.
+    """
+
+    found: Membership | None
+    epochs: float
+    adapters: str
+
+    @property
+    def verdict(self) -> Verdict:
+        """EXPOSED above an AUC of 0.75 with certainty, PARTIAL above guessing."""
+        if self.found is None:
+            return Verdict.INCONCLUSIVE
+        low = self.found.auc_interval[0]
+        return Verdict.EXPOSED if low > _EXPOSED_AUC else Verdict.PARTIAL if low > 0.5 else Verdict.NOT_RECOVERED
+
+    @property
+    def sentence(self) -> str:
+        """One line."""
+        if self.found is None:
+            return f"Membership needs {_FEWEST} texts or more."
+        f = self.found
+        which = "all adapters" if self.adapters == "all" else "the server's own adapters"
+        return (
+            f"With {which}, after {self.epochs:.1f} epochs, trained texts are told from others with an AUC of "
+            f"{f.auc:.3f} ({f.auc_interval[0]:.3f} to {f.auc_interval[1]:.3f}); {f.tpr:.0%} of them at a rate of "
+            f"{f.fpr:.1%} false alarms; exposure {f.exposure:.1f} of {f.most_exposure:.1f} bits."
+        )
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values."""
+        return {**asdict(self), "sentence": self.sentence}
+
+
+def run(attacker: Attacker, targets: Sequence[Target], progress: Progress = unheard) -> MembershipReport:
+    """Train with half of the targets, then score them all.
+
+    Args:
+        attacker: Its plan says how training goes; its public texts are trained on as well.
+        targets: The canaries, all made in the same way: every other one is trained on.
+        progress: Told of training steps.
+    """
+    personal = attacker.plan.aggregation.sync == "personal"
+    which = "trunk" if personal and attacker.plan.adapter.trunk != "frozen" else "all"
+    texts = [target.ids_T.long() for target in targets]
+    if len(texts) < _FEWEST:
+        return MembershipReport(None, 0.0, which)
+    generator = torch.Generator().manual_seed(attacker.seed)
+    order = torch.randperm(len(texts), generator=generator).tolist()
+    members = [texts[i] for i in order[::2]]
+    others = [texts[i] for i in order[1::2]]
+    background = [ids_T.long() for ids_T in attacker.public][: len(members)]
+    plan = attacker.plan
+    size = plan.micro_batches_of(plan.client_names[0])[1]
+    steps = min(plan.num_steps, _STEPS)
+    trained = SplitRun(plan, attacker.base.checkpoint)
+    trained.train(batches_of(members + background, size, steps, attacker.seed), told=lambda step: progress(step, steps))
+    reference = SplitRun(plan, attacker.base.checkpoint)
+    before = [reference.losses(part, noised=False) for part in (members, others)]
+    if which == "trunk":
+        adapters.load(reference.trunk, adapters.read(trained.trunk))
+    judge = reference if which == "trunk" else trained
+    after = [judge.losses(part, noised=False) for part in (members, others)]
+    scores = [[b - a for b, a in zip(*pair, strict=True)] for pair in zip(before, after, strict=True)]
+    progress(steps, steps)
+    epochs = steps * size / (len(members) + len(background))
+    return MembershipReport(membership(scores[0], scores[1], attacker.seed), epochs, which)
