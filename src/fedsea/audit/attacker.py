@@ -41,9 +41,7 @@ class BaseModel:
     @functools.cached_property
     def input_blocks(self) -> InputBlocks:
         """The client's input blocks as the public weights have them."""
-        return _loaded(
-            lambda: load_input_blocks(self.checkpoint, self.partition, dtype=torch.float32, device=self.device)
-        )
+        return _loaded(load_input_blocks, self.checkpoint, self.partition, self.device)
 
     @functools.cached_property
     def trunk(self) -> Trunk:
@@ -54,9 +52,7 @@ class BaseModel:
     @functools.cached_property
     def output_blocks(self) -> OutputBlocks:
         """The client's output blocks as the public weights have them."""
-        return _loaded(
-            lambda: load_output_blocks(self.checkpoint, self.partition, dtype=torch.float32, device=self.device)
-        )
+        return _loaded(load_output_blocks, self.checkpoint, self.partition, self.device)
 
     @property
     def vocab_size(self) -> int:
