@@ -16,6 +16,7 @@ import typer
 
 from fedsea import __version__
 from fedsea.cli import (
+    audit,
     ca,
     chat,
     doctor,
@@ -58,6 +59,7 @@ app.command("eval", rich_help_panel="Client")(evaluate.evaluate)
 app.command("generate", rich_help_panel="Client")(generate.generate)
 app.command("chat", rich_help_panel="Client")(chat.chat)
 app.command("gateway", rich_help_panel="Client")(gateway.gateway)
+app.command("audit", rich_help_panel="Both")(audit.audit)
 app.command("export", rich_help_panel="Both")(export.export)
 app.command("ledger", rich_help_panel="Client")(ledger.ledger)
 app.command("status", rich_help_panel="Both")(status.status)

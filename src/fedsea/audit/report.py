@@ -1,0 +1,132 @@
+"""The audit's page: one HTML file with its plots inside, and `report.json` beside it."""
+
+from __future__ import annotations
+
+import io
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import jinja2
+
+from fedsea.audit.outcome import AuditReport, Outcome
+from fedsea.storage import storage_error, write_bytes_atomic
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+
+def percent(value: float) -> str:
+    """A share for tables.
+
+    >>> percent(0.9951), percent(-0.001)
+    ('99.5 %', '-0.1 %')
+    """
+    return f"{100 * value:.1f} %"
+
+
+def row_of(outcome: Outcome) -> list[str]:
+    """Attack, channel, recovery with its interval, prior, excess, identifiers, verdict: as text."""
+    attack = outcome.attack
+    head = [f"{attack.id} {attack.title}", attack.channel.value]
+    if outcome.score is not None:
+        score = outcome.score
+        recovery = f"{percent(score.recovery.value)} ({percent(score.recovery.low)} to {percent(score.recovery.high)})"
+        named = ", ".join(f"{kind} {percent(share)}" for kind, share in score.identifiers.items())
+        verdict = "" if outcome.verdict is None else outcome.verdict.value
+        return [*head, recovery, percent(score.prior.value), percent(score.excess.value), named, verdict]
+    own = outcome.own or {}
+    figures = [percent(own[key]) if key in own else "" for key in ("recovery", "prior", "excess")]
+    verdict = outcome.status if outcome.verdict is None else outcome.verdict.value
+    return [*head, *figures, outcome.reason, verdict]
+
+
+HEADINGS = ("attack", "channel", "tokens recovered", "prior", "excess", "identifiers, or what it says", "verdict")
+
+
+def write_report(report: AuditReport, folder: Path) -> Path:
+    """Write `report.json` and `report.html`; both hold texts of the audit, so they are for this machine.
+
+    Returns:
+        The page.
+
+    Raises:
+        StorageError: The disk refused.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise storage_error("write to", folder, error) from None
+    values = report.to_json() | {"examples": list(report.examples), "seconds": report.seconds}
+    write_bytes_atomic(folder / "report.json", (json.dumps(values, indent=2, ensure_ascii=False) + "\n").encode())
+    environment = jinja2.Environment(loader=jinja2.PackageLoader("fedsea.audit", "."), autoescape=True)
+    page = environment.get_template("report.html.j2").render(
+        report=report,
+        about=report.about,
+        headings=HEADINGS,
+        rows=[row_of(outcome) for outcome in report.outcomes],
+        plots=_plots(report),
+    )
+    path = folder / "report.html"
+    write_bytes_atomic(path, page.encode())
+    return path
+
+
+def _plots(report: AuditReport) -> list[tuple[str, str]]:
+    """Title and SVG of each curve that was drawn."""
+    curves, plots = report.curves, []
+    if noise := curves.get("noise"):
+        plots.append(("Recovery against noise on the forward channel", _svg(lambda axes: _plot_noise(axes, noise))))
+        plots.append(("Recovery against what the noise costs", _svg(lambda axes: _plot_cost(axes, noise))))
+    for axis, title in (("k", "forward channel, k input blocks"), ("m", "backward channel, m output blocks")):
+        if points := curves.get(axis):
+            plots.append((f"Recovery against the cut: {title}", _svg(_cut_plot(axis, points))))
+    return plots
+
+
+def _svg(draw: Callable[[Axes], None]) -> str:
+    import matplotlib as mpl
+    from matplotlib.figure import Figure
+
+    with mpl.rc_context({"svg.fonttype": "none", "font.size": 9, "svg.hashsalt": "fedsea"}):
+        figure = Figure(figsize=(7.2, 3.0), layout="constrained")
+        draw(figure.subplots())
+        file = io.StringIO()
+        figure.savefig(file, format="svg", metadata={"Date": None})
+    text = file.getvalue()
+    return text[text.index("<svg") :]
+
+
+def _recovery(axes: Axes, xs: Sequence[float], points: Sequence[dict[str, Any]]) -> None:
+    values = [100 * point["recovery"] for point in points]
+    errors = [
+        [max(0.0, 100 * (point["recovery"] - point["low"])) for point in points],
+        [max(0.0, 100 * (point["high"] - point["recovery"])) for point in points],
+    ]
+    axes.errorbar(xs, values, yerr=errors, fmt="o-", color="#a33", capsize=3, label="recovered")
+    axes.plot(xs, [100 * point["prior"] for point in points], "--", color="#777", label="the prior's own guess")
+    axes.set_ylim(-3, 103)
+    axes.set_ylabel("tokens, %")
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(frameon=False)
+
+
+def _plot_noise(axes: Axes, points: Sequence[dict[str, Any]]) -> None:
+    _recovery(axes, [point["rho"] for point in points], points)
+    axes.set_xlabel("noise: mean norm over the hidden states' mean norm (bars: 95 % interval)")
+
+
+def _plot_cost(axes: Axes, points: Sequence[dict[str, Any]]) -> None:
+    _recovery(axes, [point["perplexity"] for point in points], points)
+    axes.set_xscale("log")
+    axes.set_xlabel("perplexity with this noise, without training under it")
+
+
+def _cut_plot(axis: str, points: Sequence[dict[str, Any]]) -> Callable[[Axes], None]:
+    def draw(axes: Axes) -> None:
+        _recovery(axes, [point[axis] for point in points], points)
+        axes.set_xticks([point[axis] for point in points])
+        axes.set_xlabel(f"{axis}, with the plan's own noise")
+
+    return draw

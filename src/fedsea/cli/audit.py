@@ -1,0 +1,100 @@
+"""`fedsea audit`: what the server could read, attacked offline on the bytes that would be sent."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from fedsea.cli import options as o
+from fedsea.cli import output
+from fedsea.cli.parts import Parts
+
+if TYPE_CHECKING:
+    from fedsea.audit.outcome import AuditReport
+
+_LEVELS = ("partial", "exposed", "inconclusive", "broken", "never")
+
+
+def audit(
+    path: Annotated[Path, typer.Argument(metavar="PLAN_OR_RUN", help="A plan file, or a client's run folder.")],
+    model: o.Model = None,
+    client: Annotated[str, typer.Option(help="Client of the plan; its first one if not given.")] = "",
+    text: Annotated[
+        list[Path] | None,
+        typer.Option(metavar="FILE", help="Own texts, beside the planted ones; they never leave this machine."),
+    ] = None,
+    quick: Annotated[bool, typer.Option("--quick", help="A few minutes on two cores for a small model.")] = False,
+    minutes: Annotated[float | None, typer.Option(help="Time budget; what does not fit is said.")] = None,
+    attacks: Annotated[str, typer.Option(metavar="IDS", help="Only these, such as A1,A2.")] = "",
+    out: Annotated[Path, typer.Option(help="Folder for report.json and report.html.")] = Path("audit"),
+    seed: Annotated[int, typer.Option(min=0, help="Of planted texts, noise and attacks: same seed, same report.")] = 0,
+    device: o.Device = "cpu",
+    threads: o.Threads = None,
+    fail_on: Annotated[
+        str,
+        typer.Option(help="Least verdict with an exit code of its own: partial, inconclusive, exposed, broken, never."),
+    ] = "partial",
+    as_json: o.Json = False,
+    quiet: o.Quiet = False,
+) -> int:
+    """Attack what this plan sends, offline, and say what the server could read.
+
+    Exit codes: 0 not recovered by these attacks, 20 partial, 21 exposed, 22 inconclusive, 23 the audit is broken.
+
+    Example: `fedsea audit plan.toml --quick --text notes.jsonl`
+    """
+    silent = output.begin(as_json=as_json, quiet=quiet)
+    from fedsea.errors import ConfigError
+
+    if fail_on not in _LEVELS:
+        raise ConfigError(f"--fail-on {fail_on} is no verdict: choose one of {', '.join(_LEVELS)}.")
+    import torch
+
+    from fedsea.audit.report import write_report
+    from fedsea.audit.run import audit as run
+    from fedsea.audit.settings import AuditOptions
+
+    if threads:
+        torch.set_num_threads(threads)
+    wanted = tuple(item.strip().upper() for item in attacks.split(",") if item.strip())
+    options = AuditOptions(path, model, client, tuple(text or ()), quick, minutes, wanted, seed, device)
+    with Parts(silent) as parts:
+        report = run(options, parts)
+    page = write_report(report, out)
+    if as_json:
+        output.result(report.to_json())
+    else:
+        _show(report)
+        output.say(f"\nPlots, curves and reconstructed text: {page}")
+    return _code(report, fail_on)
+
+
+def _code(report: AuditReport, fail_on: str) -> int:
+    """The verdict's exit code, or 0 below the level that is asked for."""
+    from fedsea.audit.verdict import Verdict
+
+    if fail_on == "never":
+        return 0
+    order = list(Verdict)
+    least = Verdict[fail_on.upper()]
+    return report.verdict.exit_code if order.index(report.verdict) >= order.index(least) else 0
+
+
+def _show(report: AuditReport) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    from fedsea.audit.report import HEADINGS, row_of
+
+    console = Console()
+    table = Table(*HEADINGS, title="What the server could read")
+    for outcome in report.outcomes:
+        table.add_row(*row_of(outcome))
+    console.print(table)
+    costs = Table("perplexity without the defence", "with it", "of the client alone")
+    costs.add_row(*(f"{report.perplexity[key]:.2f}" for key in ("without_defence", "with_defence", "client_alone")))
+    console.print(costs)
+    for line in (report.statement, report.claim, f"Verdict: {report.verdict.value}", *report.sentences):
+        output.say(line)
