@@ -17,6 +17,7 @@ _EXTRA = {"Sept": (8, _EN_SHORT), "Maerz": (2, _DE), "Jänner": (0, _DE)}
 
 _MONTH_NAMES = sorted({*(name for one in _SETS for name in one), *_EXTRA}, key=len, reverse=True)
 _MONTH = "(?P<month>" + "|".join(f"{name}|{name.upper()}" for name in _MONTH_NAMES) + ")"
+_GERMAN = r"\s(?:" + "|".join(f"{name}|{name.upper()}" for name in (*_DE, *_DE_SHORT, "Maerz", "Jänner")) + ")"
 _DAY = r"(?P<day>0?[1-9]|[12]\d|3[01])"
 _YEAR = r"(?P<year>(?:1[89]|20)\d\d)"
 _TIME = r"(?P<tail>[T ]\d{2}:\d{2}(?::\d{2}(?:\.\d+)?)?(?:Z|[+-]\d{2}:?\d{2})?)?"
@@ -27,10 +28,10 @@ _PATTERNS = tuple(
         rf"(?<![\w.-]){_YEAR}(?P<s>[-/.])(?P<mm>0?[1-9]|1[0-2])(?P=s){_DAY}(?:(?=T){_TIME})?(?![\w])",
         r"(?<![\w.])(?P<a>\d{1,2})(?P<s>\.\s|[./-])(?P<b>\d{1,2})(?P=s)(?P<year>(?:1[89]|20)\d\d)(?!\w)",
         r"(?<![\w.])(?P<a>\d{2})(?P<s>[./-])(?P<b>\d{2})(?P=s)(?P<yy>\d{2})(?![\w%]|[.,-]\d)",
-        rf"(?<![\w.]){_DAY}(?P<th>st|nd|rd|th|\.)?(?P<g1>\s(?:of\s)?|-){_MONTH}(?P<g2>\.?,?\s|-){_YEAR}(?!\w)",
+        rf"(?<![\w.]){_DAY}(?P<th>st|nd|rd|th|\.(?={_GERMAN}))?(?P<g1>\s(?:of\s)?|-){_MONTH}(?P<g2>\.?,?\s|-){_YEAR}(?!\w)",
         rf"(?<!\w){_MONTH}(?P<g1>\.?\s){_DAY}(?P<th>st|nd|rd|th)?(?P<g2>,?\s){_YEAR}(?!\w)",
         rf"(?<!\w){_MONTH}(?P<g2>\.?,?\s){_YEAR}(?!\w)",
-        rf"(?<![\w.]){_DAY}(?P<th>st|nd|rd|th|\.)?(?P<g1>\s(?:of\s)?){_MONTH}(?!\w)",
+        rf"(?<![\w.]){_DAY}(?P<th>st|nd|rd|th|\.(?={_GERMAN}))?(?P<g1>\s(?:of\s)?){_MONTH}(?!\w)",
         rf"(?<!\w){_MONTH}(?P<g1>\.?\s){_DAY}(?P<th>st|nd|rd|th)?(?!\w)",
         r"(?<=\b[a-z]{2} )(?P<a>\d{2})\.(?P<b>\d{2})\.(?=\s[a-zäöü(])",
         r"(?<=\b[a-z]{3} )(?P<a>\d{2})\.(?P<b>\d{2})\.(?=\s[a-zäöü(])",
@@ -78,7 +79,7 @@ def _parsed(match: re.Match[str]) -> tuple[dt.date, bool] | None:
         month, day = int(parts["mm"]), int(parts["day"])
     elif "a" in parts:
         one, two = int(parts["a"]), int(parts["b"])
-        day_first = match.groupdict().get("s") != "/" or one > 12
+        day_first = one > 12 or (parts.get("s") != "/" and two <= 12) or parts.get("s") == "."
         day, month = (one, two) if day_first else (two, one)
     else:
         month, day = _month_of(parts["month"])[0] + 1, int(parts.get("day") or 1)

@@ -50,13 +50,13 @@ _PASSPORT = _after(
     r"(?P<code>(?=[A-Z0-9]*\d)[A-Z0-9]{6,14})",
 )
 _PLATE_NEAR = _after(
-    rf"licen[cs]e plate(?:{_NUMBER})?|number plate|plate(?:{_NUMBER})|(?:amtliches |kfz-)?kennzeichen",
-    r"(?P<code>(?=[A-ZÄÖÜ0-9 -]*\d)[A-ZÄÖÜ0-9]{1,4}(?:[ -][A-ZÄÖÜ0-9]{1,4}){0,2})",
+    rf"licen[cs]e plate(?:{_NUMBER})?|number plate|plate(?:{_NUMBER})?|(?:amtliches |kfz-)?kennzeichen",
+    r"(?P<code>(?=[A-ZÄÖÜ0-9 -]{0,9}\d)(?=[\d -]{0,8}[A-ZÄÖÜ])[A-ZÄÖÜ0-9](?:[ -]?[A-ZÄÖÜ0-9]){4,8})",
 )
 _PHONE_NEAR = _after(
     r"tel(?:efon|ephone)?(?:nummer|\.|:)?|phone(?: number)?|mobil(?:e|nummer|telefon)?|handy(?:nummer)?|"
     r"cell(?: phone)?|fax(?:nummer)?|durchwahl|call(?: (?:him|her|them|us|me|back))?(?: (?:on|at))?|"
-    r"rückruf(?: unter)?|reach(?:ed|able)? (?:on|at)|erreichbar unter|unter der nummer",
+    r"rückruf(?: unter)?|reach(?:ed|able)? (?:on|at)|erreichbar unter|unter der nummer|unter(?= \(?[+0])",
     r"(?P<code>(?:\+|\(\+?)?\d[\d ()/.-]{4,20}\d(?:\s?(?:x|ext\.?)\s?\d{1,5})?)",
 )  # fmt: skip
 _PHONE_FORM = re.compile(
@@ -77,7 +77,7 @@ _STREET_DE = re.compile(
     rf"(?:\s{_NAMES_DE}){{1,2}}){_HOUSE_DE}(?!\w|[.,]\d)"
 )  # fmt: skip
 _TOWN_DE = re.compile(
-    rf"(?<![\w.,-])(?:D-|A-|CH-)?\d{{4,5}}\s(?P<town>{_NAMES_DE}"
+    rf"(?<![\w.,-])(?:D-|A-|CH-)?\d{{4,5}}\s(?P<town>(?:(?:Bad|Sankt|St\.|Markt|Neu|Alt|Groß|Klein)\s)?{_NAMES_DE}"
     rf"(?:\s(?:am|an der|im|in der|bei|ob der|vor der|a\.)\s{_NAMES_DE}|\s\([A-Z][a-z]+\)|/{_NAMES_DE})?)(?!\w)"
 )  # fmt: skip
 _SUFFIX_EN = (
@@ -85,8 +85,8 @@ _SUFFIX_EN = (
     "Highway|Hwy|Trail|Alley|Crescent|Close|Mews|Grove|Gardens|Walk|Hill|Row|Plaza"
 )
 _STREET_EN = re.compile(
-    r"(?<![\w.-])\d{1,6}[A-Za-z]?\s(?:[NSEW]\.?\s)?(?:[A-Z][\w'\u2019.-]*\s){1,4}?(?:SUFFIX)\b\.?"
-    r"(?:,?\s(?:Apt|Apartment|Suite|Ste|Unit|Flat|Floor|#)\.?\s?\w+)?(?!\w)"
+    r"(?<![\w.-])\d{1,6}[A-Za-z]?\s(?:[NSEW]\.?\s)?(?:(?:[A-Z][\w'\u2019-]*|St\.|Mt\.)\s){1,4}?(?:SUFFIX)\b\.?"
+    r"(?:,?\s(?:(?:Apt|Apartment|Suite|Ste|Unit|Flat|Floor)\b\.?|#)\s?\w+)?(?!\w)"
 )  # fmt: skip
 _BOX = re.compile(r"(?<!\w)(?:P\.?\s?O\.?\s?Box|Postfach)\s\d[\d ]*\d?(?!\w)")
 _STATES = (
@@ -179,7 +179,7 @@ class PatternRecogniser:
         ends = {span.end for span in streets}
         for match in _TOWN_DE.finditer(text):
             before = len(text[: match.start()].rstrip(" ,\n\u2013-"))
-            if match["town"].split()[0].lower() in self._lexicon.cities or before in ends:
+            if any(word.lower() in self._lexicon.cities for word in match["town"].split()) or before in ends:
                 yield Span(match.start(), match.end(), "address")
         for match in _TOWN_GB.finditer(text):
             yield Span(match.start(), match.end(), "address")
