@@ -27,7 +27,7 @@ from fedsea.data.prompts import PromptMaker
         (errors.SessionLost("no"), 503, "SESSION_LOST"),
         (errors.ProtocolError("no"), 502, "PROTOCOL"),
         (errors.NonFiniteError("no"), 500, "NON_FINITE"),
-        (errors.PrivacyError("no"), 500, "PRIVACY"),
+        (errors.PrivacyError("no"), 403, "PRIVACY"),
         (RequestError("no", 404, param="model", reason="model_not_found"), 404, "model_not_found"),
         (RequestError("no", 401, reason="invalid_api_key"), 401, "invalid_api_key"),
     ],
