@@ -81,6 +81,10 @@ class FakeEngine:
         total = sum(c.weight for c in contributions.values())
         return {NAME: sum(c.tensors[NAME] * (c.weight / total) for c in contributions.values())}
 
+    def take_means(self, means: Any, weights: Any, total: int) -> dict[str, torch.Tensor]:
+        self.calls.append(("take_means", dict(weights), total))
+        return dict(means)
+
     def parameters(self) -> dict[str, torch.Tensor]:
         return {"trunk": torch.ones(1)}
 
@@ -97,11 +101,17 @@ class World:
     Args:
         folder: Run folder; an existing one is gone on with.
         names: Clients, in the plan's order.
+        verifier: For plans with secure aggregation.
         plan: Sections of the plan.
     """
 
     def __init__(
-        self, folder: Path, *names: str, clients: dict[str, dict[str, Any]] | None = None, **plan: Any
+        self,
+        folder: Path,
+        *names: str,
+        clients: dict[str, dict[str, Any]] | None = None,
+        verifier: Any = None,
+        **plan: Any,
     ) -> None:
         entries = [{"name": name, **(clients or {}).get(name, {})} for name in names]
         self.plan: FederationPlan = parse_plan({"model": {"path": "m"}, "clients": entries, **plan})
@@ -117,7 +127,7 @@ class World:
             state = RunState("run")
             self.store.save(self.engine, state)  # type: ignore[arg-type]
         roster = {name: Member(BlockRange(1, 4), SHAPES) for name in names}
-        self.coordinator = Coordinator(self.plan, self.engine, self.store, state, roster, self)  # type: ignore[arg-type]
+        self.coordinator = Coordinator(self.plan, self.engine, self.store, state, roster, self, verifier)  # type: ignore[arg-type]
 
     # --- ports ------------------------------------------------------------------------------------------------------
 
