@@ -5,12 +5,9 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Iterator
-from pathlib import Path
 
-import numpy as np
 import pytest
 from prometheus_client import CollectorRegistry, generate_latest
-from transformers import AutoTokenizer
 
 from fedsea.client import results
 from fedsea.client.segments import ClientSegments
@@ -18,11 +15,10 @@ from fedsea.errors import FedseaError
 from fedsea.observe.metrics import ServerMetrics
 from fedsea.observe.progress import ClientDisplay, ServerDisplay
 from fedsea.observe.recorders import ClientRecorder, ServerRecorder
+from fedsea.privacy.boundary import Boundary
 from fedsea.wire.channel import ClientStream
 from fedsea.wire.session import PeerSession
-from tests.support.federation import Federation
-
-CANARY = "Zebulon Quasimir 0471-993"
+from tests.support.canary import CANARY, TRUST, assert_absent, forms, plant
 
 
 @pytest.fixture
@@ -60,28 +56,26 @@ def wire(monkeypatch) -> list[bytes]:
     return chunks
 
 
-def forms(base_model: Path) -> list[bytes]:
-    """The canary as text, escaped text, and as lists of its token ids as they might be printed or stored."""
-    tokenizer = AutoTokenizer.from_pretrained(base_model)
-    found = [CANARY.encode(), CANARY.split()[0].encode(), json.dumps(CANARY).encode(), CANARY.encode("utf-16-le")]
-    for text in (CANARY, " " + CANARY):
-        ids = tokenizer(text, add_special_tokens=False)["input_ids"][2:10]
-        found += [separator.join(map(str, ids)).encode() for separator in (", ", ",", " ", "\n")]
-        found += [np.array(ids, dtype=kind).tobytes() for kind in ("<i8", "<i4", "<i2", "<f4")]
-    return found
+@pytest.fixture
+def rows(monkeypatch) -> list[bytes]:
+    """Rows of values as they were before the boundary, of every release."""
+    seen: list[bytes] = []
+    for method in ("hidden", "gradient"):
+        original = getattr(Boundary, method)
+
+        def release(self, values_TH, origin=None, original=original):
+            seen.extend(row.tobytes() for row in values_TH.detach().numpy()[:3] if row.any())
+            return original(self, values_TH, origin)
+
+        monkeypatch.setattr(Boundary, method, release)
+    return seen
 
 
-def assert_absent(where: str, content: bytes, canary: list[bytes]) -> None:
-    assert not [form for form in canary if form in content], f"the canary is in {where}"
-
-
-def plant(fed: Federation, name: str) -> None:
-    rows = [json.dumps({"text": f"{CANARY} opens the door for {CANARY}"}) for _ in range(20)]
-    fed.silos[name].write_text("\n".join(rows) + "\n")
-
-
-def test_nothing_of_the_text_reaches_logs_status_metrics_files_or_the_wire(federation, base_model, log, wire, capfd):
-    fed = federation("a", "b")
+@pytest.mark.parametrize("mode", TRUST)
+def test_nothing_of_the_text_reaches_logs_status_metrics_files_or_the_wire(
+    federation, base_model, log, wire, rows, mode, capfd
+):
+    fed = federation("a", "b", **TRUST[mode])
     plant(fed, "a")
     canary = forms(base_model)
     assert any(form in fed.silos["a"].read_bytes() for form in canary)
@@ -113,9 +107,15 @@ def test_nothing_of_the_text_reaches_logs_status_metrics_files_or_the_wire(feder
     assert_absent("a display", (shown.out + shown.err).encode(), canary)
     assert_absent("the status", json.dumps(statuses).encode(), canary)
     assert_absent("the metrics", generate_latest(metrics.registry), canary)
-    assert_absent("the wire", b"".join(wire), canary)
+    sent = b"".join(wire)
+    assert_absent("the wire", sent, canary)
+    assert len(rows) > 50
+    as_they_were = sum(row in sent for row in rows)
+    assert as_they_were == (len(rows) if mode == "trusted-server" else 0)
     files = [path for path in fed.folder.rglob("*") if path.is_file() and path != fed.silos["a"]]
-    assert {"metrics.jsonl", "plan.json", "prepared.safetensors"} <= {path.name for path in files}
+    files += [path for path in (fed.identities / "a").rglob("*") if path.is_file()]  # where the ledger is
+    expected = {"metrics.jsonl", "plan.json", "prepared.safetensors"}
+    assert expected | ({"ledger.jsonl"} if mode == "noised" else set()) <= {path.name for path in files}
     for path in files:
         assert_absent(str(path), path.read_bytes(), canary)
 
