@@ -153,14 +153,18 @@ def _attack(
     inputs: dict[str, torch.Tensor],
     common: Sequence[int],
 ) -> UpdateInversion:
-    found, truths = [], []
+    found, truths, present = [], [], []
     for texts in chunks:
         updates = [update(texts[start : start + size]) for start in range(0, len(texts), size)]
         summed = {name: torch.stack([one[name] for one in updates]).sum(0) for name in updates[0]}
         found.append(invert(summed, inputs))
-        # The last token of a text carries no loss, and no gradient comes back to it.
+        # The last token of a text carries no loss, and without noise no gradient comes back to it.
         truths.append({token for ids_T in texts for token in ids_T[:-1].tolist()})
-    return _result("gradient" if steps == 1 else "difference", clients, size, steps, found, truths, common)
+        present.append({token for ids_T in texts for token in ids_T.tolist()})
+    there = sum(len(truth & set(one.found)) for one, truth in zip(found, present, strict=True))
+    named = sum(len(one.found) for one in found)
+    kind = "gradient" if steps == 1 else "difference"
+    return _result(kind, clients, size, steps, found, truths, common, there / max(1, named))
 
 
 def _gradient(split: SplitRun, texts: Sequence[torch.Tensor]) -> Tensors:
@@ -183,12 +187,13 @@ def _result(
     found: Sequence[SpanFindings],
     truths: Sequence[set[int]],
     common: Sequence[int],
+    precision: float,
 ) -> UpdateInversion:
     hits = sum(len(truth & set(one.found)) for one, truth in zip(found, truths, strict=True))
     lucky = sum(len(truth & set(common[: len(one.found)])) for one, truth in zip(found, truths, strict=True))
-    total, named = sum(len(truth) for truth in truths), sum(len(one.found) for one in found)
+    total = sum(len(truth) for truth in truths)
     method = Counter(one.method for one in found).most_common(1)[0][0] if found else NOTHING.method
     conclusive = sum(one.conclusive for one in found) / len(found)
     return UpdateInversion(
-        kind, clients, size, steps, total, hits / total, hits / max(1, named), lucky / total, conclusive, method
+        kind, clients, size, steps, total, hits / total, precision, lucky / total, conclusive, method
     )

@@ -1,0 +1,114 @@
+"""Attacks A7 and A8: what a client's update and the trained adapters tell."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from fedsea.audit.attacks import a7_update, a8_membership
+from fedsea.audit.attacks.membership import membership
+from fedsea.audit.attacks.update_inversion import invert, token_inputs
+from fedsea.audit.training import SplitRun, batches_of, pack
+from fedsea.audit.verdict import Verdict
+from fedsea.errors import ConfigError
+from fedsea.model.checkpoint import open_checkpoint
+from fedsea.plan import FederationPlan
+from tests.support.attacked import attacker_of, noised, plan_of, targets_of, texts
+
+
+def training_plan(folder: Path, **sections: Any) -> FederationPlan:
+    training = {"micro_batch_sequences": 4, "steps_per_round": 60}
+    return plan_of(folder, 1, 1, training=training, optimizer={"learning_rate": 3e-3}, **sections)
+
+
+@pytest.mark.parametrize("rank", [8, 16])
+def test_lora_gradients_name_every_token_of_a_text_if_their_rows_are_enough(base_model: Path, rank: int) -> None:
+    """q, k and v read the same input: three times the rank, against the distinct tokens of a text."""
+    plan = training_plan(base_model, adapter={"rank": rank}, aggregation={"sync": "step"})
+    split = SplitRun(plan, open_checkpoint(plan.model.path))
+    split.train(batches_of(texts(16, 24, seed=3), 4, 3))
+    inputs = token_inputs(attacker_of(plan).input_blocks, 260)
+    for text in texts(4, 16):
+        found = invert(split.gradients(pack([text]))[1], inputs)
+        assert found.method == "span"
+        assert found.conclusive
+        assert set(found.found) == set(text[:-1].tolist())
+
+
+def test_more_tokens_than_rows_leave_no_token_in_the_span_and_the_attack_says_so(base_model: Path) -> None:
+    plan = training_plan(base_model, adapter={"rank": 1}, aggregation={"sync": "step"})
+    split = SplitRun(plan, open_checkpoint(plan.model.path))
+    split.train(batches_of(texts(16, 24, seed=3), 4, 3))
+    inputs = token_inputs(attacker_of(plan).input_blocks, 260)
+    found = invert(split.gradients(pack(texts(2, 40)))[1], inputs)
+    assert (found.rows, found.rank, found.conclusive) == (3, 3, False)
+    assert found.method == "sparse"
+
+
+@pytest.mark.parametrize(
+    "aggregation",
+    [{"sync": "step"}, {"sync": "round"}, {"sync": "round", "secure": True}],
+    ids=["step", "round", "sum"],
+)
+def test_full_training_names_every_token_even_in_a_sum_of_clients(
+    base_model: Path, aggregation: dict[str, Any]
+) -> None:
+    clients = [{"name": name} for name in "abc"]
+    plan = training_plan(base_model, adapter={"input": "full"}, aggregation=aggregation, clients=clients)
+    report = a7_update.run(attacker_of(plan, public=texts(8, 24, seed=4)), targets_of(texts(12, 24)))
+    assert report.verdict is Verdict.EXPOSED
+    assert all(case.recall == case.precision == case.conclusive == 1.0 for case in report.cases)
+    assert {case.clients for case in report.cases} == ({3} if "secure" in aggregation else {1, 3})
+
+
+def test_noise_on_the_forward_channel_does_not_touch_an_update_but_noise_on_the_update_does(base_model: Path) -> None:
+    found = []
+    for noise in ({"hidden_std": 1.0, "gradient_std": 1e-3}, {"hidden_std": 1.0, "update_std": 0.1}):
+        plan = training_plan(base_model, aggregation={"sync": "step"}, adapter={"rank": 16}, **noised(**noise))
+        report = a7_update.run(attacker_of(plan, public=texts(8, 16, seed=4)), targets_of(texts(8, 16)))
+        found.append(report.cases[0])
+    assert found[0].recall == found[0].precision == found[0].conclusive == 1.0
+    assert found[1].recall < 0.9 or found[1].precision < 0.9
+    assert found[1].conclusive == 0.0
+
+
+@pytest.mark.parametrize("sections", [{"aggregation": {"sync": "personal"}}, {"adapter": {"input": "frozen"}}])
+def test_an_update_that_does_not_leave_tells_nothing(base_model: Path, sections: dict[str, Any]) -> None:
+    report = a7_update.run(attacker_of(training_plan(base_model, **sections)), targets_of(texts(8, 16)))
+    assert report.cases == ()
+    assert report.verdict is Verdict.NOT_RECOVERED
+
+
+# --- membership -------------------------------------------------------------------------------------------------------
+
+
+def test_texts_that_were_trained_on_are_told_from_others_of_the_same_kind(base_model: Path) -> None:
+    plan = plan_of(base_model, 1, 1, optimizer={"learning_rate": 2e-2}, training={"steps_per_round": 40})
+    report = a8_membership.run(attacker_of(plan), targets_of(texts(24, 24)))
+    assert report.found is not None
+    assert report.found.auc_interval[0] > 0.75
+    assert report.verdict is Verdict.EXPOSED
+
+
+def test_a_model_that_hardly_learned_tells_nothing_of_its_texts(base_model: Path) -> None:
+    plan = plan_of(base_model, 1, 1, optimizer={"learning_rate": 1e-9}, training={"steps_per_round": 2})
+    report = a8_membership.run(attacker_of(plan), targets_of(texts(40, 16)))
+    assert report.found is not None
+    assert report.found.auc_interval[0] < 0.5 < report.found.auc_interval[1]
+    assert report.verdict is Verdict.NOT_RECOVERED
+
+
+def test_too_few_texts_are_inconclusive_and_an_empty_side_is_refused(base_model: Path) -> None:
+    report = a8_membership.run(attacker_of(plan_of(base_model)), targets_of(texts(4, 16)))
+    assert report.verdict is Verdict.INCONCLUSIVE
+    with pytest.raises(ConfigError, match="trained on"):
+        membership([], [1.0])
+
+
+def test_exposure_is_the_rank_in_bits() -> None:
+    found = membership([10.0, -1.0], [float(i) for i in range(7)])
+    assert found.exposure == pytest.approx((3.0 + 0.0) / 2)
+    assert found.most_exposure == pytest.approx(3.0)
+    assert (found.auc, found.tpr, found.fpr) == (0.5, 0.5, 0.0)
