@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Protocol
 
 from fedsea.errors import ProtocolError, TransportError
-from fedsea.wire.sealing.handshake import ClientHandshake, SealingIdentity, ServerHandshake, Subject
+from fedsea.wire.sealing.handshake import ClientHandshake, SealingIdentity, ServerHandshake
 from fedsea.wire.sealing.keys import SealBroken, StreamKeys
 
 _READY = b"ready"
@@ -59,15 +59,13 @@ class SealedPipe:
         await self._transport.write(self.keys.sealer.seal(b""))
 
 
-async def agree_as_client(transport: Transport, me: SealingIdentity, subject: Subject) -> StreamKeys:
-    """Make the handshake; returns when the server has admitted us.
+async def agree_as_client(transport: Transport, handshake: ClientHandshake) -> StreamKeys:
+    """Go on with a handshake whose offer is sent, to the keys.
 
     Raises:
-        AuthError: It is not the federation's server, or it refuses this client.
+        AuthError: It is not the federation's server that answers.
         FedseaError: What else went wrong.
     """
-    handshake = ClientHandshake(me, subject)
-    await transport.write(handshake.offer)
     proof, keys = handshake.finish(await _next(transport))
     await transport.write(proof)
     return keys
