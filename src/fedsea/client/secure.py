@@ -143,6 +143,20 @@ class SecureRounds:
                 self._write_note(member)
                 self._trunk.tell(m.SecureReveal(*place, tuple(shares), tuple(shares.values())))
 
+    def check_result(self, result: m.RoundResult) -> None:
+        """Refuse to go on with the values of a sum that this client helped to reveal, and that is withheld.
+
+        In the next round's sum, over others, they would be there again: the difference would show single ones.
+
+        Raises:
+            PrivacyError: The round was closed without that sum.
+        """
+        if not result.tensors and self._revealed(result.round) is not None:
+            raise PrivacyError(
+                f"The server closed round {result.round} without the sum that this client has helped to reveal: going "
+                "on with the same parameters could show them. Ask its operator why, and start a new run."
+            )
+
     def _send_masked(self, member: Member) -> None:
         setting = member.setting
         if self._update is None:
@@ -157,24 +171,27 @@ class SecureRounds:
         write_bytes_atomic(self._note, json.dumps(note).encode())
 
     def _check_note(self, message: m.SecureSurvivors) -> None:
-        try:
-            note = json.loads(self._note.read_bytes())
-            revealed = (
-                set(note["survivors"]) if (note["run_id"], note["round"]) == (self._run_id, message.round) else None
-            )
-        except FileNotFoundError:
-            return
-        except (OSError, ValueError, KeyError, TypeError):
-            raise StorageError(
-                f"{self._note} is damaged, so it is not known which sum this client has helped to: nothing was "
-                "revealed. Restore the file, or take part with a new run folder."
-            ) from None
+        revealed = self._revealed(message.round)
         if revealed is not None and revealed != set(message.names):
             raise PrivacyError(
                 f"The server asks for a second sum of round {message.round} over other clients; the difference would "
                 "show single ones. Nothing was revealed; ask its operator to start it with all of the first sum's "
                 "clients connected."
             )
+
+    def _revealed(self, round_index: int) -> set[str] | None:
+        """Whose sum of a round this client has helped to, if it has."""
+        try:
+            note = json.loads(self._note.read_bytes())
+            same = (note["run_id"], note["round"]) == (self._run_id, round_index)
+            return set(note["survivors"]) if same else None
+        except FileNotFoundError:
+            return None
+        except (OSError, ValueError, KeyError, TypeError):
+            raise StorageError(
+                f"{self._note} is damaged, so it is not known which sum this client has helped to: nothing was "
+                "revealed. Restore the file, or take part with a new run folder."
+            ) from None
 
 
 def _roster(message: m.SecureRoster) -> tuple[Advertisement, ...]:

@@ -373,6 +373,8 @@ class Trainer:
     def _take_round(self, result: m.RoundResult) -> None:
         if result.round < self.store.state.rounds_done:
             return
+        if self.secure is not None:
+            self.secure.check_result(result)
         if self.plan.aggregation.sync == "round":
             # A round that nobody with this partition took part in says nothing of some parameters: they stay.
             self.segments.load_parameters(self.segments.parameters() | dict(result.tensors))  # type: ignore[arg-type]

@@ -10,20 +10,18 @@ are left out, as long as enough stay.
 
 from __future__ import annotations
 
-import json
 import logging
 from collections.abc import Callable, Hashable
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Protocol, TypeAlias
 
 from fedsea.errors import AggregationError, ProtocolError
 from fedsea.federation.secure import Advertisement, Aggregator, Layout, Phase, Setting, Verifier
+from fedsea.server.closing import read_note, skip, stop, unmask, write_note
 from fedsea.server.context import Run
 from fedsea.server.executor.local import Priority
 from fedsea.server.state import RunState
-from fedsea.storage import write_bytes_atomic
 from fedsea.wire import messages as m
 
 log = logging.getLogger(__name__)
@@ -71,7 +69,7 @@ class SecureRounds:
         self._attempt = 0
         self._failures = 0
         self._ending = False  # no more attempts: the round is being closed without a sum, or the run stops
-        self._bound = _read_note(self._note_path, run.state.rounds_done)
+        self._bound = read_note(self._note_path, run.state.rounds_done)
 
     @property
     def _note_path(self) -> Path:
@@ -218,7 +216,7 @@ class SecureRounds:
                 evidence = m.SecureEvidence(*place, *_columns(current.signatures))
                 self._note(current, lambda: self._send(current, lambda _: evidence))
             case Phase.DONE:
-                job = partial(_unmask, self._run, current)
+                job = partial(unmask, self._run, current)
                 self._run.ports.submit(Priority.CONTROL, job, partial(self._unmasked, current))
 
     def _send(self, current: Aggregator, message: Callable[[str], m.Message]) -> None:
@@ -242,11 +240,10 @@ class SecureRounds:
         self._run.ports.submit(Priority.CONTROL, partial(current.accumulate, name, tensors), then)
 
     def _note(self, current: Aggregator, then: Callable[[], None]) -> None:
-        """Before members reveal a sum it is on disk whose it is: after a restart no other one is asked for."""
-        if self._run.wait_s is None:
-            then()  # it is always everybody's
-            return
-        note = {"round": current.setting.round, "survivors": current.survivors}
+        """Before members reveal a sum it is on disk whose it is: after a restart no other one is asked for.
+
+        Nor may the round be skipped then: members would go on with the values that are in that sum.
+        """
 
         def noted(_: None) -> None:
             self._bound = current.survivors
@@ -254,8 +251,7 @@ class SecureRounds:
                 then()
                 self.advance()
 
-        job = partial(write_bytes_atomic, self._note_path, json.dumps(note).encode())
-        self._run.ports.submit(Priority.CONTROL, job, noted)
+        self._run.ports.submit(Priority.CONTROL, partial(write_note, self._note_path, current), noted)
 
     # --- the end ----------------------------------------------------------------------------------------------------
 
@@ -279,60 +275,12 @@ class SecureRounds:
             self._open()
             return
         self._ending = True
-        if self._run.plan.aggregation.secure_failure == "skip":
+        if self._run.plan.aggregation.secure_failure == "skip" and self._bound is None:
             log.warning("round %d is not averaged: clients keep their own parameters", self._run.state.rounds_done)
-            self._run.ports.submit(Priority.CONTROL, partial(_skip, self._run), self._close)
+            self._run.ports.submit(Priority.CONTROL, partial(skip, self._run), self._close)
         else:
-            self._run.ports.submit(Priority.CONTROL, partial(_raise, error), lambda _: None)
+            self._run.ports.submit(Priority.CONTROL, partial(stop, error), lambda _: None)
 
 
 def _columns(entries: dict[str, bytes]) -> tuple[tuple[str, ...], tuple[bytes, ...]]:
     return tuple(entries), tuple(entries.values())
-
-
-def _raise(error: AggregationError) -> None:
-    raise error
-
-
-def _unmask(run: Run, current: Aggregator) -> RunState | AggregationError:
-    """On the engine thread: the masks are taken off, and the round is made durable."""
-    before, counted = run.state, run.state.round_tokens
-    try:
-        means, weights = current.unmask()
-        for index, group in enumerate(current.setting.layout.groups):
-            tokens = sum(counted.get(name, 0) for name in group.holders if name in current.survivors)
-            found = weights.get(next(iter(group.shapes)), 0)
-            if found > tokens or (run.wait_s is None and found < tokens):
-                raise AggregationError(
-                    f"The weights of round {before.rounds_done} sum to {found} target tokens (group {index}), and this "
-                    f"server counted {tokens}. Restore the newest run folder on the side that is behind."
-                )
-    except AggregationError as error:
-        return error
-    total = sum(counted.get(name, 0) for name in current.survivors)
-    result = run.engine.take_means(means, weights, total)
-    state = replace(before, result=result, rounds_done=before.rounds_done + 1, round_tokens={}, skipped=False)
-    run.store.save_round(run.engine, state)
-    return state
-
-
-def _skip(run: Run) -> RunState:
-    """On the engine thread: the round is closed without a sum."""
-    before = run.state
-    state = replace(before, rounds_done=before.rounds_done + 1, round_tokens={}, skipped=True)
-    if state.result:
-        run.store.save_round(run.engine, state)  # for exports: the newest sum that there is
-    else:
-        run.store.save(run.engine, state)
-    return state
-
-
-def _read_note(path: Path, round_index: int) -> tuple[str, ...] | None:
-    try:
-        note = json.loads(path.read_bytes())
-        return tuple(note["survivors"]) if note["round"] == round_index else None
-    except FileNotFoundError:
-        return None
-    except (OSError, ValueError, KeyError, TypeError):
-        log.warning("%s cannot be read: members refuse a second sum over others themselves", path)
-        return None

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from fedsea.client.secure import SecureRounds
-from fedsea.errors import AggregationError, ProtocolError
+from fedsea.errors import AggregationError, PrivacyError, ProtocolError, StorageError
 from fedsea.federation.secure import Advertisement, Layout, Transcript, check_fresh
 from fedsea.privacy.boundary import Boundary
 from fedsea.wire import messages as m
@@ -253,6 +253,38 @@ def test_after_a_restart_a_sum_that_may_have_been_revealed_is_asked_of_the_same_
     o.hand_over()
     assert o.result() == 2.0
     assert o.world.to("d", m.RoundOpen) == []
+
+
+def test_a_round_whose_sum_may_have_been_revealed_is_not_skipped(office):
+    """Members would go on with the values that are in that sum, and show the difference in the next one."""
+    o = office(**WAIT, aggregation={"secure_failure": "skip"})
+    o.train()
+    assert o.hand_over(until=m.SecureEvidence)
+    o.silent = {"b", "c"}
+    for _ in range(3):
+        o.hand_over()
+        o.world.pass_time(10.5)
+    assert isinstance(o.world.coordinator.failure, AggregationError)
+
+
+def test_a_client_refuses_to_go_on_when_the_sum_that_it_revealed_is_withheld(office):
+    o = office(**ALL)
+    o.train()
+    o.hand_over()
+    rounds, _ = o.clients["a"]
+    rounds.check_result(m.RoundResult(0, {NAME: torch.ones(2, 2)}))
+    rounds.check_result(m.RoundResult(1, {}))
+    with pytest.raises(PrivacyError, match="without the sum that this client has helped to reveal"):
+        rounds.check_result(m.RoundResult(0, {}))
+
+
+def test_a_damaged_note_of_what_was_revealed_is_refused(office):
+    o = office(**ALL)
+    o.train()
+    (o.folder / "a" / "secure.json").write_text('{"round": 0')
+    assert o.hand_over(until=m.SecureSurvivors)
+    with pytest.raises(StorageError, match="damaged"):
+        o.hand_over()
 
 
 def test_weights_that_are_not_what_the_server_counted_are_refused(office):
