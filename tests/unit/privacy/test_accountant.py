@@ -71,6 +71,26 @@ def test_published_value_of_the_analytic_gaussian_mechanism():
     assert 1 / mu_of(1.0, 1e-5) == pytest.approx(3.730632, abs=1e-5)
 
 
+@pytest.mark.parametrize(
+    ("mu", "delta", "epsilon"),
+    [
+        (0.1, 1e-3, 0.197534),
+        (0.5, 1e-5, 1.993091),
+        (1.0, 1e-5, 4.377178),
+        (1.0, 1e-10, 6.547924),
+        (2.0, 1e-6, 10.997151),
+        (4.0, 1e-5, 24.381611),
+        (8.0, 1e-9, 79.237356),
+        (12.0, 1e-5, 122.324061),
+        (30.0, 1e-5, 577.011974),
+        (30.0, 1e-10, 639.933523),
+    ],
+)
+def test_values_of_another_library(mu, delta, epsilon):
+    """dp-accounting 0.6.0's privacy loss distributions of one Gaussian mechanism, discretised at 1e-4 and 1e-3."""
+    assert epsilon_of(mu, delta) == pytest.approx(epsilon, rel=1e-4)
+
+
 def test_sensitivity_is_that_of_replacing_a_record():
     assert charge_of(clip=0.5, std=2.0) == pytest.approx((2 * 0.5 / 2.0) ** 2)
 
