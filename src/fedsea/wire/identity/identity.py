@@ -75,7 +75,10 @@ class Identity:
         if requests := open_requests(folder):
             missing = f"send {requests[0]} to the operator, then run `fedsea enroll --install` with the answer."
         else:
-            missing = "make an identity with `fedsea enroll` (a server's with `fedsea ca server`), or give its folder."
+            missing = (
+                "make an identity with `fedsea enroll` (a server's with `fedsea ca server`), or give its folder "
+                "(--identity)."
+            )
         ca = _read_certificate(folder / CA_FILE, missing)
         certificate = _read_certificate(folder / CERTIFICATE_FILE, missing)
         key = read_key(folder / KEY_FILE)

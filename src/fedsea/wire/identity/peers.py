@@ -83,7 +83,7 @@ class PeerGate:
         clock: Clock = certs.utc_now,
         monotonic: Callable[[], float] = time.monotonic,
     ) -> None:
-        pem = read_file(folder / CA_FILE, "make an authority with `fedsea ca init`, or give its folder.")
+        pem = read_file(folder / CA_FILE, "make an authority with `fedsea ca init`, or give its folder (--ca).")
         self._ca = certs.certificate_from_pem(pem, str(folder / CA_FILE))
         self._clock = clock
         self._monotonic = monotonic
