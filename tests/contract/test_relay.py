@@ -11,15 +11,17 @@ from pathlib import Path
 import grpc
 import pytest
 import torch
+from cryptography.hazmat.primitives.serialization import Encoding
 
 from fedsea.errors import AuthError, CapacityError, ConfigError, FedseaError, ProtocolError, TransportError
 from fedsea.privacy.boundary import Boundary
 from fedsea.types import Channel
+from fedsea.wire import arrival
 from fedsea.wire import messages as m
 from fedsea.wire.calls import open_channel
 from fedsea.wire.channel import ClientStream, call_renew, call_status
 from fedsea.wire.errors import CODE_KEY
-from fedsea.wire.identity import Authority, Identity, PeerGate, begin_renewal, finish_renewal
+from fedsea.wire.identity import Authority, Identity, PeerGate, begin_renewal, certificates, finish_renewal
 from fedsea.wire.sealing.keys import SealBroken
 from fedsea.wire.server import PeerSession
 from fedsea.wire.transport import ADMITTED, DEFAULT_TIMING, RENEW, SESSION, STATUS
@@ -402,6 +404,37 @@ def test_status_and_renewal_go_sealed_through_a_relay(party: Party) -> None:
 
     run(all_of_it())
     assert renewed[0].not_after > old.not_after
+
+
+def test_a_client_that_does_not_finish_the_handshake_is_cut_off(party: Party, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(arrival, "HANDSHAKE_S", 0.2)
+
+    async def work() -> None:
+        async with running(party) as (server, address):
+            channel = open_channel(address, party.edge, DEFAULT_TIMING)
+            call = channel.stream_stream(SESSION)()
+            with pytest.raises(grpc.aio.AioRpcError, match="handshake was not done"):
+                await call.read()
+            assert not server.sessions
+            await channel.close()
+
+    run(work())
+
+
+def test_a_server_whose_certificate_was_replaced_makes_handshakes_with_the_new_one(party: Party) -> None:
+    async def work() -> None:
+        async with running(party) as (server, address), relaying(party.edge, address) as relay:
+            async with await join(relay.address, party.clients["clinic"]) as before:
+                new = Identity.load(party.authority.issue_server(["127.0.0.1"], folder=party.folder / "server"))
+                assert new.serial != party.server.serial
+                server.replace_identity(new)
+                await answered(before, 0)
+                async with await join(relay.address, party.clients["bank"]) as after:
+                    await answered(after, 0)
+            shown = certificates.certificate_from_pem(new.certificate_pem, "it").public_bytes(Encoding.DER)
+            assert [shown in call.down[0] for call in relay.carried] == [False, True]
+
+    run(work())
 
 
 # --- without a relay --------------------------------------------------------------------------------------------------
