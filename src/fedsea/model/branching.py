@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 if TYPE_CHECKING:
-    from fedsea.model.segments import Segment
+    from fedsea.model.segment import Segment
 
 
 class Attends(Protocol):

@@ -12,7 +12,8 @@ from fedsea.errors import ConfigError
 from fedsea.model import adapters
 from fedsea.model.attention import checkpoint_activations
 from fedsea.model.partition import Layout, build, cut
-from fedsea.model.segments import InputBlocks, OutputBlocks, Segment, Trunk
+from fedsea.model.segment import Segment
+from fedsea.model.segments import InputBlocks, OutputBlocks, Trunk
 from fedsea.plan import FederationPlan, ModelSection
 from fedsea.types import BlockRange, Partition, SegmentKind
 
