@@ -5,25 +5,26 @@ from __future__ import annotations
 import logging
 import time
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from concurrent.futures import Future
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import torch
 
 from fedsea.client.evaluation import evaluate
+from fedsea.client.releases import Releases
 from fedsea.client.secure import SecureRounds
 from fedsea.client.segments import ClientSegments
 from fedsea.client.state import ClientState, ClientStore, Prepared
-from fedsea.client.trunk import Connected, MicroBatch, Sealed, StepInterrupted, Trunk
+from fedsea.client.trunk import Connected, MicroBatch, StepInterrupted, Trunk
 from fedsea.data.batches import BatchStream
 from fedsea.errors import FedseaError, ProtocolError, StorageError
 from fedsea.federation.schedule import place
 from fedsea.plan import FederationPlan
 from fedsea.plan.trust import needs_norms
 from fedsea.privacy.boundary import Boundary, Maskable
-from fedsea.types import Purpose, TokenBatch
+from fedsea.types import TokenBatch
 from fedsea.wire import messages as m
 
 log = logging.getLogger(__name__)
@@ -71,31 +72,12 @@ class Observer(Protocol):
         ...
 
 
-@dataclass(frozen=True, slots=True)
-class _Answered:
-    """What the trunk answered, and the gradient as released for that answer."""
-
-    output: torch.Tensor
-    gradient: Sealed
-
-
-@dataclass(frozen=True, slots=True)
-class _Update:
-    """What was released for a round, or a step, and for which values."""
-
-    key: tuple[str, int]
-    tensors: Mapping[str, torch.Tensor]
-    sealed: Sealed
-
-
 @dataclass(slots=True)
 class _Work:
-    """One step under way at this client: its micro-batches, and hidden states and gradients as first released."""
+    """One step under way at this client: its micro-batches."""
 
     batches: list[TokenBatch]
     data_after: dict[str, int]
-    released: dict[int, Sealed] = field(default_factory=dict)
-    gradients: dict[int, _Answered] = field(default_factory=dict)
 
 
 class Trainer:
@@ -137,7 +119,7 @@ class Trainer:
         self._work: _Work | None = None
         self._seconds: dict[str, float] = {}
         self._evaluated_at = -1
-        self._update: _Update | None = None
+        self._releases = Releases(trunk, boundary)
         self._reference: dict[str, torch.Tensor] = {}  # what the server knows of the parameters; only if noise needs it
 
     def restore(self) -> None:
@@ -204,7 +186,8 @@ class Trainer:
                         raise ProtocolError("The server began secure aggregation, which is not in the plan.")
                     self.secure.receive(event)
                 case m.RoundOpen():
-                    sealed = self._seal_update(("round", event.round), self.segments.parameters())
+                    parameters = self.segments.parameters()
+                    sealed = self._releases.update(("round", event.round), parameters, self._reference)
                     self.trunk.update(event.round, self.store.state.round_tokens, sealed)
                 case m.RoundResult():
                     self._take_round(event)
@@ -255,9 +238,8 @@ class Trainer:
         def launch(number: int) -> None:
             with self._timed("input"):
                 hidden[number] = self.segments.embed(work.batches[number], update, number)
-                if number not in work.released:
-                    work.released[number] = self._seal_hidden(work.batches[number], hidden[number])
-            outputs.append(self.trunk.forward(self._where(opened, work, number), work.released[number]))
+                sealed = self._releases.hidden(number, work.batches[number], hidden[number])
+            outputs.append(self.trunk.forward(self._where(opened, work, number), sealed))
 
         for number in range(min(self.plan.training.in_flight, count)):
             launch(number)
@@ -269,7 +251,7 @@ class Trainer:
             total += loss
             embedded = hidden.pop(number)
             if gradient is not None:
-                sealed = self._seal_gradient(work, number, output, gradient)
+                sealed = self._releases.gradient(number, work.batches[number], output, gradient)
                 answer = self.trunk.backward(self._where(opened, work, number), sealed)
                 if self.segments.trains_input:
                     returned.append((embedded, answer))
@@ -280,20 +262,6 @@ class Trainer:
         while returned:
             self._backward_input(*returned.popleft())
         return total
-
-    def _seal_hidden(self, batch: TokenBatch, hidden_TH: torch.Tensor) -> Sealed:
-        return self.trunk.seal(self.boundary.hidden(hidden_TH, batch.origin(Purpose.TRAINING)))
-
-    def _seal_gradient(self, work: _Work, number: int, output_TH: torch.Tensor, gradient_TH: torch.Tensor) -> Sealed:
-        """The gradient for an answer of the trunk's; one that was released for the very same answer is sent again."""
-        before = work.gradients.get(number)
-        if before is not None and torch.equal(before.output, output_TH):
-            return before.gradient
-        origin = work.batches[number].origin(Purpose.TRAINING)
-        sealed = self.trunk.seal(self.boundary.gradient(gradient_TH, origin))
-        if self.boundary.noise is not None:
-            work.gradients[number] = _Answered(output_TH, sealed)
-        return sealed
 
     def _backward_input(self, hidden_TH: torch.Tensor, answer: Future[torch.Tensor | None]) -> None:
         with self._timed("trunk"):
@@ -316,20 +284,12 @@ class Trainer:
         if prepared is None:
             return
         sums = prepared.gradients if self.plan.aggregation.sync == "step" else {}
-        sealed = self._seal_update(("step", prepared.step), sums)
+        sealed = self._releases.update(("step", prepared.step), sums, {})
         norm = prepared.squared_norm if needs_norms(self.plan) else 0.0
         self.trunk.ready(prepared.step, attempt, prepared.num_target_tokens, norm, sealed)
 
     def _maskable(self) -> Maskable:
-        return self.boundary.maskable(self.segments.parameters(), self._reference)
-
-    def _seal_update(self, key: tuple[str, int], tensors: Mapping[str, torch.Tensor]) -> Sealed:
-        """An update as first released: asked for again, it is the same bytes, unless its values are others by now."""
-        before = self._update
-        if before is None or before.key != key or not _alike(before.tensors, tensors):
-            reference = self._reference if key[0] == "round" else {}
-            before = self._update = _Update(key, tensors, self.trunk.seal(self.boundary.update(tensors, reference)))
-        return before.sealed
+        return self._releases.maskable(self.segments.parameters(), self._reference)
 
     def _apply(self, done: m.StepDone) -> None:
         prepared, state = self.store.prepared, self.store.state
@@ -357,6 +317,7 @@ class Trainer:
             self.store.save(after, self._tensors())
         num_tokens = sum(batch.num_tokens for batch in self._work.batches) if self._work else 0
         self._work = None
+        self._releases.forget()
         report = StepReport(
             done.step,
             place(self.plan, done.step).round,
@@ -380,9 +341,7 @@ class Trainer:
             self.segments.load_parameters(self.segments.parameters() | dict(result.tensors))  # type: ignore[arg-type]
             if self._reference:
                 self._reference |= dict(result.tensors)  # type: ignore[arg-type]
-            if self._work is not None:
-                self._work.released.clear()
-                self._work.gradients.clear()
+            self._releases.forget()
         state = replace(self.store.state, rounds_done=result.round + 1, round_tokens=0)
         self.store.save(state, self._tensors())
         self._evaluate_once(always=True)
@@ -400,12 +359,6 @@ class Trainer:
 
     def _timed(self, phase: str) -> _Timer:
         return _Timer(self._seconds, phase)
-
-
-def _alike(one: Mapping[str, torch.Tensor], other: Mapping[str, torch.Tensor]) -> bool:
-    return one is other or (
-        one.keys() == other.keys() and all(torch.equal(tensor, other[name]) for name, tensor in one.items())
-    )
 
 
 class _Timer:

@@ -182,7 +182,7 @@ class Boundary:
 
 
 class Maskable:
-    """An update that was clipped, charged and noised once, and that leaves under masks only; see `Boundary.maskable`."""
+    """An update that was clipped, charged and noised once, and leaves under masks only; see `Boundary.maskable`."""
 
     def __init__(self, values: Mapping[str, torch.Tensor]) -> None:
         self._values = values
