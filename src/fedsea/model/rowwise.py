@@ -75,15 +75,16 @@ def attend_own(
     return out_BNTD.transpose(1, 2).contiguous(), None
 
 
-def own_jacobians(output_blocks: OutputBlocks, hidden_TH: torch.Tensor) -> torch.Tensor:
+def own_jacobians(output_blocks: OutputBlocks, hidden_TH: torch.Tensor, start: int = 0) -> torch.Tensor:
     """How each row's final hidden state (after the last norm) changes with the same row at the segment's input.
 
     Args:
         output_blocks: The segment.
-        hidden_TH: One sequence at its input.
+        hidden_TH: One sequence at its input, or the beginning of one: later rows do not matter.
+        start: The first row that is wanted.
 
     Returns:
-        [T, H, H]: row t, input component, output component; so `[t] @ cotangent` is a gradient at the input.
+        [T - start, H, H]: row, input component, output component; so `[0] @ cotangent` is a gradient at the input.
     """
     num_rows, width = hidden_TH.shape
     at_once = max(1, _ROWS_AT_ONCE // num_rows)
@@ -97,5 +98,5 @@ def own_jacobians(output_blocks: OutputBlocks, hidden_TH: torch.Tensor) -> torch
         cotangent_CTH = torch.zeros(copies, num_rows, width, device=out_TH.device, dtype=out_TH.dtype)
         cotangent_CTH[torch.arange(copies), :, columns_C] = 1.0
         (gradient_TH,) = torch.autograd.grad(out_TH, leaf_TH, cotangent_CTH.flatten(0, 1))
-        parts.append(gradient_TH.view(copies, num_rows, width))
+        parts.append(gradient_TH.view(copies, num_rows, width)[:, start:])
     return torch.cat(parts).permute(1, 2, 0).contiguous()

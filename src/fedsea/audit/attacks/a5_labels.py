@@ -75,13 +75,14 @@ def _joint(
 def decode(attacker: Attacker, seen: Observation) -> DecodedLabels:
     """What one gradient of one sequence says."""
     assert seen.gradient_TH is not None
-    output_TH = _as_sent(attacker, outputs_of(attacker, seen))
+    output_TH = _as_sent(attacker, outputs_of(attacker, seen)).to(attacker.base.device)
+    gradient_TH = seen.gradient_TH.float().to(attacker.base.device)
     return decode_labels(
         attacker.output_blocks,
         output_TH,
-        seen.gradient_TH.float(),
+        gradient_TH,
         (seen.length,),
-        noise_std_T=attacker.row_variance(Channel.GRADIENT, seen.gradient_TH.float()).sqrt(),
+        noise_std_T=attacker.row_variance(Channel.GRADIENT, gradient_TH).sqrt(),
         every_row=attacker.plan.data.loss_on == "all",
     )
 
@@ -91,7 +92,7 @@ def outputs_of(attacker: Attacker, seen: Observation) -> torch.Tensor:
     if seen.output_TH is not None:
         return seen.output_TH.float()
     with torch.no_grad():
-        return attacker.trunk(seen.hidden_TH.float(), (seen.length,)).float()
+        return attacker.trunk(seen.hidden_TH.float().to(attacker.base.device), (seen.length,)).float()
 
 
 def _as_sent(attacker: Attacker, output_TH: torch.Tensor) -> torch.Tensor:
@@ -99,6 +100,7 @@ def _as_sent(attacker: Attacker, output_TH: torch.Tensor) -> torch.Tensor:
     name = attacker.codecs.get(Channel.HIDDEN, "fp32")
     if name == "fp32":
         return output_TH
+    output_TH = output_TH.cpu()
     codec, decoded_TH = CODECS[name], torch.empty(output_TH.shape)
     raw = torch.cat([part.contiguous().view(torch.uint8).flatten() for part in codec.encode(output_TH)])
     codec.decode(raw, decoded_TH)

@@ -11,6 +11,8 @@ with the row's gradient; what the label found contributes to earlier rows is sub
 
 from __future__ import annotations
 
+import bisect
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -27,6 +29,9 @@ _ROUNDING = 1e-6
 
 _NO_LABEL_PRIOR = 0.5
 _CHUNK_VALUES = 1 << 24
+_JACOBIAN_VALUES = 1 << 27
+"""Of rows' Jacobians that are held at once, H * H a row."""
+
 _EXACT = 8
 """Labels of a row whose distance is computed once more, term by term: the expanded square cancels at 1e-7."""
 
@@ -76,12 +81,43 @@ def _head(output_blocks: OutputBlocks, out_TH: torch.Tensor) -> _Head:
     return _Head(weight_VH, slope_TV, logits_TV.log_softmax(-1))
 
 
+class _Jacobians:
+    """Each row's own Jacobian, worked out for as many rows at once as memory allows.
+
+    Args:
+        output_blocks: The public ones.
+        output_TH: Where they are taken.
+        lengths: Tokens of each sequence.
+    """
+
+    def __init__(self, output_blocks: OutputBlocks, output_TH: torch.Tensor, lengths: Sequence[int]) -> None:
+        self._blocks = output_blocks
+        self._sequences = torch.split(output_TH, list(lengths))
+        self._starts = [sum(lengths[:number]) for number in range(len(lengths))]
+        self.at_once = max(1, _JACOBIAN_VALUES // output_TH.shape[1] ** 2)
+        self._held: dict[int, tuple[int, torch.Tensor]] = {}
+
+    def __call__(self, rows: torch.Tensor) -> torch.Tensor:
+        """[B, H, H] of some rows, best asked for from last to first."""
+        return torch.stack([self._one(row) for row in rows.tolist()])
+
+    def _one(self, row: int) -> torch.Tensor:
+        number = bisect.bisect_right(self._starts, row) - 1
+        place = row - self._starts[number]
+        first, held_RHH = self._held.get(number, (0, None))
+        if held_RHH is None or not first <= place < first + len(held_RHH):
+            first = max(0, place + 1 - max(1, self.at_once // len(self._sequences)))
+            held_RHH = own_jacobians(self._blocks, self._sequences[number][: place + 1], first)
+            self._held[number] = first, held_RHH
+        return held_RHH[place - first]
+
+
 @dataclass(slots=True)
 class _Rows:
     """Working state of one pass over the rows."""
 
     head: _Head
-    jacobian_THH: torch.Tensor
+    jacobians: _Jacobians
     residual_TH: torch.Tensor
     deviation_T: torch.Tensor
     may_be_none: bool
@@ -92,7 +128,7 @@ class _Rows:
 
     def decode(self, rows: torch.Tensor) -> None:
         """Compare every label with the gradient of some rows, of which no later row's label is unknown."""
-        head, pull_BHH = self.head, self.jacobian_THH[rows]
+        head, pull_BHH = self.head, self.jacobians(rows)
         p_BV = head.log_p_TV[rows].exp()
         seen_BH = self.residual_TH[rows]
         # seen = pull (W^T D p - D_v W_v), so what is left for label v is  base + D_v pull W_v.
@@ -102,14 +138,14 @@ class _Rows:
         if head.slope_TV is not None:
             cross_BV, square_BV = cross_BV * head.slope_TV[rows], square_BV * head.slope_TV[rows] ** 2
         distance_BV = (base_BH.square().sum(-1, keepdim=True) + 2 * cross_BV + square_BV).clamp_min(0)
-        self._refine(rows, distance_BV, base_BH)
+        self._refine(rows, distance_BV, base_BH, pull_BHH)
         weight_B1 = 0.5 / self.deviation_T[rows, None].square()
         likelihood_BV = -distance_BV * weight_B1
         posterior_BV = likelihood_BV + head.log_p_TV[rows]
         none_B1 = -seen_BH.square().sum(-1, keepdim=True) * weight_B1
         scores = torch.cat([posterior_BV, none_B1 if self.may_be_none else torch.full_like(none_B1, -torch.inf)], 1)
         if self.may_be_none:
-            scores[:, -1:] += torch.log(torch.tensor(_NO_LABEL_PRIOR))
+            scores[:, -1:] += math.log(_NO_LABEL_PRIOR)
         best_B = scores.argmax(-1)
         is_none_B = best_B == posterior_BV.shape[1]
         self.labels_T[rows] = torch.where(is_none_B, NO_LABEL, best_B)
@@ -120,13 +156,15 @@ class _Rows:
         found_B = distance_BV.gather(1, best_B.clamp_max(posterior_BV.shape[1] - 1)[:, None]).squeeze(1)
         self.leftover_T[rows] = torch.where(is_none_B, seen_BH.square().sum(-1), found_B)
 
-    def _refine(self, rows: torch.Tensor, distance_BV: torch.Tensor, base_BH: torch.Tensor) -> None:
+    def _refine(
+        self, rows: torch.Tensor, distance_BV: torch.Tensor, base_BH: torch.Tensor, pull_BHH: torch.Tensor
+    ) -> None:
         head = self.head
         nearest_BE = distance_BV.topk(min(_EXACT, distance_BV.shape[1]), largest=False).indices
         label_BEH = head.weight_VH[nearest_BE]
         if head.slope_TV is not None:
             label_BEH = label_BEH * head.slope_TV[rows].gather(1, nearest_BE)[..., None]
-        left_BEH = base_BH[:, None] + label_BEH @ self.jacobian_THH[rows].transpose(1, 2)
+        left_BEH = base_BH[:, None] + label_BEH @ pull_BHH.transpose(1, 2)
         distance_BV.scatter_(1, nearest_BE, left_BEH.square().sum(-1))
 
 
@@ -158,30 +196,29 @@ def decode_labels(
         Labels, which are the text shifted by one, and how likely each was.
     """
     gradient_TH = gradient_TH.float()
-    ends_B = torch.tensor(lengths).cumsum(0)
+    device = gradient_TH.device
+    ends_B = torch.tensor(lengths, device=device).cumsum(0)
     largest = float(gradient_TH.norm(dim=1).max()) / gradient_TH.shape[1] ** 0.5
     floor = max(_ROUNDING * largest, 1e-12)
-    known_T = torch.zeros(len(gradient_TH)) if noise_std_T is None else noise_std_T.float()
+    known_T = torch.zeros(len(gradient_TH), device=device) if noise_std_T is None else noise_std_T.float()
     deviation_T = known_T.clamp_min(floor)
     leaf_TH = output_TH.detach().float().requires_grad_()
     with torch.enable_grad():
         out_TH = output_blocks.final(leaf_TH, lengths)
     head = _head(output_blocks, out_TH.detach())
-    jacobian_THH = torch.cat(
-        [own_jacobians(output_blocks, part) for part in torch.split(leaf_TH.detach(), list(lengths))]
-    )
+    jacobians = _Jacobians(output_blocks, leaf_TH.detach(), lengths)
     graph = (leaf_TH, out_TH) if len(output_blocks.blocks) else None
-    decoded = _pass(head, jacobian_THH, gradient_TH, graph, ends_B, lengths, deviation_T, every_row)
+    decoded = _pass(head, jacobians, gradient_TH, graph, ends_B, lengths, deviation_T, every_row)
     if decoded.residual_std > 2 * float(deviation_T.median()):
         # The client's output blocks are not the public ones any more: what they change is noise to us.
         deviation_T = deviation_T.clamp_min(decoded.residual_std)
-        decoded = _pass(head, jacobian_THH, gradient_TH, graph, ends_B, lengths, deviation_T, every_row)
+        decoded = _pass(head, jacobians, gradient_TH, graph, ends_B, lengths, deviation_T, every_row)
     return decoded
 
 
 def _pass(
     head: _Head,
-    jacobian_THH: torch.Tensor,
+    jacobians: _Jacobians,
     gradient_TH: torch.Tensor,
     graph: tuple[torch.Tensor, torch.Tensor] | None,
     ends_B: torch.Tensor,
@@ -189,36 +226,36 @@ def _pass(
     deviation_T: torch.Tensor,
     every_row: bool,
 ) -> DecodedLabels:
-    shape = head.log_p_TV.shape
+    shape, device = head.log_p_TV.shape, gradient_TH.device
     state = _Rows(
         head,
-        jacobian_THH,
+        jacobians,
         gradient_TH.clone(),
         deviation_T,
         not every_row,
-        torch.zeros(shape),
-        torch.full(shape[:1], NO_LABEL),
-        torch.zeros(shape),
-        torch.zeros(shape[:1]),
+        torch.zeros(shape, device=device),
+        torch.full(shape[:1], NO_LABEL, device=device),
+        torch.zeros(shape, device=device),
+        torch.zeros(shape[:1], device=device),
     )
-    carrying_T = torch.ones(shape[0], dtype=torch.bool)
+    carrying_T = torch.ones(shape[0], dtype=torch.bool, device=device)
     carrying_T[ends_B - 1] = False
     if graph is None:  # without blocks no row owes anything to another one
-        for rows in torch.split(carrying_T.nonzero().squeeze(1), 1024):
+        for rows in torch.split(carrying_T.nonzero().squeeze(1), min(1024, jacobians.at_once)):
             state.decode(rows)
     else:
         _last_to_first(state, graph, ends_B, lengths)
     width = gradient_TH.shape[1]
     left = state.leftover_T[carrying_T]
     residual_std = float((left.median() / width).sqrt()) if left.numel() else 0.0
-    return DecodedLabels(state.labels_T, state.likelihood_TV, head.log_p_TV, residual_std)
+    return DecodedLabels(state.labels_T.cpu(), state.likelihood_TV.cpu(), head.log_p_TV.cpu(), residual_std)
 
 
 def _last_to_first(
     state: _Rows, graph: tuple[torch.Tensor, torch.Tensor], ends_B: torch.Tensor, lengths: Sequence[int]
 ) -> None:
     leaf_TH, out_TH = graph
-    lengths_B = torch.tensor(lengths)
+    lengths_B = torch.tensor(lengths, device=ends_B.device)
     for back in range(2, max(lengths) + 1):
         rows = (ends_B - back)[lengths_B >= back]
         state.decode(rows)
