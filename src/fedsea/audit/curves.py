@@ -88,7 +88,7 @@ def noise_curve(
     options: AuditOptions,
     progress: Progress,
 ) -> list[Point]:
-    """Best of A1 and A2 on the targets, and perplexity on plain texts, at rising noise; at the plan's own cut."""
+    """A2 (A1 without noise) on the targets, and perplexity on plain texts, at rising noise; at the plan's own cut."""
     points: list[Point] = []
     plain = attacker_of(subject, subject.partition, {}, texts, options)
     targets = fresh(targets, options.scale.curve_tokens)
@@ -102,7 +102,7 @@ def noise_curve(
         tap.observe(sent)
         cost = perplexity(subject, plain_texts, options, plan)
         attacker = replace(plain, noise_std={Channel.HIDDEN: std} if std else {})
-        found = _best(attacker, sent, texts, options.seed, noised=std > 0)
+        found = _forward(attacker, sent, texts, options.seed, noised=std > 0)
         points.append({"rho": rho, "std": round(std, 6), **_point(found), "perplexity": round(cost, 4)})
         progress(number + 1, len(options.scale.rhos))
     return points
@@ -126,7 +126,7 @@ def cut_curves(
         Tap(plan, subject.checkpoint, subject.name, key=options.key("cut", axis, number)).observe(sent)
         attacker = attacker_of(subject, partition, std, texts, options)
         if axis == "k":
-            found = _best(attacker, sent, texts, options.seed, noised=Channel.HIDDEN in std)
+            found = _forward(attacker, sent, texts, options.seed, noised=Channel.HIDDEN in std)
         else:
             answers = a5_labels.run(replace(attacker, plan=plan), sent)
             found = score(sent, answers, guesses_of(attacker, sent), texts.decode, options.seed)
@@ -135,12 +135,10 @@ def cut_curves(
     return {axis: found for axis, found in points.items() if found}
 
 
-def _best(attacker: Attacker, targets: Sequence[Target], texts: Texts, seed: int, *, noised: bool) -> Score:
-    """The better of A1 and A2; without noise A1 is enough."""
-    guesses = guesses_of(attacker, targets)
-    attacks = (a1_nearest, a2_likelihood) if noised else (a1_nearest,)
-    scores = [score(targets, module.run(attacker, targets), guesses, texts.decode, seed) for module in attacks]
-    return max(scores, key=lambda item: item.recovery.value)
+def _forward(attacker: Attacker, targets: Sequence[Target], texts: Texts, seed: int, *, noised: bool) -> Score:
+    """A2 against noise; without noise A1 is enough."""
+    answers = (a2_likelihood if noised else a1_nearest).run(attacker, targets)
+    return score(targets, answers, guesses_of(attacker, targets), texts.decode, seed)
 
 
 def _point(found: Score) -> Point:
@@ -167,6 +165,8 @@ def curves(
         The curves, and a sentence about those that did not fit; "" if all did.
     """
     chosen, found = list(targets)[: options.scale.curve_sequences], {}
+    if not chosen:
+        return found, ""
     try:
         found["noise"] = noise_curve(subject, chosen, plain_texts, texts, options, clock.watch("curve of noise"))
         found |= cut_curves(subject, chosen, texts, options, clock.watch("curves of the cut"))

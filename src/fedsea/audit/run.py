@@ -30,6 +30,8 @@ _ENOUGH = 0.95
 _SELF_CHECK_SEQUENCES = 4
 _SELF_CHECK_TOKENS = 32
 _SMALLEST_PART_S = 2.0
+_MEMBERS = 32
+"""Texts of the membership attack, half of which are trained on."""
 
 
 def audit(
@@ -215,13 +217,19 @@ class _Audit:
             return Outcome(attack, "skipped", reason="this version does not have it")
         watch = self._clock.watch(f"{attack.id} {attack.title}")
         try:
-            answers = module.run(self._attacker, targets, watch)
+            answers = module.run(self._attacker, self._aims(attack, targets), watch)
         except OutOfTime:
             return Outcome(attack, "skipped", reason="the time was up")
         if attack.answers == "own":
             return own(attack, answers)
         guesses = drawn.guesses_of(self._attacker, targets)
         return scored(attack, score(targets, answers, guesses, self._texts.decode, self._options.seed), answers)
+
+    def _aims(self, attack: Attack, targets: Sequence[Target]) -> Sequence[Target]:
+        """What an attack is run on; membership needs more texts, all made in the same way, and none that was seen."""
+        if attack.id == "A8":
+            return self._texts.canaries(max(_MEMBERS, self._scale.canaries), self._options.seed + 4)
+        return targets
 
     def _inapplicable(self, attack: Attack) -> str:
         """Why an attack has nothing to look at under this plan; "" if it has."""

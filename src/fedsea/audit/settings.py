@@ -29,7 +29,7 @@ class Scale:
         known: Texts that the attacker knows, for alignment.
         public: Texts that the public model writes, to train an inverter on.
         rhos: Noise of the curve, as mean noise norm over mean norm of the hidden states.
-        curve_sequences: Sequences at each point of a curve.
+        curve_sequences: Sequences at each point of a curve; 0: no curves.
         curve_tokens: Their length.
         minutes: Time budget.
     """

@@ -48,14 +48,27 @@ def _least_squares(seen_TH: torch.Tensor, clean_TH: torch.Tensor, shrinkage: flo
     return lambda rows: (rows - from_H) + (rows - from_H) @ change_HH + to_H
 
 
-def align(attacker: Attacker, known: Sequence[Target]) -> tuple[Map, float]:
+def _whitening(errors_TH: torch.Tensor) -> torch.Tensor:
+    """The inverse root of the errors' second moment, shrunk towards a multiple of the identity."""
+    errors = errors_TH.double()
+    rows, width = errors.shape
+    moment_HH = errors.T @ errors / rows
+    mean = moment_HH.diagonal().mean().clamp_min(1e-12)
+    weight = min(1.0, width / (rows + width))
+    moment_HH = (1 - weight) * moment_HH + weight * mean * torch.eye(width, dtype=errors.dtype)
+    values, vectors = torch.linalg.eigh(moment_HH)
+    return (vectors * values.clamp_min(1e-12).rsqrt() @ vectors.T).float()
+
+
+def align(attacker: Attacker, known: Sequence[Target]) -> tuple[Map, torch.Tensor | None]:
     """The map from what is seen to what the public weights compute.
 
     Returns:
-        The map, and the mean squared error per value that it leaves on known texts that were left out.
+        The map, and the whitening [H, H] of what it leaves on known texts that were left out: directions in which it
+        errs count less. None without known texts.
     """
     if len(known) < 2:
-        return (lambda rows: rows), 0.0
+        return (lambda rows: rows), None
     cut = max(1, len(known) * 3 // 4)
     fitted, held = _rows(attacker, known[:cut]), _rows(attacker, known[cut:])
 
@@ -63,18 +76,20 @@ def align(attacker: Attacker, known: Sequence[Target]) -> tuple[Map, float]:
         squares = [lambda s, c, a=a: _least_squares(s, c, a) for a in _SHRINKAGE]
         return [lambda s, c: lambda rows: rows, _rotation, *squares]  # noqa: ARG005
 
-    errors = [float((make(*fitted)(held[0]) - held[1]).square().mean()) for make in makers()]
-    best = min(range(len(errors)), key=errors.__getitem__)
-    return makers()[best](*_rows(attacker, known)), errors[best]
+    left = [make(*fitted)(held[0]) - held[1] for make in makers()]
+    best = min(range(len(left)), key=lambda number: float(left[number].square().mean()))
+    return makers()[best](*_rows(attacker, known)), _whitening(left[best])
 
 
 def run(attacker: Attacker, targets: Sequence[Target], progress: Progress = unheard) -> list[Recovered]:
     """Recover every target from its first pass alone, with the map undone."""
-    undo, error = align(attacker, attacker.known)
+    undo, metric_HH = align(attacker, attacker.known)
     seen = []
     for target in targets:
         rows_TH = target.observations[0].hidden_TH.float()
-        variance_T = torch.maximum(attacker.row_variance(Channel.HIDDEN, rows_TH), torch.tensor(error))
-        seen.append(Seen(undo(rows_TH), variance_T))
+        variance_T = attacker.row_variance(Channel.HIDDEN, rows_TH)
+        if metric_HH is not None:  # what is left on the known texts holds the noise and the rounding too
+            variance_T = torch.ones_like(variance_T)
+        seen.append(Seen(undo(rows_TH), variance_T, metric_HH=metric_HH))
     truths = [target.ids_T for target in targets]
     return search(attacker, seen, truths, beam=attacker.beam, prior=True, progress=progress)

@@ -39,11 +39,13 @@ class Seen:
         rows_TH: Hidden states as observed.
         variance_T: Of their difference from the client's own.
         evidence_TV: Further log-likelihood of each position's token (of the backward channel, say).
+        metric_HH: Differences are multiplied by it before they are measured; the same for all sequences of a search.
     """
 
     rows_TH: torch.Tensor
     variance_T: torch.Tensor
     evidence_TV: torch.Tensor | None = None
+    metric_HH: torch.Tensor | None = None
 
 
 def seen_once(attacker: Attacker, target: Target) -> Seen:
@@ -106,6 +108,8 @@ class _Group:
         self._scores_SB[:, 0] = 0.0
         self._ids_SBt = torch.zeros(len(seen), beam, 0, dtype=torch.long, device=self._device)
         self._table_VH: torch.Tensor | None = None
+        metric_HH = seen[0].metric_HH
+        self._metric_HH = None if metric_HH is None else metric_HH.to(self._device)
         self._answers: dict[int, torch.Tensor] = {}
         self._position = 0
         self._considered = self._positions = 0
@@ -197,7 +201,10 @@ class _Group:
         width = max(1, self._attacker.most_rows // max(1, len(rows_OH)))
         for part_OC in torch.split(candidates_OC, width, dim=1):
             hidden_OCH = self._branches.peek(part_OC, which_O).float()
-            parts.append((hidden_OCH - rows_OH[:, None]).square().sum(dim=-1))
+            differences_OCH = hidden_OCH - rows_OH[:, None]
+            if self._metric_HH is not None:
+                differences_OCH = differences_OCH @ self._metric_HH
+            parts.append(differences_OCH.square().sum(dim=-1))
         return torch.cat(parts, dim=1)
 
     # --- the most likely hypotheses ---------------------------------------------------------------------------------

@@ -1,0 +1,167 @@
+"""A defence that is not there is found in the bytes; an audit that cannot see says so; one seed, one report."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from fedsea.audit import settings
+from fedsea.audit.attacks import a1_nearest
+from fedsea.audit.canaries import Texts
+from fedsea.audit.checks import check_taps
+from fedsea.audit.observe import Tap
+from fedsea.audit.outcome import AuditReport
+from fedsea.audit.run import audit
+from fedsea.audit.settings import AuditOptions, Clock
+from fedsea.audit.subject import open_subject, variant
+from fedsea.audit.targets import Recovered
+from fedsea.audit.verdict import Finding, Verdict
+from fedsea.errors import ConfigError
+from fedsea.plan import FederationPlan
+from fedsea.privacy.boundary import Boundary
+from fedsea.types import Channel, Release
+from tests.support.audited import PLAN, TINY, noised_plan
+
+CODECS = {Channel.HIDDEN: "fp32", Channel.GRADIENT: "fp32"}
+
+
+@pytest.fixture(autouse=True)
+def tiny(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(settings, "QUICK", TINY)
+
+
+class OneNoise:
+    """A boundary that begins its keystream anew for every release."""
+
+    def __init__(self, plan: FederationPlan) -> None:
+        self._plan = plan
+        self.statement = ""
+
+    def _fresh(self) -> Boundary:
+        return Boundary.of(self._plan, key=b"k" * 32)
+
+    def hidden(self, rows: torch.Tensor, origin: Any) -> Release:
+        return self._fresh().hidden(rows, origin)
+
+    def gradient(self, rows: torch.Tensor, origin: Any) -> Release:
+        return self._fresh().gradient(rows, origin)
+
+    def update(self, tensors: Any) -> Release:
+        return self._fresh().update(tensors)
+
+
+def _findings(plan_file: Path, boundary: Any = None, passes: int = 20) -> list[Finding]:
+    """What the checks say of some texts that go over the wire."""
+    subject = open_subject(plan_file)
+    targets = Texts(subject.tokenizer, subject.plan, 48).canaries(passes, 0)
+    pairs = Tap(variant(subject.plan, subject.name), subject.checkpoint, boundary=boundary, key=b"t" * 32).observe(
+        targets
+    )
+    taps = {Channel.HIDDEN: [pair[0] for pair in pairs], Channel.GRADIENT: [pair[1] for pair in pairs]}
+    return check_taps(subject, taps, CODECS)
+
+
+def test_noise_that_is_as_planned_is_found_to_be_so(tmp_path: Path) -> None:
+    subject = open_subject(noised_plan(tmp_path))
+    targets = Texts(subject.tokenizer, subject.plan, 48).canaries(20, 0)
+    pairs = Tap(variant(subject.plan, subject.name), subject.checkpoint, key=b"t" * 32).observe(targets)
+    for number, std in ((0, 2.0), (1, 0.01)):
+        added = torch.cat([(pair[number].seen_TH - pair[number].raw_TH).flatten() for pair in pairs])
+        assert added.numel() > 100_000  # so that a standard deviation is known to 0.3 %
+        assert abs(float(added.std()) / std - 1) < 0.01
+        assert abs(float(added.mean())) < 0.02 * std
+        assert all(not torch.equal(pair[number].seen_TH, pair[number].raw_TH) for pair in pairs)
+    assert _findings(noised_plan(tmp_path)) == []
+
+
+def test_clipped_and_noised_rows_are_found_to_be_so(tmp_path: Path) -> None:
+    clips = "hidden_clip = 40.0\ngradient_clip = 0.5\n"
+    assert _findings(noised_plan(tmp_path, extra=clips)) == []
+
+
+def test_noise_that_is_configured_but_not_applied_is_reported(tmp_path: Path) -> None:
+    file = noised_plan(tmp_path)
+    found = audit(
+        AuditOptions(file, quick=True, attacks=("A1", "A5")), boundary=Boundary.of(open_subject(PLAN).plan, "clinic")
+    )
+    assert found.verdict is Verdict.EXPOSED
+    said = [finding.sentence for finding in found.findings]
+    assert sum("configured but not applied" in sentence for sentence in said) == 2
+    assert any("configured but not applied" in sentence for sentence in found.sentences)
+
+
+def test_a_channel_that_was_forgotten_is_reported_and_attacked(tmp_path: Path) -> None:
+    found = audit(AuditOptions(noised_plan(tmp_path, hidden_std=8.0, gradient_std=0.0), quick=True, attacks=("A5",)))
+    assert any("forgotten: hidden states get noise, but gradients" in f.sentence for f in found.findings)
+    assert found.verdict is Verdict.EXPOSED
+    by_attack = found.by_attack()
+    assert by_attack["A5"]["gradient"]["recovery"] > 0.95
+
+
+def test_noise_that_is_used_twice_is_reported(tmp_path: Path) -> None:
+    file = noised_plan(tmp_path)
+    findings = _findings(file, OneNoise(open_subject(file).plan))
+    assert ["used twice" in finding.sentence for finding in findings] == [True, True]
+    assert {finding.verdict for finding in findings} == {Verdict.EXPOSED}
+
+
+def test_noise_that_is_too_small_is_reported(tmp_path: Path) -> None:
+    file = noised_plan(tmp_path)
+    (tmp_path / "weak").mkdir()
+    weaker = open_subject(noised_plan(tmp_path / "weak", hidden_std=1.9, gradient_std=0.0095)).plan
+    findings = _findings(file, Boundary.of(weaker, "clinic"))
+    assert [finding.verdict for finding in findings] == [Verdict.EXPOSED] * 2
+    assert "and the plan says 2" in findings[0].sentence
+
+
+def test_an_audit_that_does_not_see_the_open_text_declares_itself_broken(monkeypatch: pytest.MonkeyPatch) -> None:
+    def blind(attacker: Any, targets: Any, progress: Any = None) -> list[Recovered]:
+        return [Recovered(torch.zeros_like(target.ids_T)) for target in targets]
+
+    monkeypatch.setattr(a1_nearest, "run", blind)
+    found = audit(AuditOptions(PLAN, quick=True, attacks=("A1",)))
+    assert found.verdict is Verdict.BROKEN
+    assert found.verdict.exit_code == 23
+
+
+def test_the_same_seed_gives_the_same_report_and_another_one_other_texts(tmp_path: Path) -> None:
+    options = AuditOptions(noised_plan(tmp_path), quick=True, attacks=("A1", "A4"), seed=5)
+    first, again = audit(options), audit(options)
+    assert json.dumps(first.to_json()) == json.dumps(again.to_json())
+    assert first.examples == again.examples
+    other = audit(replace(options, seed=6, attacks=("A1",)))
+    assert other.examples[0]["original"] != first.examples[0]["original"]
+
+
+def test_attacks_that_do_not_fit_into_the_time_make_it_inconclusive(tmp_path: Path) -> None:
+    seconds = iter(range(10**6))
+    clock = Clock(1.5, lambda *_: None, now=lambda: float(next(seconds)))
+    found = audit(AuditOptions(noised_plan(tmp_path, 40.0, 2.0), quick=True), clock=clock)
+    assert found.skipped
+    assert found.verdict in (Verdict.INCONCLUSIVE, Verdict.BROKEN, Verdict.EXPOSED)
+    assert found.by_attack()["A9"]["hidden"]["status"] == "skipped"
+    assert any("Not run: " in sentence for sentence in found.sentences)
+
+
+def test_a_plan_that_trains_the_output_side_alone_has_a_closed_backward_channel(tmp_path: Path) -> None:
+    file = tmp_path / "plan.toml"
+    text = PLAN.read_text().replace('path = "model"', f'path = "{PLAN.parent / "model"}"')
+    file.write_text(text.replace("rank = 16", 'rank = 16\ninput = "frozen"\ntrunk = "frozen"'))
+    found: AuditReport = audit(AuditOptions(file, quick=True, attacks=("A1", "A5")))
+    assert found.by_attack()["A5"]["gradient"]["reason"].startswith("the backward channel is closed")
+    assert found.about["backward_channel"] == "closed"
+    assert found.verdict is Verdict.EXPOSED  # the forward channel is open
+
+
+def test_options_that_cannot_work_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="no attack A77"):
+        AuditOptions(PLAN, attacks=("A77",))
+    with pytest.raises(ConfigError, match="above 0"):
+        AuditOptions(PLAN, minutes=0.0)
+    with pytest.raises(ConfigError, match="holds no run of a client"):
+        audit(AuditOptions(tmp_path, quick=True))

@@ -1,0 +1,86 @@
+"""A small audit of the shipped model: its texts, its taps and the attacker."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import fedsea
+from fedsea.audit.attacker import Attacker
+from fedsea.audit.canaries import Texts
+from fedsea.audit.curves import attacker_of, fresh, guesses_of, norm_of
+from fedsea.audit.observe import Change, Tap, Tapped
+from fedsea.audit.scoring import Score, score
+from fedsea.audit.settings import AuditOptions, Scale
+from fedsea.audit.subject import Subject, open_subject, variant
+from fedsea.audit.targets import Target
+from fedsea.types import Channel, Partition
+
+PLAN = Path(fedsea.__file__).parent / "assets" / "plan.toml"
+SILO = Path(fedsea.__file__).parent / "assets" / "silos" / "bank.jsonl"
+
+CUT = Partition(1, 1)
+TINY = Scale(3, 2, 20, 2, 2, 3, 4, (0.0, 2.0), 0, 12, 5.0)
+"""So small that an audit takes a second or two; without curves."""
+
+
+@dataclass
+class Audited:
+    """Some texts of the bank's silo as one cut shows them to the server."""
+
+    attacker: Attacker
+    targets: list[Target]
+    texts: Texts
+    taps: list[list[Tapped]]
+
+    def score(self, module: Any, targets: Sequence[Target] | None = None) -> Score:
+        """Run an attack and score it, against other truths if some are given."""
+        truths = self.targets if targets is None else targets
+        answers = module.run(self.attacker, self.targets)
+        return score(truths, answers, guesses_of(self.attacker, truths), self.texts.decode)
+
+
+def noised_plan(folder: Path, hidden_std: float = 2.0, gradient_std: float = 0.01, extra: str = "") -> Path:
+    """A plan file of the shipped model with noise, without a clip."""
+    text = PLAN.read_text().replace('path = "model"', f'path = "{PLAN.parent / "model"}"')
+    noise = f"hidden_std = {hidden_std}\ngradient_std = {gradient_std}\n{extra}"
+    file = folder / "plan.toml"
+    file.write_text(text.replace("[adapter]", f'[trust]\nmode = "noised"\n\n[noise]\n{noise}\n[adapter]', 1))
+    return file
+
+
+def subject_of(plan: Path = PLAN) -> Subject:
+    return open_subject(plan)
+
+
+def observe(
+    partition: Partition = CUT,
+    *,
+    rho: float = 0.0,
+    epochs: int = 1,
+    count: int = 4,
+    tokens: int = 32,
+    change: Change | None = None,
+    parameters: Mapping[str, torch.Tensor] | None = None,
+    known: int = 0,
+    silo: Path = SILO,
+) -> Audited:
+    """Texts of the silo over the wire, with noise of so many times the hidden states' norm."""
+    subject = subject_of()
+    options = AuditOptions(PLAN, seed=0)
+    texts = Texts(subject.tokenizer, subject.plan, tokens)
+    targets = texts.of_files([silo], count)
+    plain = attacker_of(subject, partition, {}, texts, options)
+    std = rho * norm_of(plain, targets) / subject.checkpoint.hidden_size**0.5
+    plan = variant(subject.plan, subject.name, partition=partition, hidden_std=std)
+    tap = Tap(plan, subject.checkpoint, subject.name, parameters, key=options.key("test"), change=change)
+    attacker = replace(plain, plan=plan, noise_std={Channel.HIDDEN: std} if std else {}, beam=4)
+    taps = tap.observe(targets, epochs)
+    if known:
+        attacker.known = fresh(texts.of_files([silo], count + known)[count:], tokens)
+        tap.observe(attacker.known)
+    return Audited(attacker, targets, texts, taps)
