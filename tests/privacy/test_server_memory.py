@@ -105,6 +105,7 @@ def test_no_text_and_no_token_gets_into_the_servers_memory_metrics_or_log(
     with operated(fed) as server:
         other = fed.start_client("b", evaluate=True)
         fail_in_the_middle(fed, monkeypatch)
+        assert not found_in_memory(server.process.pid, canary), "after an error in the middle of a step"
         training = fed.start_client("a", evaluate=True)
         training.watch.wait_for(lambda: bool(training.watch.steps))
         assert not found_in_memory(server.process.pid, canary), "in the middle of the run"
