@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from fedsea.audit.attacker import Attacker, BaseModel
-from fedsea.audit.attacks import a1_nearest, a2_likelihood, a3_inverter, a4_averaging, a5_labels
+from fedsea.audit.attacks import a0_prior, a1_nearest, a2_likelihood, a3_inverter, a4_averaging, a5_labels
 from fedsea.audit.observe import Tap
 from fedsea.audit.scoring import Score, score
 from fedsea.audit.targets import Recovered, Target
@@ -56,7 +56,7 @@ class Sizes:
     inverter_s: float
 
 
-FULL = Sizes(targets=16, tokens=48, held=60, public=600, steps=100, batch=8, beam=8, inverter_s=25.0)
+FULL = Sizes(targets=12, tokens=48, held=48, public=600, steps=100, batch=8, beam=4, inverter_s=60.0)
 TINY = Sizes(targets=3, tokens=16, held=4, public=40, steps=2, batch=4, beam=2, inverter_s=0.5)
 
 
@@ -196,6 +196,12 @@ class Study:
     def averaged(self, plan: FederationPlan, targets: Sequence[Target]) -> dict[str, Any]:
         """A4."""
         return {"attack": "A4"} | self.figure(targets, a4_averaging.run(self.attacker(plan), targets))
+
+    def prior(self) -> float:
+        """Share of the tokens that the public model guesses, given the true ones before each."""
+        attacker = self.attacker(self.plan(Partition(0, 0)))
+        found: float = self.figure(self.targets(), a0_prior.run(attacker, self.targets()))["recovery"]
+        return found
 
     def without_a_server(self, cut: Partition, steps: int) -> float:
         """Perplexity of a client that joins its own input and output blocks, and trains them without any trunk."""
