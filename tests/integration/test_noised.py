@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import openai
 import pytest
 import torch
 
@@ -14,6 +16,8 @@ import fedsea
 from fedsea.cli import main
 from fedsea.client import accounts, results
 from fedsea.client import run as client_run
+from fedsea.client.drafters import PromptLookup
+from fedsea.client.gateway.run import Gateway, GatewaySettings
 from fedsea.client.generation import GenerationSettings, generate
 from fedsea.client.inference import open_decoder
 from fedsea.client.local_trunk import LocalTrunk
@@ -145,6 +149,47 @@ def test_hardly_any_noise_and_a_wide_clip_train_as_without(federation):
         losses.append([report.mean_loss for report in parts["a"].watch.steps])
     assert losses[0] != losses[1]
     assert losses[1] == pytest.approx(losses[0], rel=1e-3)
+
+
+def test_the_gateway_and_chat_answer_with_noise_until_the_budget_is_used_up(base_model, tmp_path):
+    noise = {**CLIPPED, "epsilon": 0.5}
+    template = "{% for message in messages %}{{ message['content'] }}{% endfor %}"
+    opened = open_local(base_model, template, trust={"mode": "noised"}, noise=noise, adapter=FROZEN)
+    settings = GatewaySettings(port=0, api_key="a key for tests", default_new_tokens=6)
+    with Ledger(tmp_path, opened.plan, "a") as ledger:
+        opened.decoder.boundary = Boundary.of(opened.plan, "a", ledger)
+        with (
+            Gateway(opened, settings, PromptLookup()) as gateway,
+            openai.OpenAI(base_url=gateway.url, api_key="a key for tests", max_retries=0, timeout=60.0) as client,
+        ):
+            messages = [{"role": "user", "content": "the old ship"}]
+            answered = client.chat.completions.create(model=opened.plan.name, messages=messages)
+            assert answered.usage.completion_tokens > 0
+            assert ledger.spent.account(Channel.HIDDEN, Purpose.INFERENCE).releases > 0
+            with pytest.raises(openai.PermissionDeniedError, match="privacy budget"):
+                _until_refused(lambda: client.chat.completions.create(model=opened.plan.name, messages=messages))
+        assert epsilon_of(ledger.spent.total**0.5, 1e-5) <= 0.5
+
+
+def _until_refused(ask: Callable[[], object]) -> None:
+    for _ in range(200):
+        ask()
+
+
+@pytest.mark.parametrize("codec", ["fp32", "bf16", "fp16", "int8"])
+def test_noise_goes_through_every_codec_and_a_bfloat16_model(federation, codec):
+    fed = noised(
+        federation,
+        noise={"hidden_std": 0.1, "gradient_std": 0.01},
+        model={"dtype": "bfloat16"},
+        wire={"hidden": codec, "gradient": codec},
+        training={"rounds": 1, "steps_per_round": 2},
+    )
+    part = fed.train()["a"]
+    assert part.result.next_step == 2
+    assert all(math.isfinite(report.mean_loss) for report in part.watch.steps)
+    alone = fed.client_options("a", run=fed.folder / "alone")
+    assert client_run.train_alone(fed.plan_file, "a", alone).next_step == 2
 
 
 # --- one release, one draw --------------------------------------------------------------------------------------------

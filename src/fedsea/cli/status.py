@@ -57,6 +57,8 @@ def _show(answer: dict[str, Any]) -> None:
     console = Console()
     console.print(facts)
     console.print(clients)
+    if said := answer.get("trust"):
+        console.print(said, soft_wrap=True, highlight=False)
 
 
 def _inference(now: dict[str, Any] | None) -> str:

@@ -41,7 +41,7 @@ def ledger_folder(plan: FederationPlan, run_id: str, identity: Path, run: Path) 
 
 @contextlib.contextmanager
 def open_boundary(
-    plan: FederationPlan, name: str, run_id: str, *, identity: Path, run: Path, settings: Path | None
+    plan: FederationPlan, name: str, run_id: str, *, identity: Path, run: Path, settings: Path | None, own_run: bool
 ) -> Iterator[Boundary]:
     """The boundary of a client that talks to a server, with its ledger; closed with the context.
 
@@ -52,6 +52,7 @@ def open_boundary(
         identity: Folder of its identity.
         run: Its run folder.
         settings: Its settings file.
+        own_run: Whether `run` is of this very run, and may say where the ledger is.
 
     Raises:
         ConfigError: The settings are laxer than the plan.
@@ -63,7 +64,7 @@ def open_boundary(
         return
     folder = ledger_folder(plan, run_id, identity, run)
     with Ledger(folder, plan, name, run_id, noise.over(plan, name)) as ledger:
-        if run_id != ALONE and run.is_dir():
+        if run_id != ALONE and own_run:
             write_bytes_atomic(run / POINTER, json.dumps({"folder": str(folder.resolve())}).encode())
         yield Boundary.of(plan, name, ledger, noise)
 

@@ -158,7 +158,7 @@ def train(options: ClientOptions, observer: Observer | None = None) -> TrainSumm
             options.retry,
             on_waiting=getattr(observer, "waiting", lambda _: None),
         )
-        with setup.open_boundary(plan, name, invited.invitation.run_id, options) as boundary:
+        with setup.open_boundary(plan, name, invited.invitation.run_id, options, own_run=True) as boundary:
             secure = _secure(options, invited, checkpoint, trunk)
             trainer = _trainer(plan, segments, silo, trunk, store, recorder, options, boundary, secure)
             trainer.restore()

@@ -139,11 +139,17 @@ def accept(options: ClientOptions) -> Invited:
 
 
 def open_boundary(
-    plan: FederationPlan, name: str, run_id: str, options: ClientOptions
+    plan: FederationPlan, name: str, run_id: str, options: ClientOptions, *, own_run: bool = False
 ) -> contextlib.AbstractContextManager[Boundary]:
     """The only maker of releases, with the ledger that they are charged to; see `client.accounts`."""
     return accounts.open_boundary(
-        plan, name, run_id, identity=options.identity, run=options.run, settings=options.settings
+        plan,
+        name,
+        run_id,
+        identity=options.identity,
+        run=options.run,
+        settings=options.settings,
+        own_run=own_run,
     )
 
 

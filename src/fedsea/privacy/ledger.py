@@ -96,7 +96,7 @@ class Ledger:
             if not spent.room_for(units, charge.every, limit):
                 raise BudgetExhausted(
                     "The privacy budget (noise.epsilon) does not cover the next release: nothing was sent, and what "
-                    f"was trained so far is kept. `fedsea ledger {self.folder}` shows what was spent. To go on, agree "
+                    "was trained so far is kept. `fedsea ledger RUN` shows what was spent. To go on, agree "
                     "with the operator on a plan with more noise, fewer steps or a larger budget."
                 )
             self._append(_entry_of(charge, units, new), durable=charge.bounded or not spent.unbounded)
