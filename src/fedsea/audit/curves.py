@@ -18,7 +18,7 @@ from fedsea.audit.settings import AuditOptions, Clock
 from fedsea.audit.subject import Subject, variant
 from fedsea.audit.targets import OutOfTime, Progress, Target
 from fedsea.plan import FederationPlan
-from fedsea.types import Channel, Partition
+from fedsea.types import IGNORE, Channel, Partition
 
 Point = dict[str, Any]
 
@@ -57,8 +57,9 @@ def fresh(targets: Sequence[Target], tokens: int) -> list[Target]:
     made = []
     for target in targets:
         aims = target.targets_T[:tokens].clone()
-        aims[-1] = target.targets_T[-1] if len(target.ids_T) <= tokens else -100
-        made.append(replace(target, ids_T=target.ids_T[:tokens], targets_T=aims, secrets=(), observations=[]))
+        aims[-1] = target.targets_T[-1] if len(target.ids_T) <= tokens else IGNORE
+        secrets = target.secrets if len(target.ids_T) <= tokens else ()
+        made.append(replace(target, ids_T=target.ids_T[:tokens], targets_T=aims, secrets=secrets, observations=[]))
     return made
 
 
@@ -164,7 +165,8 @@ def curves(
     Returns:
         The curves, and a sentence about those that did not fit; "" if all did.
     """
-    chosen, found = list(targets)[: options.scale.curve_sequences], {}
+    chosen = list(targets)[: options.scale.curve_sequences]
+    found: dict[str, list[Point]] = {}
     if not chosen:
         return found, ""
     try:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import textwrap
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -16,6 +17,7 @@ if TYPE_CHECKING:
     from rich.console import Console
     from rich.table import Table
 
+    from fedsea.audit.quick import TableRow
     from fedsea.evaluation.quickstart import QuickstartResult
 
 _TITLE_WIDTH = 44
@@ -41,7 +43,8 @@ def quickstart(
 
     with Parts(silent) as parts:
         if as_json:
-            output.say(run(QuickstartOptions(folder, steps), parts).to_json())
+            result = run(QuickstartOptions(folder, steps), parts)
+            output.result(json.loads(result.to_json()) | {"audit": [row.to_json() for row in _audited(folder)]})
             return
 
         def present(found: QuickstartResult) -> None:
@@ -49,8 +52,31 @@ def quickstart(
             _show(found)
 
         found = run(QuickstartOptions(folder, steps), parts, present, _Indented())
-    output.say(f"\n\nPlots and details: {found.report}")
+    _show_audit(folder)
+    output.say(f"\nPlots and details: {found.report}")
     output.say(f"Try next: look into {folder}/plan.toml, then `fedsea init my-federation` for one of your own.")
+
+
+def _audited(folder: Path) -> list[TableRow]:
+    """What this server could have read of notes with planted identifiers, had a client sent them."""
+    from fedsea.audit.quick import quick_table
+    from fedsea.plan import load_plan
+
+    return quick_table(load_plan(folder / "plan.toml"), folder / "model")
+
+
+def _show_audit(folder: Path) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    columns = ("defence", "channel", "tokens recovered", "guessed without looking", "names, numbers, addresses")
+    table = Table(*columns, title="What the server could have read: planted notes, sent as the clinic sends")
+    for row in _audited(folder):
+        shares = (f"{100 * value:.0f} %" for value in (row.recovery, row.prior, row.identifiers))
+        table.add_row(row.defence, f"{row.channel} ({row.attack})", *shares)
+    output.say("\n")
+    Console().print(table)
+    output.say(f"The whole audit: fedsea audit {folder}/plan.toml --quick")
 
 
 class _Indented:

@@ -57,7 +57,8 @@ def _whitening(errors_TH: torch.Tensor) -> torch.Tensor:
     weight = min(1.0, width / (rows + width))
     moment_HH = (1 - weight) * moment_HH + weight * mean * torch.eye(width, dtype=errors.dtype)
     values, vectors = torch.linalg.eigh(moment_HH)
-    return (vectors * values.clamp_min(1e-12).rsqrt() @ vectors.T).float()
+    root_HH: torch.Tensor = vectors * values.clamp_min(1e-12).rsqrt() @ vectors.T
+    return root_HH.float()
 
 
 def align(attacker: Attacker, known: Sequence[Target]) -> tuple[Map, torch.Tensor | None]:
