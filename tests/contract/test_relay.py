@@ -23,9 +23,10 @@ from fedsea.wire.channel import ClientStream, call_renew, call_status
 from fedsea.wire.errors import CODE_KEY
 from fedsea.wire.identity import Authority, Identity, PeerGate, begin_renewal, certificates, finish_renewal
 from fedsea.wire.sealing.keys import SealBroken
+from fedsea.wire.sealing.pipe import SealedPipe
 from fedsea.wire.server import PeerSession
 from fedsea.wire.transport import ADMITTED, DEFAULT_TIMING, RENEW, SESSION, STATUS
-from tests.contract.loopback import CODECS, LIMITS, Federation, forward, join, run, running
+from tests.contract.loopback import CODECS, LIMITS, QUICK, Federation, forward, join, run, running
 from tests.fault.frames import Thrower
 from tests.support.relay import Carried, Cut, Relay, honest, make_relay, relaying
 
@@ -220,6 +221,82 @@ def test_a_recorded_stream_played_to_the_server_again_is_refused(party: Party) -
             assert "not made for this connection" in caught.value.details()
             assert not server.sessions
             await channel.close()
+
+    run(work())
+
+
+@pytest.mark.parametrize("up", [True, False], ids=["up", "down"])
+def test_a_last_record_that_is_held_back_is_noticed_when_nothing_follows(party: Party, up: bool) -> None:
+    timing = dataclasses.replace(QUICK, alive_s=0.1)
+
+    async def work() -> None:
+        async with running(party, timing=timing) as (_, address), relaying(party.edge, address) as relay:
+            held: list[bytes] = []
+
+            def meddle(_: Carried, upwards: bool, number: int, chunk: bytes) -> list[bytes]:
+                if upwards is up and number >= 2 and not held:
+                    held.append(chunk)
+                    return []
+                return [chunk]
+
+            async with await join(relay.address, party.clients["clinic"], timing=timing) as stream:
+                relay.meddle = meddle
+                await stream.send(forward(0, 2))
+                with pytest.raises(TransportError, match=r"is missing or came too late|without a word"):
+                    await stream.receive()
+
+    run(work())
+
+
+@pytest.mark.parametrize("deaf", ["client", "server"])
+def test_an_end_that_is_cut_off_behind_a_living_relay_is_noticed(party: Party, deaf: str) -> None:
+    impatient = dataclasses.replace(QUICK, silence_s=0.4)
+
+    async def work() -> None:
+        theirs, ours = (QUICK, impatient) if deaf == "client" else (impatient, QUICK)
+        async with (
+            running(party, timing=theirs) as (_, address),
+            relaying(party.edge, address) as relay,
+            await join(relay.address, party.clients["clinic"], timing=ours) as stream,
+        ):
+            relay.meddle = lambda _call, up, _number, chunk: [] if up is (deaf == "server") else [chunk]
+            with pytest.raises(TransportError, match="Nothing came from the other end"):
+                await stream.receive()
+
+    run(work())
+
+
+def test_an_idle_stream_behind_a_relay_lives_on(party: Party) -> None:
+    timing = dataclasses.replace(QUICK, alive_s=0.02, silence_s=5.0)
+
+    async def work() -> None:
+        async with (
+            running(party, timing=timing) as (_, address),
+            relaying(party.edge, address) as relay,
+            await join(relay.address, party.clients["clinic"], timing=timing) as stream,
+        ):
+            await answered(stream, 0)
+            call = relay.carried[0]
+            while min(len(call.up), len(call.down)) < 8:
+                await asyncio.wait_for(relay.passed.wait(), 10.0)
+                relay.passed.clear()
+            await answered(stream, 1)
+
+    run(work())
+
+
+def test_keys_that_have_grown_old_end_a_live_stream_and_reconnecting_helps(party: Party) -> None:
+    async def work() -> None:
+        async with running(party) as (server, address), relaying(party.edge, address) as relay:
+            async with await join(relay.address, party.clients["clinic"]) as stream:
+                await answered(stream, 0)
+                pipe = server.sessions[0].arrival.transport
+                assert isinstance(pipe, SealedPipe)
+                pipe.keys.opener._old_at = 0.0
+                with pytest.raises(TransportError, match="24 hours old: reconnect"):
+                    await answered(stream, 1)
+            async with await join(relay.address, party.clients["clinic"]) as stream:
+                await answered(stream, 2)
 
     run(work())
 

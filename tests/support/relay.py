@@ -82,6 +82,7 @@ class Relay:
         meddle: What it does with chunks; may be replaced at any time.
         carried: All calls so far.
         address: For clients.
+        passed: Set whenever a chunk has come.
         forged: With (status, words, trailers), every new call is ended with it instead of being passed on.
     """
 
@@ -90,6 +91,7 @@ class Relay:
         self.carried: list[Carried] = []
         self.address = ""
         self.forged: Status | None = None
+        self.passed = asyncio.Event()
         self._identity = identity
         self._server_address = server
         self._server: Any = None
@@ -157,6 +159,7 @@ class Relay:
         kept = call.up if up else call.down
         while (chunk := await read()) is not aio.EOF:
             kept.append(chunk)
+            self.passed.set()
             for piece in self.meddle(call, up, len(kept) - 1, chunk):
                 await write(piece)
 

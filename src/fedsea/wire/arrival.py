@@ -15,7 +15,7 @@ from fedsea.wire.identity.certificates import Role
 from fedsea.wire.identity.peers import PeerIdentity
 from fedsea.wire.sealing.handshake import HANDSHAKE_S, SealingIdentity, Subject
 from fedsea.wire.sealing.pipe import SealedPipe, agree_as_server, tell_ready
-from fedsea.wire.transport import LAST_WORD, aio
+from fedsea.wire.transport import LAST_WORD, Timing, aio
 
 
 class Gate(Protocol):
@@ -127,6 +127,16 @@ class Arrival:
         """Tell a client whose stream is sealed that it is let in."""
         if isinstance(self.transport, SealedPipe):
             await tell_ready(self.transport)
+
+    def keep(self, timing: Timing) -> None:
+        """Begin to watch whether the other end of a sealed stream is alive; until `release`."""
+        if isinstance(self.transport, SealedPipe):
+            self.transport.keep(timing.alive_s, timing.silence_s)
+
+    async def release(self) -> None:
+        """Stop what `keep` began."""
+        if isinstance(self.transport, SealedPipe):
+            await self.transport.release()
 
     def check_again(self) -> None:
         """Whether everybody may stay.

@@ -44,6 +44,8 @@ class ClientStream(StreamEnd):
         self._call = call
         self._timing = timing
         self._transport = transport
+        if isinstance(transport, SealedPipe):
+            transport.keep(timing.alive_s, timing.silence_s)
         super().__init__(
             MessageStream(
                 self._read,
@@ -94,6 +96,8 @@ class ClientStream(StreamEnd):
         finally:
             self._call.cancel()
             await self._stream.release()
+            if isinstance(self._transport, SealedPipe):
+                await self._transport.release()
             await self._channel.close()
 
     async def __aenter__(self) -> Self:

@@ -165,10 +165,12 @@ class WireServer:
             return None
         session = PeerSession(arrival, self._limits, self._pool, self._timing)
         self._sessions.add(session)
+        arrival.keep(self._timing)
         try:
             return await session.run(self._handler, self._timing.close_s)
         finally:
             self._sessions.discard(session)
+            await arrival.release()
 
     async def _answer_sealed(self, arrival: Arrival) -> None:
         """Status or renewal over a sealed stream: one question, one answer."""

@@ -39,6 +39,8 @@ class Timing:
         send_timeout_s: Longest time that the network may take to accept one chunk; then the peer counts as stuck.
         check_s: How often the server asks the gate again whether a live peer may stay.
         close_s: Time that an orderly end may take.
+        alive_s: Time without anything of ours after which a sealed stream says that this end is alive.
+        silence_s: Longest time without anything of the other end's of a sealed stream.
         renew_every_s: Shortest time between two requests of a peer for a new certificate: each costs a signature.
     """
 
@@ -47,6 +49,8 @@ class Timing:
     send_timeout_s: float = 120.0
     check_s: float = 1.0
     close_s: float = 5.0
+    alive_s: float = 15.0
+    silence_s: float = 150.0
     renew_every_s: float = 10.0
 
 
