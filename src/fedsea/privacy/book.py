@@ -20,23 +20,31 @@ FILE, ANCHOR = "ledger.jsonl", "ledger.anchor"
 class Book:
     """The lines of a ledger, read and added up.
 
+    Args:
+        folder: Where the ledger is; its anchor is read at once, so that lines which come later cannot be missed.
+
+    Raises:
+        StorageError: The anchor cannot be read.
+
     Attributes:
         count: Lines.
         num_bytes: Their length.
         hash: Of the last one.
         about: What the first one says.
+        anchor: How many lines there were a while ago, and the hash of the last of them; None for a new ledger.
         runs: The server's runs that were charged, in order, and the client's noise in each.
     """
 
-    def __init__(self, path: Path) -> None:
-        self._path = path
+    def __init__(self, folder: Path) -> None:
+        self._path = folder / FILE
+        self.anchor = _read_anchor(folder / ANCHOR)
         self.count = 0
         self.num_bytes = 0
         self.hash = ""
         self.about: dict[str, Any] = {}
         self.runs: list[tuple[str, NoiseSection]] = []
         self.spent = Spent()
-        self._hashes: dict[int, str] = {}
+        self._at_anchor = ""
 
     @classmethod
     def open(cls, folder: Path) -> Book:
@@ -45,15 +53,13 @@ class Book:
         Raises:
             StorageError: It is not there, damaged or truncated.
         """
-        path = folder / FILE
+        book = cls(folder)
         try:
-            raw = path.read_bytes()
+            raw = (folder / FILE).read_bytes()
         except OSError as error:
-            raise storage_error("read", path, error) from None
-        book = cls(path)
-        anchor = read_anchor(folder / ANCHOR)
+            raise storage_error("read", folder / FILE, error) from None
         book.read(raw)
-        book.check({}, anchor)
+        book.check({})
         return book
 
     @property
@@ -91,7 +97,8 @@ class Book:
             self.hash = tail[:-2].decode()
             self.count += 1
             self.num_bytes += len(line) + 1
-            self._hashes[self.count] = self.hash
+            if self.anchor is not None and self.count == self.anchor[0]:
+                self._at_anchor = self.hash
             self._take(entry)
 
     def _take(self, entry: Mapping[str, Any]) -> None:
@@ -106,7 +113,7 @@ class Book:
         except (KeyError, TypeError, ValueError, IndexError):
             raise refused(self._path, f"line {self.count} is of another version of fedsea") from None
 
-    def check(self, about: Mapping[str, Any], anchor: tuple[int, str] | None) -> None:
+    def check(self, about: Mapping[str, Any]) -> None:
         """Refuse a ledger that is another's, or that has lost lines.
 
         Raises:
@@ -115,29 +122,23 @@ class Book:
         for key, what in (("version", "version of fedsea"), ("plan_sha256", "plan"), ("client", "client")):
             if self.about and key in about and self.about.get(key) != about[key]:
                 raise refused(self._path, f"it belongs to another {what}")
-        if anchor is None:
+        if self.anchor is None:
             if self.count > 1:
                 raise refused(self._path, f"its {ANCHOR} is missing")
-        elif self._hashes.get(anchor[0]) != anchor[1]:
+        elif self._at_anchor != self.anchor[1]:
             raise refused(
                 self._path,
-                f"it had {anchor[0]} lines and now has {self.count}, or others: it was truncated or replaced",
+                f"it had {self.anchor[0]} lines and now has {self.count}, or others: it was truncated or replaced",
             )
         if not self.about:
             raise refused(self._path, "it has no first line")
-        self._hashes = {self.count: self.hash}
 
 
 def _chained(before: str, text: str) -> str:
     return hashlib.sha256(f"{before}{text}".encode()).hexdigest()
 
 
-def read_anchor(path: Path) -> tuple[int, str] | None:
-    """Count and hash of an anchor; None if there is no such file.
-
-    Raises:
-        StorageError: It cannot be read.
-    """
+def _read_anchor(path: Path) -> tuple[int, str] | None:
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
         return int(values["count"]), str(values["hash"])

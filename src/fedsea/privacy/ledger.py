@@ -27,7 +27,7 @@ from typing import Any, Self
 
 from fedsea.errors import BudgetExhausted
 from fedsea.plan import FederationPlan, NoiseSection
-from fedsea.privacy.book import ANCHOR, FILE, Book, read_anchor, refused
+from fedsea.privacy.book import ANCHOR, FILE, Book, refused
 from fedsea.privacy.pricing import Charge
 from fedsea.privacy.spent import Spent
 from fedsea.storage import storage_error, write_bytes_atomic
@@ -57,7 +57,6 @@ class Ledger:
         self._path = folder / FILE
         self._about = {"version": _VERSION, "plan_sha256": plan.sha256(), "client": client}
         self._thread_lock = threading.Lock()
-        self._book = Book(self._path)
         self._anchored = (0, 0.0)
         try:
             folder.mkdir(parents=True, exist_ok=True)
@@ -65,7 +64,9 @@ class Ledger:
         except OSError as error:
             raise storage_error("open", self._path, error) from None
         try:
-            with self._locked():
+            with self._held():
+                self._book = Book(folder)
+                self._catch_up()
                 self._begin(plan)
                 now = (run_id, plan.noise if noise is None else noise)
                 if self._book.runs[-1:] != [now]:
@@ -121,12 +122,17 @@ class Ledger:
     @contextlib.contextmanager
     def _locked(self) -> Iterator[None]:
         """Hold the file for this process, and know what others have written."""
+        with self._held():
+            self._catch_up()
+            yield
+
+    @contextlib.contextmanager
+    def _held(self) -> Iterator[None]:
         try:
             fcntl.flock(self._file, fcntl.LOCK_EX)
         except OSError as error:
             raise storage_error("lock", self._path, error) from None
         try:
-            self._catch_up()
             yield
         finally:
             fcntl.flock(self._file, fcntl.LOCK_UN)
@@ -145,12 +151,11 @@ class Ledger:
             raise storage_error("read", self._path, error) from None
 
     def _begin(self, plan: FederationPlan) -> None:
-        anchor = read_anchor(self.folder / ANCHOR)
-        if not self._book.count and anchor is None:
+        if not self._book.count and self._book.anchor is None:
             about = {**self._about, "plan": plan.to_json(), "salt": secrets.token_hex(16)}
             self._append({"about": about})
             self._sync_folder()
-        self._book.check(self._about, anchor)
+        self._book.check(self._about)
         self._anchor(at_once=True)
 
     def _append(self, entry: Mapping[str, Any], *, durable: bool = True) -> None:
@@ -172,17 +177,23 @@ class Ledger:
         count, when = self._anchored
         if self._book.count == count or (not at_once and time.monotonic() - when < _ANCHOR_EVERY_S):
             return
-        os.fsync(self._file) if at_once else None
+        try:
+            os.fsync(self._file)  # an anchor must not be ahead of its ledger, whatever happens to the machine
+        except OSError as error:
+            raise storage_error("write", self._path, error) from None
         text = json.dumps({"count": self._book.count, "hash": self._book.hash})
         write_bytes_atomic(self.folder / ANCHOR, text.encode())
         self._anchored = (self._book.count, time.monotonic())
 
     def _sync_folder(self) -> None:
-        descriptor = os.open(self.folder, os.O_RDONLY | os.O_DIRECTORY)
         try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
+            descriptor = os.open(self.folder, os.O_RDONLY | os.O_DIRECTORY)
+            try:
+                os.fsync(descriptor)
+            finally:
+                os.close(descriptor)
+        except OSError as error:
+            raise storage_error("write", self.folder, error) from None
 
 
 def _read(descriptor: int, start: int, stop: int) -> bytes:
