@@ -73,6 +73,29 @@ def test_rows_of_a_session_are_clipped_so_that_the_whole_sequence_keeps_its_boun
     assert whole.norm(dim=1).max() <= 0.5 / 4 * 1.001
 
 
+@pytest.mark.parametrize("cuts", [(8,), (5, 1, 2), (1,) * 8])
+@pytest.mark.parametrize("most_rows", [0, 8, 12])
+def test_replacing_a_sequence_changes_all_its_releases_together_by_at_most_twice_the_clip(cuts, most_rows):
+    """And by as much, where values are turned round: sensitivity C would be half of the truth."""
+    if not most_rows and len(cuts) > 1:
+        cuts = (8,)
+    plan = quiet(noised(), 0.5)
+    boundary = Boundary.of(plan)
+    worst = 0.0
+    raw_TH = values(10.0)
+    for other_TH in (-raw_TH, values(0.01), torch.zeros(8, 64), torch.randn(8, 64) * 100):
+        difference = torch.cat(
+            [
+                taken(boundary.hidden(one, origin(lengths=(len(one),), most_rows=most_rows)))
+                - taken(boundary.hidden(other, origin(lengths=(len(one),), most_rows=most_rows)))
+                for one, other in zip(raw_TH.split(cuts), other_TH.split(cuts), strict=True)
+            ]
+        )
+        assert difference.norm() <= 2 * 0.5 * (1 + 1e-4)
+        worst = max(worst, float(difference.norm()))
+    assert worst == pytest.approx(2 * 0.5 * (8 / (most_rows or 8)) ** 0.5, rel=1e-3)
+
+
 def test_an_update_is_clipped_as_the_difference_to_what_the_server_knows():
     plan = quiet(noised(), 0.5)
     reference = {"a": torch.randn(4, 3), "b": torch.randn(5)}
