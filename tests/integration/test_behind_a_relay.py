@@ -10,6 +10,7 @@ from fedsea.client.inference import open_decoder
 from fedsea.errors import ProtocolError
 from fedsea.wire.channel import ClientStream
 from fedsea.wire.identity import Authority
+from fedsea.wire.sealing import keys
 from fedsea.wire.session import PeerSession
 from tests.support.federation import assert_same_bits
 from tests.support.relay import Cut, honest, make_relay, relay_thread
@@ -44,7 +45,10 @@ def train(fed, *, through=None):
         part.finish()
 
 
-def test_a_federation_behind_a_relay_trains_to_the_same_bits_and_the_relay_reads_nothing(federation, edge, said):
+def test_a_federation_behind_a_relay_trains_to_the_same_bits_and_the_relay_reads_nothing(
+    federation, edge, said, monkeypatch
+):
+    monkeypatch.setattr(keys, "RECORDS_PER_KEY", 5)  # so that keys change under way
     plain = federation("a", "b", **SETTINGS)
     plain.start_server()
     train(plain)

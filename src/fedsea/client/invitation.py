@@ -22,10 +22,17 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class Invitation:
-    """What a server says of itself before anything is agreed on."""
+    """What a server says of itself before anything is agreed on.
+
+    Attributes:
+        plan: Of the federation.
+        run_id: Of the run.
+        sealed: Whether it came, and what follows will go, sealed to the server itself.
+    """
 
     plan: FederationPlan
     run_id: str
+    sealed: bool = False
 
 
 async def greet(stream: ClientStream) -> m.Welcome:
@@ -72,7 +79,7 @@ async def fetch_invitation(address: str, identity: Identity, timeout_s: float = 
             "the server's version on both sides."
         )
     check_sealed(plan, stream)
-    return Invitation(plan, welcome.run_id)
+    return Invitation(plan, welcome.run_id, stream.sealed)
 
 
 async def seek_invitation(address: str, identity: Callable[[], Identity], retry: RetryPolicy) -> Invitation:

@@ -135,6 +135,8 @@ def accept(options: ClientOptions) -> Invited:
     check_limits(invited.plan, invited.name, options)
     noise = own_noise(options.settings).over(invited.plan, invited.name)
     log.warning("%s", trust_statement(invited.plan, invited.name, noise))
+    if invited.invitation.sealed:
+        log.info("Payloads are sealed between this client and the server: whoever carries them reads nothing.")
     return invited
 
 
