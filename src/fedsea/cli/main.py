@@ -28,6 +28,7 @@ from fedsea.cli import (
     init,
     ledger,
     output,
+    pseudonyms,
     quickstart,
     server,
     status,
@@ -60,6 +61,7 @@ app.command("generate", rich_help_panel="Client")(generate.generate)
 app.command("chat", rich_help_panel="Client")(chat.chat)
 app.command("gateway", rich_help_panel="Client")(gateway.gateway)
 app.command("audit", rich_help_panel="Both")(audit.audit)
+app.add_typer(pseudonyms.app, name="pseudonyms", rich_help_panel="Client")
 app.command("export", rich_help_panel="Both")(export.export)
 app.command("ledger", rich_help_panel="Client")(ledger.ledger)
 app.command("status", rich_help_panel="Both")(status.status)

@@ -121,6 +121,17 @@ class RowReader:
                 raise RowError(f"has a bad message (number {number}), which {error}") from None
         return plain
 
+    def all_texts(self, values: Values) -> list[str]:
+        """A row's texts, in order; none if none can be taken."""
+        taken: list[str] = []
+
+        def take(texts: Sequence[str]) -> list[str]:
+            taken.extend(texts)
+            return list(texts)
+
+        self.rewritten([values], take)
+        return taken
+
     def rewritten(self, rows: Sequence[Values], rewrite: Callable[[Sequence[str]], list[str]]) -> list[Values]:
         """Rows whose texts are changed, all in one call; one from which no text can be taken stays as it is."""
         texts: list[str] = []

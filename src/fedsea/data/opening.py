@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from array import array
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -85,6 +85,21 @@ def open_silo(
     )
     _survey(silo, settings)
     return silo
+
+
+def texts_of(files: Sequence[Path], format: DataFormat | None = None) -> Iterator[tuple[str, list[str]]]:
+    """Where each good row is, and its texts, one after the other; for whoever looks at rows without a model.
+
+    Raises:
+        DataError: A file cannot be read.
+        ConfigError: The format's fields make no sense.
+    """
+    opened = _open_files([Path(file) for file in files])
+    reader = _recognise(opened, format or DataFormat())
+    for file in opened:
+        for row in file.scan(reader.columns):
+            if row.values is not None:
+                yield f"{file.path}, {file.unit} {row.line}", reader.all_texts(row.values)
 
 
 def check_names(paths: Sequence[Path]) -> None:

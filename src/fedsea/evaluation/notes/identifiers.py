@@ -105,7 +105,7 @@ class Identifiers:
             case "numeric":
                 return day.strftime(rng.choice(("%m/%d/%Y", "%m/%d/%y", "%m-%d-%Y")))
             case "words":
-                return (
+                return str(
                     f"{day.day}. {month} {day.year}"
                     if german
                     else rng.choice(
@@ -135,7 +135,7 @@ class Identifiers:
         return str(self._here.email() if self._random.random() < 0.7 else self._here.company_email())
 
     def _url(self, _form: str) -> str:
-        return str(self._here.url()) + self._here.uri_path()
+        return f"{self._here.url()}{self._here.uri_path()}"
 
     def _ip(self, _form: str) -> str:
         return str(self._here.ipv4() if self._random.random() < 0.8 else self._here.ipv6())
@@ -159,8 +159,8 @@ class Identifiers:
     def _record(self, _form: str) -> str:
         rng = self._random
         return rng.choice(
-            (f"{rng.randrange(10**8):08d}", f"{rng.randrange(10**5, 10**6)}", f"{self._letter()}-{rng.randrange(10**5):05d}",
-             f"20{rng.randrange(18, 26)}/{rng.randrange(10**4):04d}")
+            (f"{rng.randrange(10**8):08d}", f"{rng.randrange(10**5, 10**6)}",
+             f"{self._letter()}-{rng.randrange(10**5):05d}", f"20{rng.randrange(18, 26)}/{rng.randrange(10**4):04d}")
         )  # fmt: skip
 
     def _passport(self, _form: str) -> str:

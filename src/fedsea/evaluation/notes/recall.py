@@ -66,18 +66,23 @@ def wilson(successes: int, trials: int) -> tuple[float, float]:
     return max(0.0, middle - half), min(1.0, middle + half)
 
 
-def measure(notes: Iterable[Note], find: Callable[[str], Sequence[Span]]) -> dict[str, Score]:
+def measure(
+    notes: Iterable[Note], find: Callable[[str], Sequence[Span]], types: Sequence[str] | None = None
+) -> dict[str, Score]:
     """Scores by type, "all" among them.
 
     Args:
         notes: With their plants.
         find: The recogniser.
+        types: Types that it was told to find; plants of others do not count. None: all.
     """
     scores: dict[str, Score] = defaultdict(Score)
     for note in notes:
         spans = find(note.text)
         covered = {at for span in spans for at in range(span.start, span.end)}
         for plant in note.plants:
+            if types is not None and plant.kind not in types:
+                continue
             score = scores[plant.kind]
             letters = {at for at in range(plant.start, plant.end) if note.text[at].isalnum()}
             whole = letters <= covered

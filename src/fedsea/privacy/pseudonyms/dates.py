@@ -111,7 +111,7 @@ def _moved(match: re.Match[str], parsed: tuple[dt.date, bool], days: int) -> str
     pieces, at = [], 0
     for name in sorted((name for name in parts if parts[name] is not None), key=match.start):
         if name == "month":
-            new = _named(parts[name], date.month)
+            new = _named(parts[name], date.month, german=parts.get("th") == ".")
         elif name == "th" and parts[name] != ".":
             new = _ordinal(date.day)
         elif name in values:
@@ -132,8 +132,9 @@ def _pads(parts: dict[str, str | None]) -> bool:
     )
 
 
-def _named(word: str, month: int) -> str:
-    new = _month_of(word)[1][month - 1]
+def _named(word: str, month: int, *, german: bool) -> str:
+    names = _month_of(word)[1]
+    new = (dict(zip((_EN, _EN_SHORT), (_DE, _DE_SHORT), strict=True)).get(names, names) if german else names)[month - 1]
     return new.upper() if word.isupper() and len(word) > 1 else new
 
 

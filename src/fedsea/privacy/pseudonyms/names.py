@@ -102,12 +102,16 @@ class _Sentence:
         if not (self._capital(number) or number == 0 or not self._german or self._lower[number] in STRONG_TITLES):
             return set()
         at = number + 1
-        while at < len(self._words) and (self._lower[at] in TITLES or self._lower[at] in ("med", "dent")):
+        while at < min(len(self._words), number + 7) and (
+            self._lower[at] in TITLES or self._lower[at] in ("med", "dent")
+        ):
             if self._between(at - 1) not in _AFTER_TITLE:
                 return set()
             at += 1
         between = self._between(at - 1)
         at = self._behind_particles(at)
+        while at < len(self._words) - 1 and len(self._lower[at]) == 1 and self._between(at) in (". ", "."):
+            at += 1  # initials
         if at >= len(self._words) or not self._may_be(at):
             return set()
         if between not in _AFTER_TITLE and not _GAP.fullmatch(between):
@@ -115,7 +119,9 @@ class _Sentence:
         weak = self._lower[number] in _FORMAL and ":" not in between and not self._is_known(at)
         if weak:
             return set()  # the heading of a form
-        found = {at, *self._rest(at, sure=":" in between)}
+        # Behind a first name that nobody knows comes a last name too; behind a last name anything may.
+        sure = ":" in between or (self._lower[number] in STRONG_TITLES and not self._is_known(at, self._last))
+        found = {at, *self._rest(at, sure=sure)}
         last = max(found)
         if ":" in between and self._between(last) == ", " and self._may_be(last + 1):
             found.add(last + 1)
@@ -162,7 +168,7 @@ class _Sentence:
 
     def _born(self) -> set[int]:
         starts = {match.start(): number for number, match in enumerate(self._words)}
-        found = set()
+        found: set[int] = set()
         for match in _BORN.finditer(self._text):
             pair = [starts.get(match.start(1)), starts.get(match.start(2))]
             if all(number is not None and self._may_be(number) for number in pair):
@@ -188,8 +194,8 @@ class _Sentence:
         """Whether a word, a part of it, or it without a genitive's s, is on a list."""
         word = self._words[number].group()
         parts = word.split("-") if "-" in word else [word]
-        if not all(part[:1].isupper() for part in parts) and word.lower() not in self._own:
-            return False
+        if not all(part[:1].isupper() and part.lower() not in NO_NAMES for part in parts):
+            return word.lower() in self._own
         return any(self._on(part.lower(), names) for part in parts)
 
     def _on(self, lower: str, names: frozenset[str] | None) -> bool:

@@ -10,7 +10,7 @@ from fedsea.privacy.pseudonyms.checksums import iban_valid, luhn_valid
 from fedsea.privacy.pseudonyms.lexicon import Lexicon, missing
 from fedsea.privacy.pseudonyms.spans import Span
 
-_EMAIL = re.compile(r"[\w.+%-]+@(?:[\w-]+\.)+[^\W\d_]{2,24}")
+_EMAIL = re.compile(r"(?<![\w.+%-])[\w.+%-]{1,64}@(?:[\w-]{1,63}\.){1,8}[^\W\d_]{2,24}")
 _URL = re.compile(r"(?:https?|ftp)://[^\s<>\"'`|{}\\^]+|\bwww\.[\w-]+\.[^\s<>\"'`|{}\\^]+", re.IGNORECASE)
 _IPV4 = re.compile(r"(?<![\w.])(?:\d{1,3}\.){3}\d{1,3}(?![\w]|\.\d)")
 _IPV6 = re.compile(r"(?<![\w:])(?:[0-9A-Fa-f]{0,4}:){2,7}[0-9A-Fa-f]{0,4}(?![\w:])")
@@ -67,10 +67,12 @@ _PHONE_FORM = re.compile(
 _PHONE_CANDIDATE = re.compile(r"(?<![\w.-])(?:\+|\(?0)[\d(][\d ()/.-]{4,22}\d(?!\w)")
 _REGIONS = {"de": ("DE", "AT", "CH"), "en": ("US", "GB")}
 
-_NAMES_DE = r"[A-ZÄÖÜ][a-zäöüß]+(?:-[A-ZÄÖÜ][a-zäöüß]+)*"
+_NAME_DE = r"[A-ZÄÖÜ][a-zäöüß]{1,30}"
+_NAMES_DE = rf"{_NAME_DE}(?:-{_NAME_DE}){{0,3}}"
 _HOUSE_DE = r"\s\d{1,4}\s?(?:[a-z](?!\w))?(?:\s?[-/]\s?\d{1,4}\s?[a-z]?(?!\w))?"
 _STREET_DE = re.compile(
-    rf"(?<![\w-])(?:(?:{_NAMES_DE}[- ]){{0,3}}?(?:[A-ZÄÖÜ][a-zäöüß]*(?:straße|strasse|str\.|weg|platz|allee|gasse|"
+    rf"(?<![\w-])(?:(?:{_NAME_DE}[- ]){{0,4}}?(?:[A-ZÄÖÜ][a-zäöüß]{{0,30}}(?:"
+    rf"straße|strasse|str\.|weg|platz|allee|gasse|"
     rf"ring|damm|ufer|chaussee|steig|stieg|markt|graben|promenade|zeile|pfad|kamp|twiete|höhe|berg|garten)|"
     rf"Straße|Strasse|Str\.|Weg|Platz|Allee|Gasse|Ring|Damm|Ufer|Chaussee)"
     rf"|(?:Am|An der|An den|Im|In der|In den|Zum|Zur|Auf dem|Auf der|Unter den|Hinter dem|Bei der)"
@@ -94,7 +96,7 @@ _STATES = (
     "RI|SC|SD|TN|TX|UT|VT|VA|WA|WV|WI|WY|DC|PR|VI|GU|AS|MP|FM|MH|PW|AA|AE|AP"
 )
 _TOWN_EN = re.compile(
-    rf"(?<!\w)(?P<town>(?:[A-Z][\w'\u2019.-]+\s){{0,2}}[A-Z][\w'\u2019.-]+),?\s(?:{_STATES})\s\d{{5}}(?:-\d{{4}})?(?!\w|-\d)"
+    rf"(?<!\w)(?P<town>(?:[A-Z][\w'\u2019.-]{{1,30}}\s){{0,2}}[A-Z][\w'\u2019.-]{{1,30}}),?\s(?:{_STATES})\s\d{{5}}(?:-\d{{4}})?(?!\w|-\d)"
 )
 _TOWN_GB = re.compile(r"(?<!\w)(?:[A-Z][\w'\u2019-]+,?\s){0,2}[A-Z]{1,2}\d[A-Z\d]?\s\d[A-Z]{2}(?!\w)")
 
@@ -175,20 +177,27 @@ class PatternRecogniser:
             *_all(_BOX, text, "address"),
         ]
         yield from streets
-        yield from _all(_TOWN_EN, text, "address")
+        yield from _towns(_TOWN_EN, text)
         ends = {span.end for span in streets}
         for match in _TOWN_DE.finditer(text):
             before = len(text[: match.start()].rstrip(" ,\n\u2013-"))
             if any(word.lower() in self._lexicon.cities for word in match["town"].split()) or before in ends:
                 yield Span(match.start(), match.end(), "address")
-        for match in _TOWN_GB.finditer(text):
-            yield Span(match.start(), match.end(), "address")
+        yield from _towns(_TOWN_GB, text)
 
 
 def _all(pattern: re.Pattern[str], text: str, kind: str, trailing: str = "") -> Iterator[Span]:
     for match in pattern.finditer(text):
         found = match.group().rstrip(trailing) if trailing else match.group().rstrip()
         yield Span(match.start(), match.start() + len(found), kind)
+
+
+def _towns(pattern: re.Pattern[str], text: str) -> Iterator[Span]:
+    """Towns with their codes; then without their first words, should those belong to a street."""
+    for match in pattern.finditer(text):
+        yield Span(match.start(), match.end(), "address")
+        for space in re.finditer(r"\s", match.group()):
+            yield Span(match.start() + space.end(), match.end(), "address")
 
 
 def _coded(pattern: re.Pattern[str], text: str, kind: str) -> Iterator[Span]:

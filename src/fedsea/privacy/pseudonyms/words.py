@@ -36,7 +36,7 @@ AMBIGUOUS = _set(
     roman root rosa rose roth ruby rush russell rusty sage salem sand sanders sandy sauer savage savannah schilling
     schlange schlegel schmid schneider scholz schreiber schröder schubert schulz schuster schwarz scott sharp
     shepherd short sie sierra silver simon sky skye small snow sommer sonne sonnenschein sonntag spang sparks spears
-    spence spencer spring stanley stark steele stein sterling stern stewart stone storm strong stuart sturm sue
+    spence spencer spring stanley stark steele stein sterling stern steuer stewart stone storm strong stuart sturm sue
     summer summers sun sweet sydney taylor teil temple terry thiel tiger tisch toll trinity troy turner tyler
     underwood unger urban van vera victor violet virginia vogel vogt voigt von wagner walker wall walter ward warner
     washington waters watson watts wayne weber wechsler weeks wein weiss weiß wells wesley west white wild wilhelm

@@ -1,0 +1,170 @@
+"""The mapping on disk: sealed, one client's, and refused with the reason when it is not what it should be."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from fedsea.errors import ConfigError, FedseaError, StorageError
+from fedsea.plan import load_settings
+from fedsea.plan.pseudonyms import PseudonymSettings
+from fedsea.privacy.pseudonyms import open_pseudonyms
+from fedsea.privacy.pseudonyms.keys import KeyFile, Passphrase
+from fedsea.privacy.pseudonyms.vault import Vault
+
+PHRASE = "correct horse battery"
+
+
+@pytest.fixture
+def made(opened, tmp_path: Path) -> Path:
+    opened()(["Frau Anna Schmidt, Tel. 030 901820"])
+    return tmp_path / "pseudonyms.map"
+
+
+def test_mapping_and_key_are_their_owners_alone_and_hold_no_text(made, tmp_path):
+    key = tmp_path / "pseudonyms.map.key"
+    assert [path.stat().st_mode & 0o777 for path in (made, key)] == [0o600, 0o600]
+    data = made.read_bytes()
+    assert not any(word in data for word in (b"Anna", b"Schmidt", b"901820"))
+
+
+def test_another_key_is_refused_and_nothing_is_lost(made, opened, tmp_path):
+    key, before = tmp_path / "pseudonyms.map.key", made.read_bytes()
+    right = key.read_text()
+    key.write_text("ab" * 32)
+    with pytest.raises(ConfigError, match="was not made with this key"):
+        opened()
+    assert made.read_bytes() == before
+    key.write_text(right)
+    assert opened().num_entries == 3
+
+
+def test_a_key_that_is_missing_no_key_or_open_to_others_is_refused(made, opened, tmp_path):
+    key = tmp_path / "pseudonyms.map.key"
+    right = key.read_text()
+    for text in ("", "nonsense", "ab" * 31, "ä"):
+        key.write_text(text)
+        with pytest.raises(ConfigError, match="key"):
+            opened()
+    key.write_text(right)
+    key.chmod(0o640)
+    with pytest.raises(ConfigError, match="chmod 600"):
+        opened()
+    key.unlink()
+    with pytest.raises(ConfigError, match="There is no key"):
+        opened()
+    assert not key.exists()
+
+
+def test_a_mapping_that_was_lost_is_not_begun_anew_beside_its_key(made, opened):
+    made.unlink()
+    with pytest.raises(ConfigError, match="restore the mapping from a backup"):
+        opened()
+    assert not made.exists()
+
+
+def test_another_clients_mapping_is_refused(made, opened):
+    with pytest.raises(ConfigError, match="that of client clinic, and this is practice"):
+        opened("practice")
+    assert opened("").num_entries == 3
+
+
+def test_a_truncated_mapping_is_refused_at_every_length(made, opened):
+    data = made.read_bytes()
+    for length in [*range(0, 400, 7), *range(400, len(data), 11), len(data) - 1]:
+        made.write_bytes(data[:length])
+        with pytest.raises(StorageError, match="is truncated"):
+            opened()
+        assert made.read_bytes() == data[:length]
+
+
+def test_a_mapping_with_one_bit_changed_anywhere_is_refused(made, opened):
+    data = made.read_bytes()
+    for at in range(0, len(data), 5):
+        made.write_bytes(data[:at] + bytes([data[at] ^ 1]) + data[at + 1 :])
+        with pytest.raises(FedseaError, match=r"altered|truncated|no mapping|this key|passphrase|that of client"):
+            opened()
+
+
+def test_an_appended_or_foreign_file_is_refused(made, opened):
+    data = made.read_bytes()
+    made.write_bytes(data + b"x")
+    with pytest.raises(StorageError, match="altered"):
+        opened()
+    made.write_bytes(b"a,b\n1,2\n")
+    with pytest.raises(StorageError, match="no mapping"):
+        opened()
+
+
+def test_a_passphrase_opens_its_mapping_and_no_other(tmp_path):
+    path = tmp_path / "map"
+    secret = Vault(path, Passphrase(PHRASE)).open().secret
+    assert Vault(path, Passphrase(PHRASE)).open().secret == secret
+    with pytest.raises(ConfigError, match="was not made with this key: give the passphrase"):
+        Vault(path, Passphrase("another long passphrase")).open()
+    with pytest.raises(ConfigError, match="passphrase = true"):
+        Vault(path, KeyFile(tmp_path / "key")).open()
+
+
+def test_a_passphrase_comes_from_the_environment_and_must_be_long(tmp_path, monkeypatch):
+    settings = PseudonymSettings(enabled=True, passphrase=True)
+    monkeypatch.delenv("FEDSEA_PSEUDONYMS_PASSPHRASE", raising=False)
+    with pytest.raises(ConfigError, match="FEDSEA_PSEUDONYMS_PASSPHRASE"):
+        open_pseudonyms(settings, tmp_path)
+    monkeypatch.setenv("FEDSEA_PSEUDONYMS_PASSPHRASE", "short")
+    with pytest.raises(ConfigError, match="at least 12"):
+        open_pseudonyms(settings, tmp_path)
+    monkeypatch.setenv("FEDSEA_PSEUDONYMS_PASSPHRASE", PHRASE)
+    one = open_pseudonyms(settings, tmp_path)(["Frau Anna Schmidt"])
+    assert open_pseudonyms(settings, tmp_path)(["Frau Anna Schmidt"]) == one
+    assert not (tmp_path / "pseudonyms.map.key").exists()
+
+
+def test_a_mapping_that_another_holds_is_waited_for_and_then_refused(made, tmp_path):
+    key = KeyFile(tmp_path / "pseudonyms.map.key")
+    with Vault(made, key).locked(), pytest.raises(ConfigError, match="in use by another process"):
+        Vault(made, key, wait_s=0.05).open()
+    assert Vault(made, key, wait_s=0.05).open().entries
+
+
+def test_a_mapping_exchanged_under_a_running_process_stops_it(made, opened, tmp_path):
+    pseudonyms = opened()
+    other = tmp_path / "other"
+    other.mkdir()
+    open_pseudonyms(PseudonymSettings(enabled=True), other, "clinic")
+    for name in ("pseudonyms.map", "pseudonyms.map.key"):
+        (tmp_path / name).write_bytes((other / name).read_bytes())
+    with pytest.raises(FedseaError, match="was not made with this key"):
+        pseudonyms(["Herr Bertold Kowalski"])
+
+
+@pytest.mark.parametrize(
+    ("table", "sentence"),
+    [
+        ('patterns = { badge = "(" }', "no regular expression"),
+        ('patterns = { badge = "x*" }', "matches the empty text"),
+        ('types = ["nmae"]', "pseudonyms.types"),
+        ("languages = []", "pseudonyms.languages"),
+        ('maping = "x"', "did you mean `mapping`"),
+        ('words = ["-"]', "pseudonyms.words"),
+    ],
+)
+def test_settings_that_cannot_work_are_one_sentence(tmp_path, table, sentence):
+    path = tmp_path / "client.toml"
+    path.write_text(f"[pseudonyms]\nenabled = true\n{table}\n", encoding="utf-8")
+    with pytest.raises(ConfigError, match=sentence):
+        load_settings(path)
+
+
+def test_missing_packages_are_named(tmp_path, monkeypatch):
+    from fedsea.privacy.pseudonyms import lexicon
+
+    def gone(name: str) -> None:
+        raise ModuleNotFoundError(name)
+
+    lexicon.load_lexicon.cache_clear()
+    monkeypatch.setattr(lexicon.importlib, "import_module", gone)
+    with pytest.raises(ConfigError, match=r'pip install "fedsea\[pseudonyms\]"'):
+        open_pseudonyms(PseudonymSettings(enabled=True), tmp_path)
+    assert list(tmp_path.iterdir()) == []
