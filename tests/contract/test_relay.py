@@ -18,6 +18,7 @@ from fedsea.privacy.boundary import Boundary
 from fedsea.types import Channel
 from fedsea.wire import arrival
 from fedsea.wire import messages as m
+from fedsea.wire import server as server_module
 from fedsea.wire.calls import open_channel
 from fedsea.wire.channel import ClientStream, call_renew, call_status
 from fedsea.wire.errors import CODE_KEY
@@ -493,6 +494,30 @@ def test_a_client_that_does_not_finish_the_handshake_is_cut_off(party: Party, mo
             with pytest.raises(grpc.aio.AioRpcError, match="handshake was not done"):
                 await call.read()
             assert not server.sessions
+            await channel.close()
+
+    run(work())
+
+
+def test_a_relay_with_many_unfinished_handshakes_is_held_off(party: Party, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(server_module, "_MAX_HANDSHAKES_OF_A_PEER", 2)
+
+    async def work() -> None:
+        async with running(party) as (_, address), relaying(party.edge, address) as relay:
+            channel = open_channel(address, party.edge, DEFAULT_TIMING)
+            calls = [channel.stream_stream(SESSION)() for _ in range(2)]
+            for call in calls:
+                await call.initial_metadata()
+            with pytest.raises(CapacityError, match="too many handshakes"):
+                await join(relay.address, party.clients["clinic"])
+            async with await join(address, party.clients["bank"]) as direct:
+                await answered(direct, 0)
+            for call in calls:
+                await call.done_writing()
+                with pytest.raises(grpc.aio.AioRpcError):
+                    await call.read()
+            async with await join(relay.address, party.clients["clinic"]) as stream:
+                await answered(stream, 1)
             await channel.close()
 
     run(work())

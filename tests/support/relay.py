@@ -16,7 +16,6 @@ import grpc.aio
 
 from fedsea.wire.calls import _PROVISIONAL, _at_once
 from fedsea.wire.identity import Authority, Identity, Role, enroll, install
-from fedsea.wire.identity.certificates import RELAY_HOST
 from fedsea.wire.transport import DEFAULT_TIMING, client_options, server_options
 
 aio: Any = grpc.aio
@@ -223,6 +222,3 @@ def relay_thread(identity: Identity, server: str) -> Iterator[Relay]:
         loop.call_soon_threadsafe(loop.stop)
         thread.join(10.0)
         loop.close()
-
-
-__all__ = ["RELAY_HOST", "Carried", "Cut", "Relay", "honest", "make_relay", "relay_thread", "relaying"]

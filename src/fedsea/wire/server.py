@@ -7,6 +7,7 @@ import json
 import logging
 import math
 import time
+from collections import Counter
 from collections.abc import Awaitable, Callable
 from typing import Any
 
@@ -29,6 +30,7 @@ log = logging.getLogger(__name__)
 
 _MAX_CALLS = 4096
 _MAX_SESSIONS_OF_A_PEER = 4
+_MAX_HANDSHAKES_OF_A_PEER = 64
 _LARGEST_REQUEST = 64 << 10
 
 
@@ -68,6 +70,7 @@ class WireServer:
         self._sealed = sealed
         self._pool = BufferPool()
         self._sessions: set[PeerSession] = set()
+        self._handshakes: Counter[str] = Counter()  # by who brings the stream; likewise
         self._renewed_at: dict[str, float] = {}  # names are those that the gate lets in
         self._server: Any = None
         self._watch: asyncio.Task[None] | None = None
@@ -149,9 +152,16 @@ class WireServer:
             self._check_room(arrival.peer)
             await context.send_initial_metadata(((ADMITTED, ""),))
             return
+        bringer = arrival.peer.name
+        if self._handshakes[bringer] >= _MAX_HANDSHAKES_OF_A_PEER:
+            raise CapacityError(f"{bringer} has too many handshakes under way; try again.", retry_after_s=1.0)
         await context.send_initial_metadata(((ADMITTED, ""), (SEALED, "")))
         assert self._me is not None
-        await arrival.seal(self._me)
+        self._handshakes[bringer] += 1
+        try:
+            await arrival.seal(self._me)
+        finally:
+            self._handshakes[bringer] -= 1
         self._check_room(arrival.peer)
         await arrival.open()
 
