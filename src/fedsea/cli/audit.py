@@ -12,7 +12,9 @@ from fedsea.cli import output
 from fedsea.cli.parts import Parts
 
 if TYPE_CHECKING:
-    from fedsea.audit.outcome import AuditReport
+    from collections.abc import Sequence
+
+    from fedsea.audit.outcome import AuditReport, Outcome
 
 _LEVELS = ("partial", "exposed", "inconclusive", "broken", "never")
 
@@ -91,10 +93,23 @@ def _show(report: AuditReport) -> None:
     console = Console()
     table = Table(*HEADINGS, title="What the server could read")
     for outcome in report.outcomes:
-        table.add_row(*row_of(outcome))
+        if outcome.status == "run":
+            table.add_row(*row_of(outcome))
     console.print(table)
+    for line in _left_out(report.outcomes):
+        output.say(line)
     costs = Table("perplexity without the defence", "with it", "of the client alone")
     costs.add_row(*(f"{report.perplexity[key]:.2f}" for key in ("without_defence", "with_defence", "client_alone")))
     console.print(costs)
     for line in (report.statement, report.claim, f"Verdict: {report.verdict.value}", *report.sentences):
         output.say(line)
+
+
+def _left_out(outcomes: Sequence[Outcome]) -> list[str]:
+    """Attacks that had no reason to run, by reason; what should have run and did not is in the report's sentences."""
+    reasons: dict[str, list[str]] = {}
+    for outcome in outcomes:
+        if outcome.status in ("not needed", "not applicable"):
+            about = f"{outcome.status}: {outcome.reason}" if outcome.reason else outcome.status
+            reasons.setdefault(about, []).append(outcome.attack.id)
+    return [f"{', '.join(ids)} {about}." for about, ids in reasons.items()]
