@@ -89,7 +89,7 @@ def claim_of(
 
 def note_of(plan: FederationPlan, name: str, noise: NoiseSection) -> str:
     """What a claim does not cover, and what it rests on."""
-    parts = [UNCOVERED]
+    parts = [UNCOVERED, "releases under other plans are not counted"]
     if noise.unit == "sequence":
         parts.append("a document that gives several sequences is not covered as a whole")
     trained = [
