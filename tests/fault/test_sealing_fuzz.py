@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 from fedsea.errors import FedseaError
 from fedsea.wire import messages as m
 from fedsea.wire.encoding import Decoder, Encoder
-from fedsea.wire.sealing.handshake import ClientHandshake, SealingIdentity, ServerHandshake
+from fedsea.wire.sealing.ends import SealingIdentity
+from fedsea.wire.sealing.handshake import ClientHandshake, ServerHandshake
 from fedsea.wire.sealing.keys import SealBroken, derive
 from fedsea.wire.sealing.pipe import SealedPipe
 from fedsea.wire.stream import MessageStream

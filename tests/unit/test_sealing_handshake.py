@@ -10,7 +10,8 @@ import pytest
 
 from fedsea.errors import AuthError, FedseaError, ProtocolError, TransportError
 from fedsea.wire.identity.certificates import new_key
-from fedsea.wire.sealing.handshake import HANDSHAKE_S, ClientHandshake, SealingIdentity, ServerHandshake, Subject
+from fedsea.wire.sealing.ends import SealingIdentity
+from fedsea.wire.sealing.handshake import HANDSHAKE_S, ClientHandshake, ServerHandshake, Subject
 from fedsea.wire.sealing.keys import SealBroken, StreamKeys
 from tests.contract.loopback import Federation
 from tests.support.relay import make_relay

@@ -13,7 +13,8 @@ from fedsea.wire.errors import status_of, word_of
 from fedsea.wire.identity import certificates as certs
 from fedsea.wire.identity.certificates import Role
 from fedsea.wire.identity.peers import PeerIdentity
-from fedsea.wire.sealing.handshake import HANDSHAKE_S, SealingIdentity, Subject
+from fedsea.wire.sealing.ends import SealingIdentity
+from fedsea.wire.sealing.handshake import HANDSHAKE_S, Subject
 from fedsea.wire.sealing.pipe import SealedPipe, agree_as_server, tell_ready
 from fedsea.wire.transport import LAST_WORD, Timing, aio
 

@@ -15,7 +15,8 @@ from fedsea.wire.errors import CODE_KEY, PeerClosed, error_from_status, error_of
 from fedsea.wire.identity.address import split_address, through_relay, tls_name
 from fedsea.wire.identity.diagnose import diagnose
 from fedsea.wire.identity.identity import Identity
-from fedsea.wire.sealing.handshake import ClientHandshake, SealingIdentity, Subject
+from fedsea.wire.sealing.ends import SealingIdentity
+from fedsea.wire.sealing.handshake import ClientHandshake, Subject
 from fedsea.wire.sealing.keys import SealBroken, StreamKeys
 from fedsea.wire.sealing.pipe import SealedPipe, agree_as_client, await_ready
 from fedsea.wire.transport import ADMITTED, LAST_WORD, SEALED, Timing, aio, client_options

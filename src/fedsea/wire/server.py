@@ -20,7 +20,8 @@ from fedsea.wire.calls import TlsIdentity
 from fedsea.wire.identity.peers import PeerIdentity, PeerRefused
 from fedsea.wire.limits import WireLimits
 from fedsea.wire.listening import check_listen
-from fedsea.wire.sealing.handshake import SealingIdentity, Subject
+from fedsea.wire.sealing.ends import SealingIdentity
+from fedsea.wire.sealing.handshake import Subject
 from fedsea.wire.session import PeerSession
 from fedsea.wire.transport import ADMITTED, DEFAULT_TIMING, SEALED, SERVICE, Timing, aio, server_options
 

@@ -16,19 +16,14 @@ import enum
 import os
 import struct
 import time
-from dataclasses import dataclass
 from hashlib import sha256
-from typing import Protocol, Self
 
-from cryptography import x509
-from cryptography.exceptions import InvalidSignature
-from cryptography.hazmat.primitives import hashes, serialization
-from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey, X25519PublicKey
 
 from fedsea.errors import AuthError, ProtocolError, TransportError
 from fedsea.wire.identity import certificates as certs
-from fedsea.wire.identity.certificates import Clock, Role
+from fedsea.wire.identity.certificates import Clock
+from fedsea.wire.sealing.ends import SealingIdentity, check_server, read_certificate, signed
 from fedsea.wire.sealing.keys import Monotonic, StreamKeys, derive
 
 SEALING_VERSION = 1
@@ -41,7 +36,6 @@ _KEYS = struct.Struct("<32s32s")
 _SIZE = struct.Struct("<H")
 _OFFER, _ANSWER, _PROOF = 1, 2, 3
 _LONGEST = 16 << 10
-_ECDSA = ec.ECDSA(hashes.SHA256())
 _SERVER, _CLIENT = b"fedsea sealed stream: server\0", b"fedsea sealed stream: client\0"
 
 
@@ -51,48 +45,6 @@ class Subject(enum.IntEnum):
     SESSION = 1
     STATUS = 2
     RENEWAL = 3
-
-
-class _Identity(Protocol):
-    """What is needed of `wire.identity.Identity`."""
-
-    @property
-    def key_pem(self) -> bytes: ...
-
-    @property
-    def certificate_pem(self) -> bytes: ...
-
-    @property
-    def ca_pem(self) -> bytes: ...
-
-
-@dataclass(frozen=True, slots=True)
-class SealingIdentity:
-    """A side's key and certificate, read once.
-
-    Attributes:
-        key: The certificate's.
-        certificate: In DER form.
-        ca: The authority that both sides trust.
-    """
-
-    key: ec.EllipticCurvePrivateKey
-    certificate: bytes
-    ca: x509.Certificate
-
-    @classmethod
-    def of(cls, identity: _Identity) -> Self:
-        """Read an identity.
-
-        Raises:
-            AuthError: It is damaged.
-        """
-        certificate = certs.certificate_from_pem(identity.certificate_pem, "This side's certificate")
-        return cls(
-            certs.key_from_pem(identity.key_pem, "This side's key"),
-            certificate.public_bytes(serialization.Encoding.DER),
-            certs.certificate_from_pem(identity.ca_pem, "The authority's certificate"),
-        )
 
 
 class ClientHandshake:
@@ -127,20 +79,18 @@ class ClientHandshake:
         """
         reader = _Reader(answer, _ANSWER)
         ephemeral = reader.keys()
-        certificate = _certificate(reader.sized(), "The server's certificate")
+        certificate = read_certificate(reader.sized(), "The server's certificate")
         unsigned, signature = reader.taken(), reader.sized()
         reader.end()
-        _check_server(certificate, self._me.ca, self._clock)
+        check_server(certificate, self._me.ca, self._clock)
         offered = sha256(self.offer).digest()
-        if not _verify(certificate, signature, _SERVER + offered + sha256(unsigned).digest()):
+        if not signed(certificate, signature, _SERVER + offered + sha256(unsigned).digest()):
             raise AuthError(
                 "The server's answer is not signed by the key of its certificate: somebody may be posing as the "
                 "server; tell the operator."
             )
         answered = sha256(answer).digest()
-        proof = _HEAD.pack(_MAGIC, SEALING_VERSION, _PROOF) + _sized(
-            self._me.key.sign(_CLIENT + offered + answered, _ECDSA)
-        )
+        proof = _HEAD.pack(_MAGIC, SEALING_VERSION, _PROOF) + _sized(self._me.sign(_CLIENT + offered + answered))
         transcript = sha256(offered + answered + sha256(proof).digest()).digest()
         return proof, derive(_agree(self._ephemeral, ephemeral), transcript, "client", self._monotonic)
 
@@ -178,14 +128,14 @@ class ServerHandshake:
         except ValueError:
             raise ProtocolError(f"A sealed stream is asked for something unknown here; {_UPGRADE}") from None
         self._theirs = reader.keys()
-        self._certificate = _certificate(reader.sized(), "The client's certificate")
+        self._certificate = read_certificate(reader.sized(), "The client's certificate")
         reader.end()
         self.certificate_pem = certs.certificate_to_pem(self._certificate)
         self._offered = sha256(offer).digest()
         unsigned = (
             _HEAD.pack(_MAGIC, SEALING_VERSION, _ANSWER) + _own_keys(self._ephemeral) + _sized(self._me.certificate)
         )
-        signature = self._me.key.sign(_SERVER + self._offered + sha256(unsigned).digest(), _ECDSA)
+        signature = self._me.sign(_SERVER + self._offered + sha256(unsigned).digest())
         answer = unsigned + _sized(signature)
         self._answered = sha256(answer).digest()
         return answer
@@ -203,7 +153,7 @@ class ServerHandshake:
         reader = _Reader(proof, _PROOF)
         signature = reader.sized()
         reader.end()
-        if not _verify(self._certificate, signature, _CLIENT + self._offered + self._answered):
+        if not signed(self._certificate, signature, _CLIENT + self._offered + self._answered):
             raise AuthError(
                 "The client's proof is not made for this connection with the key of the certificate that it showed: "
                 "check that key and certificate in its identity folder belong together, and connect again."
@@ -264,51 +214,8 @@ def _sized(part: bytes) -> bytes:
     return _SIZE.pack(len(part)) + part
 
 
-def _certificate(der: bytes, what: str) -> x509.Certificate:
-    try:
-        certificate = x509.load_der_x509_certificate(der)
-        known = isinstance(certificate.public_key(), ec.EllipticCurvePublicKey)
-    except Exception:  # noqa: BLE001 (whatever a foreign certificate makes the parser raise, it is none of ours)
-        known = False
-    if not known:
-        raise AuthError(f"{what} in a sealed handshake is not one as fedsea makes them: enrol again.")
-    return certificate
-
-
-def _verify(certificate: x509.Certificate, signature: bytes, text: bytes) -> bool:
-    key = certificate.public_key()
-    assert isinstance(key, ec.EllipticCurvePublicKey)
-    try:
-        key.verify(signature, text, _ECDSA)
-    except InvalidSignature:
-        return False
-    return True
-
-
 def _agree(ours: X25519PrivateKey, theirs: bytes) -> bytes:
     try:
         return ours.exchange(X25519PublicKey.from_public_bytes(theirs))
     except ValueError:  # a point of small order, which makes a secret that everybody knows
         raise ProtocolError("The peer's key in a sealed handshake is no key; connect again.") from None
-
-
-def _check_server(certificate: x509.Certificate, ca: x509.Certificate, clock: Clock) -> None:
-    """Refuse whatever is not at this moment a server of our authority; a relay is none."""
-    if not certs.is_issued_by(certificate, ca):
-        raise AuthError(
-            "The server at the other end of the relay is not of the authority that this client trusts: check the "
-            "address; if the operator made a new authority, enrol again."
-        )
-    if certs.role_of(certificate) is not Role.SERVER:
-        raise AuthError(
-            "What answers at the other end is not the server but another certificate of the federation, posing as it: "
-            "tell the operator and do not connect."
-        )
-    now = clock()
-    if now > min(certificate.not_valid_after_utc, ca.not_valid_after_utc):
-        raise AuthError(
-            f"The server's certificate expired on {certificate.not_valid_after_utc:%Y-%m-%d %H:%M} UTC: ask its "
-            "operator to run `fedsea ca server`; if it is new, check this machine's clock."
-        )
-    if now < certificate.not_valid_before_utc:
-        raise AuthError("The server's certificate is not valid yet by this machine's clock: set the clock.")

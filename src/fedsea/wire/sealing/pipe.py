@@ -7,7 +7,8 @@ import contextlib
 from typing import Protocol
 
 from fedsea.errors import FedseaError, ProtocolError, TransportError
-from fedsea.wire.sealing.handshake import ClientHandshake, SealingIdentity, ServerHandshake
+from fedsea.wire.sealing.ends import SealingIdentity
+from fedsea.wire.sealing.handshake import ClientHandshake, ServerHandshake
 from fedsea.wire.sealing.keys import SealBroken, StreamKeys
 
 _READY = b"ready"
