@@ -28,7 +28,7 @@ from fedsea import errors
 from fedsea.client.results import EvalSummary
 from fedsea.client.run import TrainSummary
 from fedsea.client.trainer import EvaluationReport, StepReport
-from fedsea.plan import ClientEntry, ClientLimits, FederationPlan
+from fedsea.plan import ClientEntry, ClientLimits, ClientNoise, FederationPlan
 from fedsea.wire import frames, limits
 from fedsea.wire.errors import TABLE
 from fedsea.wire.transport import DEFAULT_TIMING
@@ -152,6 +152,11 @@ PLAN_RULES = """## Rules between keys
 - `training.min_clients` may not be larger than the number of clients.
 - `model.autocast = "bfloat16"` does not go with `model.dtype = "float16"`.
 - At least one segment must be trained.
+- `trust.mode = "noised"` needs a standard deviation above 0 in `[noise]`; `"trusted-server"` takes none of its keys.
+- A clip in `[noise]` needs noise on the same channel.
+- `noise.unit = "token"` needs `input_blocks = 0` and a plan under which no gradients leave the clients.
+- `noise.epsilon` needs a clip and noise on every channel on which something leaves a client, and, if clients train
+  parameters, `optimizer.clip_scope = "segment"` (or `max_norm = 0`).
 - The cut of every client must leave at least one block to the trunk.
 - A model that ties its embedding to its head cannot have `adapter.input` and `adapter.output` both `"full"`."""
 
@@ -159,6 +164,12 @@ LIMITS_HEAD = """# The client's limits
 
 The table `[limits]` of a client's own settings file (`fedsea train --settings client.toml`). It never leaves the
 client."""
+
+
+NOISE_HEAD = """# The client's noise
+
+The table `[noise]` of the same file: stricter than the plan's table of that name, or refused. Only with
+`trust.mode = "noised"`."""
 
 
 def plan_page() -> str:
@@ -169,7 +180,8 @@ def plan_page() -> str:
         if isinstance(model, type) and issubclass(model, BaseModel):
             parts.append(section_text(f"`[{key}]`", model))
     parts += [section_text("`[[clients]]`", ClientEntry), PLAN_RULES, LIMITS_HEAD]
-    return "\n\n".join([*parts, section_text("`[limits]`", ClientLimits)]) + "\n"
+    own = (section_text("`[limits]`", ClientLimits), NOISE_HEAD, section_text("`[noise]` of a client", ClientNoise))
+    return "\n\n".join([*parts, *own]) + "\n"
 
 
 # --- python.md ----------------------------------------------------------------------------------------------------

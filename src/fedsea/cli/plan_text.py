@@ -14,7 +14,7 @@ from annotated_types import Ge, Gt, Le, Lt
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
-from fedsea.plan import ClientEntry, ClientLimits, FederationPlan
+from fedsea.plan import ClientEntry, ClientLimits, ClientNoise, FederationPlan
 
 _WIDTH = 100
 _FILLED_IN = {("ModelSection", "fingerprint")}
@@ -53,14 +53,19 @@ def plan_text(model: str, clients: Sequence[str]) -> str:
 
 
 def settings_text() -> str:
-    """A client's settings: its limits, with their defaults."""
+    """A client's settings: its limits, with their defaults, and how noise of its own would be written."""
     lines = [
         "# Settings of one client: `fedsea train --settings client.toml`. This file never leaves the machine.",
         "",
         *_comment(_summary(ClientLimits)),
         "[limits]",
         *_keys(ClientLimits, {}),
+        "",
+        *_comment(_summary(ClientNoise)),
+        "# [noise]",
     ]
+    for key, said in _attributes(ClientNoise).items():
+        lines += [*_comment(said), f"# {key} = 1.0"]
     return "\n".join(lines) + "\n"
 
 
