@@ -73,13 +73,13 @@ class ClientNoise(Section):
     """More noise, tighter clips or a smaller budget than the plan's; a key that is left out has the plan's value.
 
     Attributes:
-        hidden_std: At least the plan's; so are the next two.
-        gradient_std: See there.
-        update_std: See there.
-        hidden_clip: At most the plan's, where that has one; so are the next two.
-        gradient_clip: See there.
-        update_clip: See there.
-        epsilon: Budget, at most the plan's, where that has one.
+        hidden_std: Standard deviation of the noise on hidden states; at least the plan's.
+        gradient_std: Of that on gradients; at least the plan's.
+        update_std: Of that on updates; at least the plan's.
+        hidden_clip: L2 bound of hidden states; at most the plan's, where that has one.
+        gradient_clip: Of gradients; at most the plan's, where that has one.
+        update_clip: Of updates; at most the plan's, where that has one.
+        epsilon: Budget; at most the plan's, where that has one.
     """
 
     hidden_std: float | None = Field(None, gt=0, allow_inf_nan=False)
