@@ -93,7 +93,7 @@ def _svg(draw: Callable[[Axes], None]) -> str:
         figure = Figure(figsize=(7.2, 3.0), layout="constrained")
         draw(figure.subplots())
         file = io.StringIO()
-        figure.savefig(file, format="svg", metadata={"Date": None})
+        figure.savefig(file, format="svg", metadata=dict.fromkeys(("Creator", "Date", "Format", "Type")))
     text = file.getvalue()
     return text[text.index("<svg") :]
 

@@ -30,6 +30,8 @@ _ENOUGH = 0.95
 _SELF_CHECK_SEQUENCES = 4
 _SELF_CHECK_TOKENS = 32
 _SMALLEST_PART_S = 2.0
+_MOST_OF_WHAT_IS_LEFT = 0.5
+"""Of the time, for one attack: so that a slow one does not keep all others from running."""
 _MEMBERS = 32
 """Texts of the membership attack, half of which are trained on."""
 
@@ -215,11 +217,11 @@ class _Audit:
             module = attack.load()
         except ModuleNotFoundError:
             return Outcome(attack, "skipped", reason="this version does not have it")
-        watch = self._clock.watch(f"{attack.id} {attack.title}")
+        watch = self._clock.watch(f"{attack.id} {attack.title}", _MOST_OF_WHAT_IS_LEFT)
         try:
             answers = module.run(self._attacker, self._aims(attack, targets), watch)
         except OutOfTime:
-            return Outcome(attack, "skipped", reason="the time was up")
+            return Outcome(attack, "skipped", reason="its time was up")
         if attack.answers == "own":
             return own(attack, answers)
         guesses = drawn.guesses_of(self._attacker, targets)

@@ -112,12 +112,13 @@ class Clock:
         """Seconds that are left."""
         return max(0.0, self._end - self._now())
 
-    def watch(self, what: str) -> Progress:
-        """A `Progress` that shows, and ends the work when the time is up."""
+    def watch(self, what: str, share: float = 1.0) -> Progress:
+        """A `Progress` that shows, and ends the work when this share of the time that is left now is up."""
+        end = self._now() + share * self.left_s
 
         def told(done: int, total: int) -> None:
             self._show(what, done, total)
-            if done < total and not self.left_s:
+            if done < total and self._now() >= end:
                 raise OutOfTime
 
         return told

@@ -9,7 +9,8 @@ if TYPE_CHECKING:
     from rich.progress import TaskID
 
 _LINE_EVERY = 10
-"""Steps between two lines about a part, where there is no terminal."""
+"""Steps between two lines about a part, where there is no terminal; more, if that would be many lines."""
+_MOST_LINES = 10
 
 
 class Parts:
@@ -49,8 +50,8 @@ class Parts:
             self._line(what, done, total)
 
     def _line(self, what: str, done: int, total: int) -> None:
-        told = self._told.get(what)
-        if told is None or done // _LINE_EVERY > told // _LINE_EVERY or told < done == total:
+        told, every = self._told.get(what), max(_LINE_EVERY, total // _MOST_LINES)
+        if told is None or done // every > told // every or told < done == total:
             self._told[what] = done
             state = "done" if done == total else "under way"
             self._console.print(f"{what}: {done} of {total}, {state}", markup=False, highlight=False, soft_wrap=True)

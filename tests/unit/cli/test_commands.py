@@ -6,7 +6,9 @@ from typing import Any
 
 import pytest
 
+from fedsea.audit.quick import TableRow
 from fedsea.cli import main
+from fedsea.cli import quickstart as cli_quickstart
 from fedsea.client import run as client_run
 from fedsea.client.run import TrainSummary
 from fedsea.client.setup import ClientOptions
@@ -213,6 +215,8 @@ def test_quickstart_shows_losses_bytes_times_sample_and_report(
         return found
 
     monkeypatch.setattr(quickstart, "run", run)
+    row = TableRow("trusted-server", "hidden", "A1", 1.0, 0.25, 0.5, 7.0)
+    monkeypatch.setattr(cli_quickstart, "_audited", lambda folder: [row] if folder == tmp_path / "q" else [])
     assert main.run(["quickstart", "--folder", str(tmp_path / "q"), "--steps", "4"]) == 0
     shown = capsys.readouterr()
     for part in ("federated", "2.5625", "clinic alone", "3.2500", "hidden states to the server", "2.00 MB"):
@@ -220,6 +224,8 @@ def test_quickstart_shows_losses_bytes_times_sample_and_report(
     for part in ("summed over the clients", "waiting for the trunk", "    Q?\n    two lines\n", "report.html"):
         assert part in shown.out
     assert shown.out.index("federated") < shown.out.index("central")
+    for part in ("What the server could have read", "hidden (A1)", "100 %", "25 %", "50 %", "fedsea audit"):
+        assert part in shown.out
     assert "through `fedsea gateway`" in shown.out
     assert "\n    A B\n    C\n" in shown.out
     assert shown.err == (

@@ -9,6 +9,7 @@ S  sequences, B  hypotheses of each, C  candidates, T  tokens of the longest, V 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -24,6 +25,8 @@ _HINTS = 48
 whose rows alone are near."""
 _CLEAR = 1e-3
 """A squared distance below this share of the row's own, and of the runner-up's, ends the search of a position."""
+_ANYTHING = 0.05
+"""Share of the prior that is spread evenly over the vocabulary."""
 _FOLLOWERS = 48
 """Candidates of each hypothesis but the leading one, whose whole vocabulary is searched."""
 _EXHAUSTIVE = 20_000
@@ -281,4 +284,9 @@ class _Group:
             self._branches.select(parents_R)
             self._reader.select(parents_R)
         self._branches.take(ids_R)
-        self._expected_RV = self._reader.take(ids_R)
+        # A few per cent of anything at all: what people write (names, numbers) the public model may never have seen.
+        expected_RV = self._reader.take(ids_R)
+        anything = math.log(_ANYTHING / expected_RV.shape[1])
+        self._expected_RV = torch.logaddexp(
+            expected_RV + math.log1p(-_ANYTHING), torch.full_like(expected_RV, anything)
+        )

@@ -1,0 +1,78 @@
+"""`fedsea audit`: its line of JSON, its page, its exit codes, and what never leaves."""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from fedsea.audit import settings
+from fedsea.cli import main
+from tests.support.audited import PLAN, TINY, noised_plan
+
+
+@pytest.fixture(autouse=True)
+def tiny(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(settings, "QUICK", TINY)
+
+
+def test_an_open_plan_is_exposed_in_one_line_of_json_and_a_page(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(settings, "QUICK", replace(TINY, curve_sequences=2, rhos=(0.0, 1.0)))
+    own = tmp_path / "own.jsonl"
+    own.write_text('{"text": "zanzibar quokka marmalade, nobody else may read this line"}\n')
+    out = tmp_path / "out"
+    asked = ["audit", str(PLAN), "--quick", "--json", "--attacks", "a1,a5", "--text", str(own), "--out", str(out)]
+    assert main.run(asked) == 21
+    lines = capsys.readouterr().out.strip().splitlines()
+    found = json.loads(lines[-1])
+    assert len(lines) == 1
+    assert found["verdict"] == "EXPOSED"
+    for attack, channel in (("A1", "hidden"), ("A5", "gradient")):
+        figures = found["attacks"][attack][channel]
+        assert figures["recovery"] > 0.95
+        assert figures["excess"] == pytest.approx(figures["recovery"] - figures["prior"], abs=1e-5)
+        low, high = figures["recovery_interval"]
+        assert low <= figures["recovery"] <= high
+    assert "zanzibar" not in lines[-1]
+    assert {"without_defence", "with_defence", "client_alone"} == set(found["perplexity"])
+    page, report = (out / "report.html").read_text(), json.loads((out / "report.json").read_text())
+    assert report["verdict"] == "EXPOSED"
+    assert page.count("<svg") == 4
+    assert not re.search(r'(?:src|href)="(?!#)', page)  # nothing is fetched
+    assert 'class="right"' in page
+    assert "no DP claim: trust.mode is trusted-server" in page
+    assert [point["k"] for point in report["curves"]["k"]] == [0, 1, 2, 3]
+    assert [point["rho"] for point in report["curves"]["noise"]] == [0.0, 1.0]
+
+
+def test_the_exit_code_gates_a_run_at_the_level_that_is_asked_for(tmp_path: Path) -> None:
+    loud = noised_plan(tmp_path, hidden_std=400.0, gradient_std=400.0)
+    asked = ["audit", str(loud), "--quick", "--quiet", "--attacks", "A1,A5", "--out", str(tmp_path / "out")]
+    assert main.run(asked) in (0, 22)  # nothing is left to read, but the update channel was not attacked
+    assert main.run([*asked, "--fail-on", "exposed"]) == 0
+    exposed = ["audit", str(PLAN), "--quick", "--quiet", "--attacks", "A1", "--out", str(tmp_path / "out")]
+    assert main.run([*exposed, "--fail-on", "never"]) == 0
+    assert main.run([*exposed, "--fail-on", "broken"]) == 0
+    assert main.run([*exposed, "--fail-on", "exposed"]) == 21
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--attacks", "A99"], "no attack A99"),
+        (["--fail-on", "private"], "is no verdict"),
+        (["--minutes", "0"], "above 0"),
+        (["--client", "nobody"], "no client 'nobody'"),
+        (["--text", "absent.jsonl"], "absent.jsonl"),
+    ],
+)
+def test_options_that_cannot_work_are_one_sentence(
+    options: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main.run(["audit", str(PLAN), "--quick", "--quiet", "--out", str(tmp_path), *options]) in (2, 3)
+    assert message in capsys.readouterr().err
