@@ -159,7 +159,8 @@ def _groups(
 
 def _sparse(rows_RD: torch.Tensor, units_VD: torch.Tensor, most: int) -> tuple[tuple[int, ...], bool]:
     """Simultaneous orthogonal matching pursuit: few tokens whose inputs explain all rows together."""
-    total, left_RD, chosen = float(rows_RD.norm()), rows_RD, []
+    total, left_RD = float(rows_RD.norm()), rows_RD
+    chosen: list[int] = []
     basis_KD = rows_RD.new_zeros(0, rows_RD.shape[1])
     for _ in range(most):
         gain_V = (units_VD @ left_RD.T).square().sum(1)
