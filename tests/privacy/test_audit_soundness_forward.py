@@ -48,6 +48,14 @@ def test_recovery_falls_as_the_noise_grows() -> None:
     assert found[2] < 0.3
 
 
+def test_a_clip_alone_hides_nothing() -> None:
+    audited = observe(rho=0.01, clip=2.0, tokens=24)
+    raw, seen = audited.taps[0][0].raw_TH, audited.taps[0][0].seen_TH
+    assert raw.norm() > 3 * 2.0  # the clip is far below what leaves without it
+    assert seen.norm() < 2.0 * 2.0
+    assert audited.score(a2_likelihood).recovery.value > 0.8
+
+
 def test_averaging_epochs_undoes_the_noise() -> None:
     audited = observe(rho=4.0, epochs=16, tokens=24)
     one, many = audited.score(a2_likelihood), audited.score(a4_averaging)

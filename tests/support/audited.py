@@ -64,6 +64,7 @@ def observe(
     epochs: int = 1,
     count: int = 4,
     tokens: int = 32,
+    clip: float = 0.0,
     change: Change | None = None,
     parameters: Mapping[str, torch.Tensor] | None = None,
     known: int = 0,
@@ -77,6 +78,8 @@ def observe(
     plain = attacker_of(subject, partition, {}, texts, options)
     std = rho * norm_of(plain, targets) / subject.checkpoint.hidden_size**0.5
     plan = variant(subject.plan, subject.name, partition=partition, hidden_std=std)
+    if clip:
+        plan = plan.model_copy(update={"noise": plan.noise.model_copy(update={"hidden_clip": clip})})
     tap = Tap(plan, subject.checkpoint, subject.name, parameters, key=options.key("test"), change=change)
     attacker = replace(plain, plan=plan, noise_std={Channel.HIDDEN: std} if std else {}, beam=4)
     taps = tap.observe(targets, epochs)

@@ -21,6 +21,9 @@ from fedsea.model.segments import InputBlocks, OutputBlocks, Trunk
 from fedsea.plan import FederationPlan
 from fedsea.types import Channel, Partition
 
+_PROFILED, _PROFILED_TOKENS = 24, 64
+"""Texts, and their length, that show how large rows are."""
+
 _Part = TypeVar("_Part", InputBlocks, Trunk, OutputBlocks)
 
 
@@ -179,6 +182,27 @@ class Attacker:
             taken.append(torch.multinomial(expected_SV.exp().cpu(), 1, generator=draw)[:, 0])
             expected_SV = reader.take(taken[-1].to(self.base.device))
         return list(torch.stack(taken, dim=1))
+
+    def shrunk(self, length: int) -> torch.Tensor:
+        """By how much [T] the plan's clip has probably scaled each row of a sequence down: 1 where it has not.
+
+        A clip hides nothing by itself: its bound is in the plan, and how large rows are public texts show.
+        """
+        clip = self.plan.noise.clip(Channel.HIDDEN) if self.plan.trust.mode == "noised" else 0.0
+        if not clip:
+            return torch.ones(length)
+        profile_T = self._squares
+        rest = max(0, length - len(profile_T))
+        squares_T = torch.cat([profile_T[:length], profile_T[-1:].expand(rest)])
+        if self.plan.noise.unit != "token":
+            squares_T = squares_T.sum().expand(length)
+        return (clip / squares_T.sqrt()).clamp_max(1.0)
+
+    @functools.cached_property
+    def _squares(self) -> torch.Tensor:
+        """Mean squared norm [T] of the rows at each position, over texts that the public model writes."""
+        texts = self.sampled(_PROFILED, _PROFILED_TOKENS, self.seed)
+        return torch.stack([self.clean(ids_T).cpu().square().sum(dim=1) for ids_T in texts]).mean(dim=0)
 
     def row_variance(self, channel: Channel, rows_TH: torch.Tensor) -> torch.Tensor:
         """Variance [T] of the difference between what was observed and what the client computed.

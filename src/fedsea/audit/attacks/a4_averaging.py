@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 
 from fedsea.audit.attacker import Attacker
-from fedsea.audit.attacks.search import Seen, search
+from fedsea.audit.attacks.search import Seen, search, unclipped
 from fedsea.audit.targets import Progress, Recovered, Target, unheard
 from fedsea.types import Channel
 
@@ -16,7 +16,7 @@ def averaged(attacker: Attacker, target: Target) -> Seen:
     """All passes over a target as one, with the variance that is left."""
     passes_ETH = torch.stack([observation.hidden_TH.float() for observation in target.observations])
     variance_T = torch.stack([attacker.row_variance(Channel.HIDDEN, rows_TH) for rows_TH in passes_ETH]).mean(dim=0)
-    return Seen(passes_ETH.mean(dim=0), variance_T / len(passes_ETH))
+    return unclipped(attacker, passes_ETH.mean(dim=0), variance_T / len(passes_ETH))
 
 
 def run(attacker: Attacker, targets: Sequence[Target], progress: Progress = unheard) -> list[Recovered]:

@@ -54,7 +54,13 @@ class Seen:
 def seen_once(attacker: Attacker, target: Target) -> Seen:
     """The first pass over a target."""
     rows_TH = target.observations[0].hidden_TH.float()
-    return Seen(rows_TH, attacker.row_variance(Channel.HIDDEN, rows_TH))
+    return unclipped(attacker, rows_TH, attacker.row_variance(Channel.HIDDEN, rows_TH))
+
+
+def unclipped(attacker: Attacker, rows_TH: torch.Tensor, variance_T: torch.Tensor) -> Seen:
+    """Rows as they were before the plan's clip, as far as that can be told, and the noise as it is then."""
+    factors_T = attacker.shrunk(len(rows_TH))
+    return Seen(rows_TH / factors_T[:, None], variance_T / factors_T.square())
 
 
 def search(
