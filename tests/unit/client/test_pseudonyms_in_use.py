@@ -17,6 +17,7 @@ from fedsea.data.detokenize import TextStream
 from fedsea.data.formats import DataFormat
 from fedsea.errors import ConfigError, DataError
 from fedsea.plan import DataSection
+from tests.support.mapping import make_mapping
 from tests.unit.data.conftest import CHAT_TEMPLATE, byte_tokenizer
 
 ROW = "Frau Anna Schmidt, Tel. 030 901820."
@@ -28,6 +29,7 @@ def settings(tmp_path: Path) -> Callable[..., Path]:
     def write(extra: str = "", enabled: str = "true") -> Path:
         path = tmp_path / "client.toml"
         path.write_text(f"[pseudonyms]\nenabled = {enabled}\n{extra}\n", encoding="utf-8")
+        make_mapping(tmp_path)
         return path
 
     return write
@@ -147,7 +149,9 @@ def test_token_ids_are_refused_where_identifiers_are_replaced(settings):
 def test_pseudonyms_are_off_unless_the_settings_say_so_and_anothers_mapping_is_refused(settings, tmp_path):
     assert pseudonyms_of(None, "clinic") is None
     assert pseudonyms_of(settings(enabled="false"), "clinic") is None
-    assert not list(tmp_path.glob("pseudonyms.map*"))
+    elsewhere = settings('mapping = "elsewhere"', enabled="false")
+    assert pseudonyms_of(elsewhere, "clinic") is None
+    assert not list(tmp_path.glob("elsewhere*"))
     assert pseudonyms_of(settings(), "clinic") is not None
     with pytest.raises(ConfigError, match="that of client clinic"):
         pseudonyms_of(settings(), "practice")

@@ -163,7 +163,8 @@ class Pseudonyms:
         for attempt in range(_MOST_ATTEMPTS):
             base = self._maker.base(kind, canonical.removeprefix("="), attempt + 1000 * canonical.startswith("="))
             surrogate = self._maker.written(kind, surface, base)
-            if self._table.stands_for_nothing(base) and self._usable(kind, surrogate, surface, text, again=False):
+            free = self._table.stands_for_nothing(base) if kind == "date" else self._table.is_free(base)
+            if free and self._usable(kind, surrogate, surface, text, again=False):
                 entry = Entry(kind, canonical, base, {surface: surrogate})
                 self._table.add(entry)
                 return entry

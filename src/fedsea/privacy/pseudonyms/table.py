@@ -64,6 +64,7 @@ class Table:
             self._by_canonical[entry.kind, entry.canonical] = entry
             self.entries.append(entry)
         self._taken.add(entry.base.lower())
+        self._known.add(entry.canonical.lower())
         for surface, surrogate in entry.surfaces.items():
             if (entry.kind, surface) in self._surrogates:
                 continue
