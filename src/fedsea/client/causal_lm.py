@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import logging
 from collections.abc import Mapping
 from contextvars import ContextVar
 from pathlib import Path
@@ -35,6 +36,8 @@ from fedsea.model.attention import checkpoint_activations
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedTokenizerBase
+
+log = logging.getLogger(__name__)
 
 _MADE: ContextVar[list[SplitCache] | None] = ContextVar("caches that this call of generate made", default=None)
 
@@ -114,6 +117,11 @@ class SplitCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[misc]
         )
         with contextlib.ExitStack() as connection:
             opened = connection.enter_context(open_decoder(options, base=base))
+            if opened.pseudonyms is not None:
+                log.warning(
+                    "[pseudonyms] is enabled, but this model takes token ids, in which nothing can be replaced: make them "
+                    "with fedsea.client.pseudonyms.Prompts, or use fedsea generate, chat or gateway"
+                )
             made = cls.of(opened)
             if not base:  # without a cache it is not the published trunk that answers, but the one as it is now
                 opened.decoder.on_version(status(options.server, options.identity)["next_step"])

@@ -134,7 +134,9 @@ def _pads(parts: dict[str, str | None]) -> bool:
 
 def _named(word: str, month: int, *, german: bool) -> str:
     names = _month_of(word)[1]
-    new = (dict(zip((_EN, _EN_SHORT), (_DE, _DE_SHORT), strict=True)).get(names, names) if german else names)[month - 1]
+    if german:  # April and others are months of both languages; a full stop behind the day is German
+        names = _DE if names == _EN else _DE_SHORT if names == _EN_SHORT else names
+    new = names[month - 1]
     return new.upper() if word.isupper() and len(word) > 1 else new
 
 
