@@ -40,7 +40,7 @@ ATTACKS: tuple[Attack, ...] = (
     Attack("A0", "the public model's guesses", Channel.HIDDEN, "a0_prior"),
     Attack("A1", "nearest hidden state over the vocabulary", Channel.HIDDEN, "a1_nearest"),
     Attack("A5", "labels from gradients", Channel.GRADIENT, "a5_labels"),
-    Attack("A2", "likelihood and prior, beam search", Channel.HIDDEN, "a2_likelihood"),
+    Attack("A2", "likelihood and prior, beam search", Channel.HIDDEN, "a2_likelihood", needs_more=True),
     Attack("A4", "average over epochs, then A2", Channel.HIDDEN, "a4_averaging", needs_more=True),
     Attack("A6", "alignment by known texts, then A2", Channel.HIDDEN, "a6_alignment", needs_more=True),
     Attack("A3", "learned inverter", Channel.HIDDEN, "a3_inverter", needs_more=True),
