@@ -119,8 +119,8 @@ class SplitCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[misc]
             opened = connection.enter_context(open_decoder(options, base=base))
             if opened.pseudonyms is not None:
                 log.warning(
-                    "[pseudonyms] is enabled, but this model takes token ids, in which nothing can be replaced: make them "
-                    "with fedsea.client.pseudonyms.Prompts, or use fedsea generate, chat or gateway"
+                    "[pseudonyms] is enabled, but this model takes token ids, in which nothing can be replaced: make "
+                    "them with fedsea.client.pseudonyms.Prompts, or use fedsea generate, chat or gateway"
                 )
             made = cls.of(opened)
             if not base:  # without a cache it is not the published trunk that answers, but the one as it is now
