@@ -55,7 +55,7 @@ class PseudonymSettings(Section):
     passphrase: bool = False
     types: tuple[IdentifierType, ...] = IDENTIFIER_TYPES
     languages: tuple[Literal["de", "en"], ...] = Field(("de", "en"), min_length=1)
-    patterns: dict[_PatternName, _Pattern] = {}
+    patterns: dict[_PatternName, _Pattern] = Field(default_factory=dict)
     words: tuple[_Phrase, ...] = ()
     word_files: tuple[str, ...] = ()
     name_files: tuple[str, ...] = ()
