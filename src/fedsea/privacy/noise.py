@@ -19,12 +19,17 @@ _CHUNK = 1 << 16
 _GRAIN_BITS = 12
 """Noised values are multiples of the power of two that lies so many bits below the standard deviation."""
 
+_TAIL = 1 << 20
+"""Of 2^31 uniform numbers, those below are drawn with 31 more bits: neighbours' radii would lie further apart than the
+grain, and whoever guesses a text could tell from a tail's radius that the guess is wrong."""
+
 
 class GaussianNoise:
     """Adds independent normal noise. Any thread may call it.
 
-    Values come in pairs from the Box-Muller transform of 31 and 32 random bits. The first is never 0, so logarithms
-    are finite, and the tails reach sqrt(2 ln 2^32) = 6.66 standard deviations, beyond which lies 3e-11 of a normal.
+    Values come in pairs from the Box-Muller transform of a uniform number and an angle of 32 random bits. The number
+    has 31 bits, and 31 more where it is small; it is never 0, so logarithms are finite, and the tails reach
+    sqrt(2 ln 2^63) = 9.35 standard deviations, beyond which lies 1e-20 of a normal.
 
     Args:
         key: 32 bytes for tests that need the same noise twice; otherwise the operating system's randomness.
@@ -60,12 +65,20 @@ class GaussianNoise:
             stop = min(pairs, start + chunk)
             words = self._words(2 * (stop - start)).to(values.device)
             size = stop - start
-            radius = words[:size].bitwise_and_(0x7FFFFFFF).to(torch.float32)
-            radius.add_(0.5).mul_(2.0**-31).log_().mul_(-2.0).sqrt_()
+            radius = self._uniform(words[:size]).log_().mul_(-2.0).sqrt_()
             angle = words[size:].to(torch.float32).mul_(math.pi * 2.0**-31)
             torch.cos(angle, out=values[2 * start : 2 * start + size]).mul_(radius)
             torch.sin(angle, out=values[2 * start + size : 2 * stop]).mul_(radius)
         return values[:count]
+
+    def _uniform(self, words: torch.Tensor) -> torch.Tensor:
+        """Numbers above 0 and at most 1 from 31 bits of each word; the small ones as finely spaced as they need it."""
+        whole = words.bitwise_and_(0x7FFFFFFF)
+        values = whole.to(torch.float32).add_(0.5)
+        if (small := (whole < _TAIL).nonzero().view(-1)).numel():
+            more = self._words(small.numel()).to(words.device).bitwise_and_(0x7FFFFFFF)
+            values[small] = more.double().add_(0.5).mul_(2.0**-31).add_(whole[small]).float()
+        return values.mul_(2.0**-31)
 
     def _words(self, count: int) -> torch.Tensor:
         """`count` random 32-bit words; no two calls share any, in this process or in one forked from it."""
