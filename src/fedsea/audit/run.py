@@ -13,6 +13,7 @@ from fedsea.audit.attacks import a1_nearest
 from fedsea.audit.canaries import Texts
 from fedsea.audit.catalogue import ATTACKS, Attack
 from fedsea.audit.checks import check_taps
+from fedsea.audit.masking import MakeMember, check_masks
 from fedsea.audit.observe import Change, Tap, Tapped
 from fedsea.audit.outcome import AuditReport, Outcome, own, scored
 from fedsea.audit.scoring import score
@@ -20,6 +21,7 @@ from fedsea.audit.settings import AuditOptions, Clock, Show
 from fedsea.audit.subject import Subject, open_subject, variant
 from fedsea.audit.targets import OutOfTime, Target
 from fedsea.audit.verdict import LEAST_SELF_CHECK, Finding, Verdict
+from fedsea.federation.secure import Member
 from fedsea.plan import no_claim_reason
 from fedsea.privacy.boundary import Boundary
 from fedsea.types import Channel, Partition
@@ -42,6 +44,7 @@ def audit(
     *,
     boundary: Boundary | None = None,
     change: Change | None = None,
+    member: MakeMember = Member,
     clock: Clock | None = None,
 ) -> AuditReport:
     """Audit a plan or a run.
@@ -51,6 +54,7 @@ def audit(
         show: Told how far each part is.
         boundary: In the place of the plan's own: a fault that is planted.
         change: Applied to hidden states before the boundary: a defence that is tried out.
+        member: In the place of a member of secure aggregation: a fault that is planted.
         clock: The time budget; None makes one of the options.
 
     Raises:
@@ -58,7 +62,7 @@ def audit(
     """
     subject = open_subject(options.path, options.model, options.client)
     clock = clock or Clock(options.minutes or options.scale.minutes, show)
-    return _Audit(subject, options, clock, boundary, change).run()
+    return _Audit(subject, options, clock, boundary, change, member).run()
 
 
 class _Audit:
@@ -71,13 +75,14 @@ class _Audit:
         clock: Clock,
         boundary: Boundary | None,
         change: Change | None,
+        member: MakeMember,
     ) -> None:
         self._subject, self._options, self._clock = subject, options, clock
         self._scale = options.scale
         self._texts = Texts(subject.tokenizer, subject.plan, self._scale.tokens)
         self._attacker = drawn.attacker_of(subject, subject.partition, subject.noise_std(), self._texts, options)
         self._attacker.plan = variant(subject.plan, subject.name)
-        self._boundary, self._change = boundary, change
+        self._boundary, self._change, self._member = boundary, change, member
         self._seconds: dict[str, float] = {}
 
     def run(self) -> AuditReport:
@@ -95,6 +100,8 @@ class _Audit:
             )
         tap, taps = self._observe(targets)
         findings += check_taps(self._subject, taps, self._attacker.codecs)
+        if self._subject.plan.aggregation.secure:
+            findings += check_masks(self._subject.plan, self._subject.checkpoint, self._member)
         plain_texts = self._plain_texts()
         perplexity = self._perplexity(tap, plain_texts)
         outcomes = self._attacks(targets)
@@ -264,6 +271,7 @@ class _Audit:
             "trust_mode": plan.trust.mode,
             "noise_std": {channel.value: std for channel, std in subject.noise_std().items()},
             "codecs": {channel.value: codec for channel, codec in self._attacker.codecs.items()},
+            "secure_aggregation": "two rounds looked at" if plan.aggregation.secure else "off",
             "backward_channel": "open" if plan.sends_gradients(subject.name) else "closed",
             "k": cut.input_blocks,
             "m": cut.output_blocks,

@@ -102,7 +102,10 @@ def sentences(verdict: Verdict, findings: Sequence[Finding], skipped: Sequence[s
         case Verdict.INCONCLUSIVE:
             said.append("Not all attacks came to an end, or one's candidates missed the truth too often.")
         case Verdict.BROKEN:
-            said.append("The audit failed its own check, so nothing it says can be relied on. Report this.")
+            said.append(
+                "Something is broken that has to work: the audit's own check, or a part of fedsea, as it stands above. "
+                "Nothing else that this audit says can be relied on. Report this."
+            )
     if skipped:
         said.append(f"Not run: {'; '.join(skipped)}.")
     return said
