@@ -132,7 +132,8 @@ class Origin:
         pieces: Which piece of its document each sequence is; () for whole documents.
         most_rows: The most rows that a sequence may have in the end, where they are released bit by bit (a session);
             0: each sequence is released whole.
-        turns: Of a session: how many of its sequences begin with these rows, or go back behind rows that were released.
+        turns: Of a session: behind how many of these rows one token may be; each sequence that begins with them counts
+            once, and each row that comes later.
     """
 
     purpose: Purpose

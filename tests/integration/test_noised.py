@@ -263,6 +263,26 @@ def test_rows_of_a_session_are_counted_also_those_that_were_taken_back(base_mode
         assert ledger.spent.total == pytest.approx(price * (7 + 2 + 4) / 16)
 
 
+def test_a_token_pays_for_every_row_that_may_be_its_copy(base_model, tmp_path):
+    closed = {"input": "frozen", "trunk": "frozen", "output": "adapter"}
+    noise = {"hidden_std": 40.0, "hidden_clip": 1.0, "unit": "token"}
+    sections = {"partition": {"input_blocks": 0}, "aggregation": {"sync": "personal"}, "optimizer": SEGMENT}
+    plan = {"trust": {"mode": "noised"}, "noise": noise, "adapter": closed, "inference": {"prefill_tokens": 4}}
+    opened = open_local(base_model, **plan | sections)
+    price = (2 / 40) ** 2
+    with Ledger(tmp_path, opened.plan, "a") as ledger:
+        opened.decoder.boundary = Boundary.of(opened.plan, "a", ledger)
+        with opened.decoder.open(16, 2) as sequences:
+            sequences.extend([[5, 6, 7, 8, 9], [5, 6]])  # once in each
+            assert ledger.spent.total == pytest.approx(price * 2)
+            sequences.extend([[5, 6, 7], []])  # as a drafter copies it
+            assert ledger.spent.total == pytest.approx(price * 5)
+            sequences.rollback([6, 2])
+            sequences.reorder([0, 0])
+            sequences.extend([[6], [8]])
+        assert ledger.spent.total == pytest.approx(price * 7)
+
+
 def test_one_sealed_update_is_sent_for_a_round_however_often_it_is_asked_for(federation, monkeypatch):
     noise = {**CLIPPED, "update_std": 0.1, "update_clip": 0.5}
     fed = noised(federation, adapter={"input": "frozen", "output": "adapter"}, noise=noise, optimizer=SEGMENT)

@@ -117,7 +117,7 @@ class Sequences:
         self._decoder = decoder
         self._sources: tuple[int, ...] = ()
         self._answered = self._closed = False
-        self._furthest = [0] * num_sequences  # rows that were released, also those taken back since
+        self._begun = [False] * num_sequences  # their first text is out
         segments = decoder.segments
         with decoder.lock:
             self._inputs = [segments.input_blocks.open_cache(max_tokens) for _ in self.lengths]
@@ -142,6 +142,7 @@ class Sequences:
         self._check(tokens)
         try:
             pieces = list(self._send(tokens, [min(1, len(ids)) for ids in tokens] if wanted is None else wanted))
+            self._begun = [begun or bool(ids) for begun, ids in zip(self._begun, tokens, strict=True)]
             return self._receive(pieces)
         except BaseException:  # whatever it was, the caches here and there may not hold the same tokens any more
             self.close()
@@ -183,11 +184,14 @@ class Sequences:
             yield _Piece(lengths, _rows(spans, [len(ids) for ids in tokens], wanted), output)
 
     def _origin(self, lengths: tuple[int, ...]) -> Origin:
-        """What new rows come from, and how many sequences begin with them or go over what was released before."""
+        """What new rows come from, and behind how many of them one token may be.
+
+        In a sequence's first text every token has one row. What follows was drafted or chosen here: it may be a copy of
+        any token before it (a drafter's), or depend on all of them (a penalty's, or a trained output segment's).
+        """
         turns = 0
-        for number, (held, new) in enumerate(zip(self.lengths, lengths, strict=True)):
-            turns += bool(new) and (held == 0 or held < self._furthest[number])
-            self._furthest[number] = max(self._furthest[number], held + new)
+        for held, new, begun in zip(self.lengths, lengths, self._begun, strict=True):
+            turns += new if begun else bool(new) and held == 0
         return Origin(Purpose.INFERENCE, lengths, most_rows=self.max_tokens, turns=turns)
 
     @torch.inference_mode()
@@ -233,7 +237,7 @@ class Sequences:
             self._outputs = rearranged(self._outputs, sources)
         self.lengths = [self.lengths[source] for source in sources]
         self.tokens = [list(self.tokens[source]) for source in sources]
-        self._furthest = [self._furthest[source] for source in sources]
+        self._begun = [self._begun[source] for source in sources]
         self._sources = tuple(self._sources[source] for source in sources) if self._sources else tuple(sources)
 
     def _check_open(self) -> None:
