@@ -9,7 +9,7 @@ import pytest
 
 from fedsea.audit.attacks import a7_update, a8_membership
 from fedsea.audit.attacks.membership import membership
-from fedsea.audit.attacks.update_inversion import invert, token_inputs
+from fedsea.audit.attacks.update_inversion import SpanFindings, invert, token_inputs
 from fedsea.audit.training import SplitRun, batches_of, pack
 from fedsea.audit.verdict import Verdict
 from fedsea.errors import ConfigError
@@ -74,6 +74,18 @@ def test_noise_on_the_forward_channel_does_not_touch_an_update_but_noise_on_the_
     assert found[1].conclusive == 0.0
 
 
+def test_tokens_named_at_random_are_no_exposure_however_many_are_named() -> None:
+    """Naming half of the vocabulary names most tokens of any text; what counts is how many of them were there."""
+    truths = [set(range(0, 200, 5)), set(range(0, 200, 4))]
+    found = [SpanFindings(tuple(range(200)), 3, 3, "sparse", False)] * 2
+    greedy = a7_update._result("difference", 1, 1, 2, found, truths, list(range(500, 600)), 90 / 400)
+    assert greedy.recall == 1.0
+    assert greedy.quality < 0.4
+    assert a7_update.UpdateReport((greedy,)).verdict is Verdict.PARTIAL
+    common = a7_update._result("difference", 1, 1, 2, found, truths, list(range(200)), 90 / 400)
+    assert a7_update.UpdateReport((common,)).verdict is Verdict.NOT_RECOVERED
+
+
 @pytest.mark.parametrize("sections", [{"aggregation": {"sync": "personal"}}, {"adapter": {"input": "frozen"}}])
 def test_an_update_that_does_not_leave_tells_nothing(base_model: Path, sections: dict[str, Any]) -> None:
     report = a7_update.run(attacker_of(training_plan(base_model, **sections)), targets_of(texts(8, 16)))
@@ -89,7 +101,11 @@ def test_texts_that_were_trained_on_are_told_from_others_of_the_same_kind(base_m
     report = a8_membership.run(attacker_of(plan), targets_of(texts(24, 24)))
     assert report.found is not None
     assert report.found.auc_interval[0] > 0.75
-    assert report.verdict is Verdict.EXPOSED
+    assert report.verdict is Verdict.PARTIAL  # which texts is told, and no text is recovered
+    hasty = a8_membership.run(attacker_of(plan, budget_s=0.0), targets_of(texts(24, 24)))
+    assert hasty.epochs == 0.0
+    assert hasty.verdict is Verdict.INCONCLUSIVE
+    assert "time was up" in hasty.sentence
 
 
 def test_a_model_that_hardly_learned_tells_nothing_of_its_texts(base_model: Path) -> None:

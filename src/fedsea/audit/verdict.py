@@ -1,4 +1,13 @@
-"""From scores to one word. None of the words means that a text is safe: they say what these attacks did."""
+"""From scores to one word. None of the words means that a text is safe: they say what these attacks did.
+
+- Attacks that recover text (A1 to A6): EXPOSED if more than half of what the prior leaves open was recovered, or more
+  than 5 % of the planted identifiers of any type; PARTIAL if anything beyond the prior was, with certainty.
+- A7 names a set of tokens: by how far its F1 is above that of guessing the commonest, as a share of what the guess
+  leaves open: EXPOSED above a half, PARTIAL above 5 %.
+- A8 tells which texts were trained on, and recovers none: PARTIAL at most.
+- A9 refutes a claim of the noise: EXPOSED if it does.
+- What should have run and did not: INCONCLUSIVE, unless something worse was found.
+"""
 
 from __future__ import annotations
 
@@ -94,9 +103,13 @@ def sentences(verdict: Verdict, findings: Sequence[Finding], skipped: Sequence[s
     said = [finding.sentence for finding in findings]
     match verdict:
         case Verdict.EXPOSED:
-            said.append("The server can read this: text was reconstructed from what it receives, or a defence is off.")
+            said.append(
+                "The server can read this: text or its tokens came back from what it receives, or a defence is off."
+            )
         case Verdict.PARTIAL:
-            said.append("Some of the text was reconstructed, beyond what the public model guesses.")
+            said.append(
+                "More was told than the public model guesses: some of the text, or which texts were trained on."
+            )
         case Verdict.NOT_RECOVERED:
             said.append("These attacks did not reconstruct the text. Others may: this is no proof.")
         case Verdict.INCONCLUSIVE:

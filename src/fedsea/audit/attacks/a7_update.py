@@ -47,6 +47,8 @@ class UpdateInversion:
         recall: Share of them that was named.
         precision: Share of the tokens named that were there.
         guess: Recall of naming as many of the commonest tokens of public text.
+        quality: F1 of what was named: naming much that was not there counts against the attack.
+        guess_quality: The best F1 of naming so many of the commonest tokens of public text, however many these are.
         conclusive: Share of the updates of which the attacker knows that its answer is exact.
         method: See `SpanFindings`; the commonest.
     """
@@ -61,11 +63,13 @@ class UpdateInversion:
     guess: float
     conclusive: float
     method: str
+    quality: float
+    guess_quality: float
 
     @property
     def excess_share(self) -> float:
-        """What was named beyond the guess, as a share of what the guess leaves open; negative if it was worse."""
-        return (self.recall - self.guess) / max(1.0 - self.guess, 1e-9)
+        """How much better than guessing, as a share of what the guess leaves open; negative if it was worse."""
+        return (self.quality - self.guess_quality) / max(1.0 - self.guess_quality, 1e-9)
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,7 +85,7 @@ class UpdateReport:
 
     @property
     def verdict(self) -> Verdict:
-        """By the worst update."""
+        """By how far the worst update's F1 is above that of guessing: few of many named tokens right is no exposure."""
         if (worst := self.worst) is None or worst.excess_share <= _CLEAR_EXCESS:
             return Verdict.NOT_RECOVERED
         return Verdict.EXPOSED if worst.excess_share > _EXPOSED_EXCESS else Verdict.PARTIAL
@@ -95,7 +99,7 @@ class UpdateReport:
         return (
             f"From a {worst.kind} of {of}, {worst.sequences} text(s) each, {worst.recall:.1%} of the distinct tokens "
             f"were named ({worst.precision:.1%} of those named were there; guessing the commonest names "
-            f"{worst.guess:.1%})."
+            f"{worst.guess:.1%}): F1 {worst.quality:.2f}, and {worst.guess_quality:.2f} by guessing."
         )
 
     def to_json(self) -> dict[str, Any]:
@@ -194,6 +198,18 @@ def _result(
     total = sum(len(truth) for truth in truths)
     method = Counter(one.method for one in found).most_common(1)[0][0] if found else NOTHING.method
     conclusive = sum(one.conclusive for one in found) / len(found)
+    recall = hits / total
+    quality = 2 * precision * recall / max(precision + recall, 1e-9)
+    guess = _best_guess(truths, common)
     return UpdateInversion(
-        kind, clients, size, steps, total, hits / total, precision, lucky / total, conclusive, method
+        kind, clients, size, steps, total, recall, precision, lucky / total, conclusive, method, quality, guess
     )
+
+
+def _best_guess(truths: Sequence[set[int]], common: Sequence[int]) -> float:
+    """The best F1 of naming the commonest tokens for every update, over how many are named."""
+    total, right, best = sum(len(truth) for truth in truths), 0, 0.0
+    for number, token in enumerate(common):
+        right += sum(token in truth for truth in truths)
+        best = max(best, 2 * right / (total + (number + 1) * len(truths)))
+    return best

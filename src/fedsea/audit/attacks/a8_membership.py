@@ -7,6 +7,8 @@ try this is whoever gets the adapters: the server, and where they are shared eve
 
 from __future__ import annotations
 
+import itertools
+import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -21,7 +23,6 @@ from fedsea.audit.verdict import Verdict
 from fedsea.model import adapters
 
 _STEPS = 60
-_EXPOSED_AUC = 0.75
 _FEWEST = 16
 
 
@@ -33,19 +34,23 @@ class MembershipReport:
         found: None if there were too few texts.
         epochs: How often each member was trained on, on average.
         adapters: "all": the whole model's; "trunk": the server's own, where the clients' stay at home.
+        cut_short: The time was up before so many steps were taken as the plan has.
     """
 
     found: Membership | None
     epochs: float
     adapters: str
+    cut_short: bool = False
 
     @property
     def verdict(self) -> Verdict:
-        """EXPOSED above an AUC of 0.75 with certainty, PARTIAL above guessing."""
-        if self.found is None:
-            return Verdict.INCONCLUSIVE
-        low = self.found.auc_interval[0]
-        return Verdict.EXPOSED if low > _EXPOSED_AUC else Verdict.PARTIAL if low > 0.5 else Verdict.NOT_RECOVERED
+        """PARTIAL above guessing with certainty: that a text was trained on is told, and no text is recovered by it.
+
+        Without that, INCONCLUSIVE if there were too few texts or too few steps to see it.
+        """
+        if self.found is not None and self.found.auc_interval[0] > 0.5:
+            return Verdict.PARTIAL
+        return Verdict.INCONCLUSIVE if self.found is None or self.cut_short else Verdict.NOT_RECOVERED
 
     @property
     def sentence(self) -> str:
@@ -54,8 +59,9 @@ class MembershipReport:
             return f"Membership needs {_FEWEST} texts or more."
         f = self.found
         which = "all adapters" if self.adapters == "all" else "the server's own adapters"
+        short = " (its time was up before the run's steps were)" if self.cut_short else ""
         return (
-            f"With {which}, after {self.epochs:.1f} epochs, trained texts are told from others with an AUC of "
+            f"With {which}, after {self.epochs:.1f} epochs{short}, trained texts are told from others with an AUC of "
             f"{f.auc:.3f} ({f.auc_interval[0]:.3f} to {f.auc_interval[1]:.3f}); {f.tpr:.0%} of them at a rate of "
             f"{f.fpr:.1%} false alarms; exposure {f.exposure:.1f} of {f.most_exposure:.1f} bits."
         )
@@ -87,7 +93,10 @@ def run(attacker: Attacker, targets: Sequence[Target], progress: Progress = unhe
     size = plan.micro_batches_of(plan.client_names[0])[1]
     steps = min(plan.num_steps, _STEPS)
     trained = SplitRun(plan, attacker.base.checkpoint)
-    trained.train(batches_of(members + background, size, steps, attacker.seed), told=lambda step: progress(step, steps))
+    until = time.monotonic() + attacker.budget_s
+    batches = batches_of(members + background, size, steps, attacker.seed)
+    in_time = itertools.takewhile(lambda _: time.monotonic() < until, batches)
+    trained.train(in_time, told=lambda step: progress(step, steps))
     reference = SplitRun(plan, attacker.base.checkpoint)
     before = [reference.losses(part, noised=False) for part in (members, others)]
     if which == "trunk":
@@ -96,5 +105,6 @@ def run(attacker: Attacker, targets: Sequence[Target], progress: Progress = unhe
     after = [judge.losses(part, noised=False) for part in (members, others)]
     scores = [[b - a for b, a in zip(*pair, strict=True)] for pair in zip(before, after, strict=True)]
     progress(steps, steps)
-    epochs = steps * size / (len(members) + len(background))
-    return MembershipReport(membership(scores[0], scores[1], attacker.seed), epochs, which)
+    epochs = trained.step * size / (len(members) + len(background))
+    cut_short = trained.step < steps
+    return MembershipReport(membership(scores[0], scores[1], attacker.seed), epochs, which, cut_short)
