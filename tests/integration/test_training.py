@@ -103,7 +103,7 @@ WAITING = {"rounds": 2, "steps_per_round": 4, "wait": 0.1}
 
 
 def test_a_client_that_joins_late_takes_part_from_the_next_round_on(federation):
-    fed = federation("a", "b", training={**WAITING, "steps_per_round": 12})
+    fed = federation("a", "b", training={**WAITING, "steps_per_round": 12, "wait": 2.0})
     fed.start_server()
     first = fed.start_client("a")
     first.watch.wait_for(lambda: len(first.watch.steps) >= 2)

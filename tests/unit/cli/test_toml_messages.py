@@ -24,7 +24,7 @@ def refusal(values: dict[str, Any]) -> str:
         ({"clients": [{"name": "a", "input_block": 1}]}, "clients.0.input_block: unknown key; did you mean"),
         ({"training": {"learning_rate": 1.0}}, "`learning_rate` belongs to the table [optimizer]"),
         ({"rank": 8}, "`rank` belongs to the table [adapter]"),
-        ({"wire": {"zzz": 8}}, "known here: hidden, gradient, max_tensor_mb"),
+        ({"durability": {"zzz": 8}}, "known here: keep, share_trunk"),
         ({"model": {}}, "model.path: is missing; add it"),
         ({"clients": [{"name": "A B"}]}, "is not usable: clients.0.name: use 1 to 63 lower-case letters"),
     ],
