@@ -11,17 +11,18 @@ import pytest
 import torch
 
 from fedsea.audit import settings
-from fedsea.audit.attacks import a1_nearest
+from fedsea.audit.attacks import a1_nearest, a2_likelihood
 from fedsea.audit.canaries import Texts
 from fedsea.audit.checks import check_taps
 from fedsea.audit.observe import Tap
 from fedsea.audit.outcome import AuditReport
-from fedsea.audit.run import audit
+from fedsea.audit.run import _Audit, audit
 from fedsea.audit.settings import AuditOptions, Clock
 from fedsea.audit.subject import open_subject, variant
 from fedsea.audit.targets import Recovered
 from fedsea.audit.verdict import Finding, Verdict
 from fedsea.errors import ConfigError
+from fedsea.federation.secure import Member
 from fedsea.plan import FederationPlan
 from fedsea.privacy.boundary import Boundary
 from fedsea.types import Channel, Release
@@ -146,6 +147,35 @@ def test_attacks_that_do_not_fit_into_the_time_make_it_inconclusive(tmp_path: Pa
     assert found.verdict in (Verdict.INCONCLUSIVE, Verdict.BROKEN, Verdict.EXPOSED)
     assert found.by_attack()["A9"]["hidden"]["status"] == "skipped"
     assert any("Not run: " in sentence for sentence in found.sentences)
+
+
+def test_slow_attacks_leave_time_for_the_curves_and_what_was_not_drawn_is_said(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(settings, "QUICK", replace(TINY, curve_sequences=1, rhos=(0.0, 2.0), epochs=1))
+    file = noised_plan(tmp_path, 40.0, 2.0)
+    now = 0.0
+
+    def slow(attacker: Any, targets: Any, progress: Any) -> list[Recovered]:
+        nonlocal now
+        while True:  # as slow as it may be
+            now += 1.0
+            progress(0, 1)
+
+    monkeypatch.setattr(a2_likelihood, "run", slow)
+    monkeypatch.setattr(a1_nearest, "run", slow)
+    options = AuditOptions(file, quick=True, attacks=("A1", "A2"))
+    clock = Clock(10.0, lambda *_: None, now=lambda: now)
+    subject = open_subject(file)
+    run = _Audit(subject, options, clock, None, None, Member)
+    monkeypatch.setattr(run, "_self_check", lambda _: 1.0)
+    found = run.run()
+    assert {o.attack.id: o.reason for o in found.outcomes if o.status == "skipped"} == dict.fromkeys(
+        ("A1", "A2"), "its time was up"
+    )
+    assert now >= 590.0  # the curves had all that was left
+    assert list(found.curves) == []
+    assert any("before the curves of cut and noise were whole" in sentence for sentence in found.sentences)
 
 
 def test_a_plan_that_trains_the_output_side_alone_has_a_closed_backward_channel(tmp_path: Path) -> None:

@@ -23,6 +23,8 @@ from fedsea.types import IGNORE, Channel, Partition
 Point = dict[str, Any]
 
 _MOST_BLOCKS = 3
+_OF_CUTS = 0.5
+"""Of the curves' time."""
 
 
 def attacker_of(
@@ -88,14 +90,26 @@ def noise_curve(
     texts: Texts,
     options: AuditOptions,
     progress: Progress,
-) -> list[Point]:
-    """A2 (A1 without noise) on the targets, and perplexity on plain texts, at rising noise; at the plan's own cut."""
-    points: list[Point] = []
+    points: list[Point],
+) -> None:
+    """A2 (A1 without noise) on the targets, and perplexity on plain texts, at rising noise; at the plan's own cut.
+
+    Args:
+        subject: The client.
+        targets: What is attacked.
+        plain_texts: What perplexity is measured on.
+        texts: Made them.
+        options: Scale and seed.
+        progress: Told of points, and of every position within one.
+        points: Added to, so that what is done when the time is up is kept.
+    """
     plain = attacker_of(subject, subject.partition, {}, texts, options)
     targets = fresh(targets, options.scale.curve_tokens)
     width = subject.checkpoint.hidden_size
     norm = norm_of(plain, targets)
+    total = len(options.scale.rhos)
     for number, rho in enumerate(options.scale.rhos):
+        progress(number, total)
         std = rho * norm / math.sqrt(width)
         plan = variant(subject.plan, subject.name, hidden_std=std)
         sent = fresh(targets, options.scale.curve_tokens)
@@ -103,42 +117,64 @@ def noise_curve(
         tap.observe(sent)
         cost = perplexity(subject, plain_texts, options, plan)
         attacker = replace(plain, noise_std={Channel.HIDDEN: std} if std else {})
-        found = _forward(attacker, sent, texts, options.seed, noised=std > 0)
+        watch = _within(progress, number, total)
+        found = _forward(attacker, sent, texts, options.seed, watch, noised=std > 0)
         points.append({"rho": rho, "std": round(std, 6), **_point(found), "perplexity": round(cost, 4)})
-        progress(number + 1, len(options.scale.rhos))
-    return points
+    progress(total, total)
 
 
 def cut_curves(
-    subject: Subject, targets: Sequence[Target], texts: Texts, options: AuditOptions, progress: Progress
-) -> dict[str, list[Point]]:
-    """Recovery against k (forward, A1 or A2) and against m (backward, A5), with the plan's own noise."""
+    subject: Subject,
+    targets: Sequence[Target],
+    texts: Texts,
+    options: AuditOptions,
+    progress: Progress,
+    points: dict[str, list[Point]],
+) -> None:
+    """Recovery against k (forward, A1 or A2) and against m (backward, A5), with the plan's own noise.
+
+    Args:
+        subject: The client.
+        targets: What is attacked.
+        texts: Made them.
+        options: Scale and seed.
+        progress: Told of points, and of every position within one.
+        points: "k" and "m" to points; added to, so that what is done when the time is up is kept.
+    """
     blocks, cut = subject.checkpoint.num_blocks, subject.partition
     ks = range(min(_MOST_BLOCKS + 1, blocks - cut.output_blocks))
     ms = range(min(_MOST_BLOCKS, blocks - cut.input_blocks))
-    points: dict[str, list[Point]] = {"k": [], "m": []}
     jobs = [("k", Partition(k, cut.output_blocks)) for k in ks]
     if subject.plan.sends_gradients(subject.name):
         jobs += [("m", Partition(cut.input_blocks, m)) for m in ms]
     std = subject.noise_std()
     for number, (axis, partition) in enumerate(jobs):
+        progress(number, len(jobs))
+        watch = _within(progress, number, len(jobs))
         plan = variant(subject.plan, subject.name, partition=partition)
         sent = fresh(targets, options.scale.curve_tokens)
         Tap(plan, subject.checkpoint, subject.name, key=options.key("cut", axis, number)).observe(sent)
         attacker = attacker_of(subject, partition, std, texts, options)
         if axis == "k":
-            found = _forward(attacker, sent, texts, options.seed, noised=Channel.HIDDEN in std)
+            found = _forward(attacker, sent, texts, options.seed, watch, noised=Channel.HIDDEN in std)
         else:
-            answers = a5_labels.run(replace(attacker, plan=plan), sent)
+            answers = a5_labels.run(replace(attacker, plan=plan), sent, watch)
             found = score(sent, answers, guesses_of(attacker, sent), texts.decode, options.seed)
-        points[axis].append({axis: partition.input_blocks if axis == "k" else partition.output_blocks, **_point(found)})
-        progress(number + 1, len(jobs))
-    return {axis: found for axis, found in points.items() if found}
+        blocks = partition.input_blocks if axis == "k" else partition.output_blocks
+        points.setdefault(axis, []).append({axis: blocks, **_point(found)})
+    progress(len(jobs), len(jobs))
 
 
-def _forward(attacker: Attacker, targets: Sequence[Target], texts: Texts, seed: int, *, noised: bool) -> Score:
+def _within(progress: Progress, number: int, total: int) -> Progress:
+    """For the work of one point: shows nothing new, and ends when the time is up."""
+    return lambda _done, _all: progress(number, total)
+
+
+def _forward(
+    attacker: Attacker, targets: Sequence[Target], texts: Texts, seed: int, progress: Progress, *, noised: bool
+) -> Score:
     """A2 against noise; without noise A1 is enough."""
-    answers = (a2_likelihood if noised else a1_nearest).run(attacker, targets)
+    answers = (a2_likelihood if noised else a1_nearest).run(attacker, targets, progress)
     return score(targets, answers, guesses_of(attacker, targets), texts.decode, seed)
 
 
@@ -167,11 +203,21 @@ def curves(
     """
     chosen = list(targets)[: options.scale.curve_sequences]
     found: dict[str, list[Point]] = {}
+    missing: list[str] = []
     if not chosen:
         return found, ""
     try:
-        found["noise"] = noise_curve(subject, chosen, plain_texts, texts, options, clock.watch("curve of noise"))
-        found |= cut_curves(subject, chosen, texts, options, clock.watch("curves of the cut"))
+        cuts = clock.watch("curves of the cut", _OF_CUTS)
+        cut_curves(subject, chosen, texts, options, cuts, found)
     except OutOfTime:
-        return found, "the time was up before all curves were drawn"
-    return found, ""
+        missing.append("cut")
+    noise: list[Point] = []
+    try:
+        noise_curve(subject, chosen, plain_texts, texts, options, clock.watch("curve of noise"), noise)
+    except OutOfTime:
+        missing.append("noise")
+    if noise:
+        found["noise"] = noise
+    if not missing:
+        return found, ""
+    return found, f"The time was up before the curves of {' and '.join(missing)} were whole: give more --minutes."

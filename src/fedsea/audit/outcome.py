@@ -96,6 +96,7 @@ class AuditReport:
         curves: Name to points.
         examples: Original and reconstructed text; for the page and `report.json`, never for the log.
         seconds: Part to wall seconds.
+        curves_missing: A sentence about curves for which there was no time; "" if all were drawn.
     """
 
     about: dict[str, Any]
@@ -108,6 +109,7 @@ class AuditReport:
     curves: dict[str, list[dict[str, Any]]]
     examples: tuple[dict[str, Any], ...] = field(default=(), repr=False)
     seconds: dict[str, float] = field(default_factory=dict)
+    curves_missing: str = ""
 
     @property
     def skipped(self) -> list[str]:
@@ -129,7 +131,8 @@ class AuditReport:
     @property
     def sentences(self) -> list[str]:
         """What goes with the verdict."""
-        return sentences(self.verdict, self.findings, self.skipped)
+        said = sentences(self.verdict, self.findings, self.skipped)
+        return [*said, self.curves_missing] if self.curves_missing else said
 
     def by_attack(self) -> dict[str, dict[str, Any]]:
         """Attack to channel to figures."""

@@ -32,8 +32,10 @@ _ENOUGH = 0.95
 _SELF_CHECK_SEQUENCES = 4
 _SELF_CHECK_TOKENS = 32
 _SMALLEST_PART_S = 2.0
-_MOST_OF_WHAT_IS_LEFT = 0.5
-"""Of the time, for one attack: so that a slow one does not keep all others from running."""
+_FOR_CURVES = 0.35
+"""Of the time that is left when the attacks begin."""
+_UNTIL_IT_STOPS = 0.7
+"""Of an attack's time, after which one that trains stops and answers with what it has learned."""
 _MEMBERS = 32
 """Texts of the membership attack, half of which are trained on."""
 
@@ -104,12 +106,13 @@ class _Audit:
             findings += check_masks(self._subject.plan, self._subject.checkpoint, self._member)
         plain_texts = self._plain_texts()
         perplexity = self._perplexity(tap, plain_texts)
+        if self._scale.curve_sequences:
+            self._clock.reserved_s = _FOR_CURVES * self._clock.left_s
         outcomes = self._attacks(targets)
+        self._clock.reserved_s = 0.0
         started = time.monotonic()
         found, missing = drawn.curves(self._subject, targets, plain_texts, self._texts, self._options, self._clock)
         self._seconds["curves"] = time.monotonic() - started
-        if missing:
-            log.warning("%s", f"{missing[0].upper()}{missing[1:]}: give more --minutes.")
         return AuditReport(
             self._about(targets),
             tap.boundary.statement,
@@ -121,6 +124,7 @@ class _Audit:
             found,
             _examples(targets, outcomes, self._texts),
             {part: round(value, 2) for part, value in self._seconds.items()},
+            missing,
         )
 
     # --- what is attacked -------------------------------------------------------------------------------------------
@@ -219,12 +223,12 @@ class _Audit:
                 return Outcome(attack, "not needed", reason=f"a simpler attack recovered {best:.1%} already")
         if self._clock.left_s < _SMALLEST_PART_S:
             return Outcome(attack, "skipped", reason="the time was up")
-        self._attacker.budget_s = max(_SMALLEST_PART_S, self._clock.left_s / 3)
+        self._attacker.budget_s = max(_SMALLEST_PART_S, _UNTIL_IT_STOPS * attack.share * self._clock.left_s)
         try:
             module = attack.load()
         except ModuleNotFoundError:
             return Outcome(attack, "skipped", reason="this version does not have it")
-        watch = self._clock.watch(f"{attack.id} {attack.title}", _MOST_OF_WHAT_IS_LEFT)
+        watch = self._clock.watch(f"{attack.id} {attack.title}", attack.share)
         try:
             answers = module.run(self._attacker, self._aims(attack, targets), watch)
         except OutOfTime:

@@ -100,17 +100,21 @@ class Clock:
         minutes: From now on.
         show: Told of progress.
         now: Seconds; replaced in tests.
+
+    Attributes:
+        reserved_s: Seconds at the end that are kept for what comes later.
     """
 
     def __init__(self, minutes: float, show: Show, now: Callable[[], float] = time.monotonic) -> None:
         self._now = now
         self._end = now() + 60 * minutes
         self._show = show
+        self.reserved_s = 0.0
 
     @property
     def left_s(self) -> float:
-        """Seconds that are left."""
-        return max(0.0, self._end - self._now())
+        """Seconds that are left beside what is reserved."""
+        return max(0.0, self._end - self.reserved_s - self._now())
 
     def watch(self, what: str, share: float = 1.0) -> Progress:
         """A `Progress` that shows, and ends the work when this share of the time that is left now is up."""
