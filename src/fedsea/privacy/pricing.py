@@ -40,6 +40,9 @@ class Pricing:
     one, and rows that are released anew, after some were taken back, are paid anew. As mu^2 adds up under adaptive
     composition, the sum holds however long the sequence becomes.
 
+    With the unit "token", a token of a prompt has one row in each sequence of a session; but what is drafted or chosen
+    after it may be its copy, or depend on it, and is told apart from new text by nobody: each later row is paid whole.
+
     Where the rows of a sequence also depend on parameters that are trained here, on text and without noise, every
     release depends on every unit that was trained on: it is charged to all units. It is charged to all of them too
     where nobody knows of which unit it is.
@@ -82,21 +85,23 @@ class Pricing:
             return Charge(channel, purpose, releases, bounded=False)
         if origin is None:
             return Charge(channel, purpose, releases, every=price)
-        amounts = [price] * releases
         if origin.most_rows:
             # Sequences of one session may have one prompt (beams), so they count as one unit.
             shares = origin.turns if self.noise.unit == "token" else sum(origin.lengths) / origin.most_rows
             return Charge(channel, purpose, releases, every=price * shares)
-        if self._pooled[channel]:
-            return Charge(channel, purpose, releases, every=sum(amounts))
-        if not origin.documents:
-            return Charge(channel, purpose, releases, every=max(amounts, default=0.0))
-        return Charge(channel, purpose, releases, tuple(zip(self._units(origin), amounts, strict=True)))
+        if self._pooled[channel] or not origin.documents:  # unknown ones may all be of one text
+            return Charge(channel, purpose, releases, every=price * releases)
+        return Charge(channel, purpose, releases, tuple((unit, price) for unit in self._units(origin)))
 
     def _units(self, origin: Origin) -> list[str]:
         if self.noise.unit == "document" or not origin.pieces:
             return list(origin.documents)
-        return [f"{document}.{piece}" for document, piece in zip(origin.documents, origin.pieces, strict=True)]
+        found = []
+        for document, piece in zip(origin.documents, origin.pieces, strict=True):
+            found.append(f"{document}.{piece}")
+            if self.noise.unit == "token" and piece:  # its first token is the last one of the piece before, too
+                found.append(f"{document}.{piece - 1}")
+        return found
 
 
 def pooled(plan: FederationPlan, name: str) -> dict[Channel, bool]:

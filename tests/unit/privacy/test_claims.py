@@ -131,8 +131,18 @@ def test_a_document_pays_for_all_its_sequences():
 
 
 def test_sequences_that_nobody_knows_may_be_anyones():
-    charge = pricing().charge(Channel.HIDDEN, origin())
-    assert (charge.every, charge.units) == (Q, ())
+    """And all of one and the same: a question with each of its answers, a prompt that is sampled from several times."""
+    for unit in ("sequence", "document"):
+        charge = pricing(unit).charge(Channel.HIDDEN, origin())
+        assert (charge.every, charge.units) == (pytest.approx(3 * Q), ())
+
+
+def test_the_token_that_two_pieces_of_a_document_share_pays_for_both():
+    token = pricing("token", partition={"input_blocks": 0}, **CLOSED)
+    made = Spent()
+    units, new = made.numbered(token.charge(Channel.HIDDEN, origin(documents=("d",) * 3, pieces=(0, 1, 2))).units)
+    made.take({"c": "hidden", "p": "training", "n": 3, "new": new, "units": units})
+    assert made.total == pytest.approx(2 * Q)
 
 
 def test_where_the_segment_is_trained_here_every_release_counts_for_everybody():
