@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from fedsea.client.run_key import ALONE
-from fedsea.errors import ConfigError
+from fedsea.errors import ConfigError, StorageError
 from fedsea.plan import ClientNoise, FederationPlan, load_settings, parse_plan_json
 from fedsea.privacy.book import FILE, Book
 from fedsea.privacy.boundary import Boundary
@@ -56,17 +56,43 @@ def open_boundary(
 
     Raises:
         ConfigError: The settings are laxer than the plan.
-        StorageError: The ledger is refused, or the disk refused.
+        StorageError: The ledger is refused, is not the one that the run was charged to before, or the disk refused.
     """
     noise = own_noise(settings)
     if plan.trust.mode != "noised":
         yield Boundary.of(plan, name, settings=noise)
         return
     folder = ledger_folder(plan, run_id, identity, run)
+    before = None if run_id == ALONE else _charged_before(plan, name, run)
+    if before is not None and not (folder / FILE).is_file():
+        raise _not_here(before["folder"], folder)
     with Ledger(folder, plan, name, run_id, noise.over(plan, name)) as ledger:
+        if before is not None and before["mark"] != ledger.mark:
+            raise _not_here(before["folder"], folder)
         if run_id != ALONE and own_run:
-            write_bytes_atomic(run / POINTER, json.dumps({"folder": str(folder.resolve())}).encode())
+            whose = {"plan_sha256": plan.sha256(), "client": name, "mark": ledger.mark}
+            write_bytes_atomic(run / POINTER, json.dumps({"folder": str(folder.resolve())} | whose).encode())
         yield Boundary.of(plan, name, ledger, noise)
+
+
+def _charged_before(plan: FederationPlan, name: str, run: Path) -> dict[str, str] | None:
+    """What a run folder says of its ledger, if it is of this client and plan."""
+    try:
+        pointer = json.loads((run / POINTER).read_text(encoding="utf-8"))
+        same = (pointer["plan_sha256"], pointer["client"]) == (plan.sha256(), name)
+        return {"folder": str(pointer["folder"]), "mark": str(pointer["mark"])} if same else None
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError, KeyError, TypeError):
+        raise StorageError(f"{run / POINTER} cannot be read: restore the newest copy of the run folder.") from None
+
+
+def _not_here(before: str, folder: Path) -> StorageError:
+    return StorageError(
+        f"What this run has released was charged to the privacy ledger in {before}, and the one in {folder} is missing "
+        f"or another: nothing was sent. Put the newest copy of that folder in its place, whole; without it nobody "
+        "knows what was spent."
+    )
 
 
 def reports(path: Path) -> list[dict[str, Any]]:

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import hashlib
 import json
 import os
 import secrets
@@ -79,6 +80,11 @@ class Ledger:
     def spent(self) -> Spent:
         """What was spent, as far as this process has read."""
         return self._book.spent
+
+    @property
+    def mark(self) -> str:
+        """Tells this ledger and its copies from every other one."""
+        return hashlib.sha256(self._book.spent.salt).hexdigest()[:32]
 
     def charge(self, charge: Charge, limit: float = float("inf")) -> None:
         """Make a charge durable; when this returns, the release may be sent.
