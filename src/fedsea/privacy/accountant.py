@@ -9,6 +9,9 @@ from __future__ import annotations
 
 import math
 
+_MOST = 1e150
+"""A charge that is no protection whatever; sums of it stay finite."""
+
 
 def charge_of(clip: float, std: float) -> float:
     """mu^2 of one release: (2 C / sigma)^2.
@@ -16,7 +19,8 @@ def charge_of(clip: float, std: float) -> float:
     >>> charge_of(1.0, 4.0)
     0.25
     """
-    return (2.0 * clip / std) ** 2
+    ratio = 2.0 * clip / std
+    return min(ratio * ratio, _MOST)
 
 
 def delta_of(mu: float, epsilon: float) -> float:

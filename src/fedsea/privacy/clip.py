@@ -12,6 +12,9 @@ import torch
 _MARGIN = 1.0 - 2.0**-16
 """The products are rounded to float32: what comes out stays under the bound by more than that."""
 
+_LEAST = 2.0**-126
+"""Smaller factors, which a server's own huge gradients may ask for, are not precise in float32: nothing is left."""
+
 
 def clip_rows(values_TH: torch.Tensor, bound: float) -> torch.Tensor:
     """Each row scaled down to at most `bound`; float32."""
@@ -46,4 +49,5 @@ def _norms(values_TH: torch.Tensor) -> torch.Tensor:
 
 
 def _scales(norms: torch.Tensor, bound: float) -> torch.Tensor:
-    return (bound * _MARGIN / norms).clamp_max(1.0).float()  # 0 rows: infinity, which becomes 1
+    scales = (bound * _MARGIN / norms).clamp_max(1.0)  # 0 rows: infinity, which becomes 1
+    return torch.where(scales < _LEAST, 0.0, scales).float()

@@ -105,3 +105,8 @@ def test_nothing_spent_is_epsilon_zero_and_everything_is_infinite():
     assert epsilon_of(0.0, 1e-5) == 0.0
     assert epsilon_of(math.inf, 1e-5) == math.inf
     assert mu_of(0.0, 1e-5) > 0  # delta alone allows a little
+
+
+def test_hardly_any_noise_costs_everything_and_is_a_number():
+    assert 1e100 < charge_of(1.0, 1e-200) < math.inf
+    assert epsilon_of(math.sqrt(charge_of(1.0, 1e-200)), 1e-5) > 1e50

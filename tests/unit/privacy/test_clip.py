@@ -48,3 +48,11 @@ def test_an_update_is_clipped_by_the_norm_of_all_its_tensors():
     assert after.double().norm() <= 0.25
     assert torch.nn.functional.cosine_similarity(whole, after, dim=0) > 0.9999
     assert clip_together({}, 1.0) == {}
+
+
+@pytest.mark.parametrize("bound", [1.0, 1e-3, 1e-5])
+@pytest.mark.parametrize("size", [1e37, 2.1e37, 3e38])
+def test_gradients_that_a_server_made_huge_are_within_the_bound_too(size, bound):
+    """Factors of 1e-40 and less are no longer precise in float32."""
+    clipped = clip_together({"a": torch.full((1000, 1000), size)}, bound)
+    assert clipped["a"].double().norm() <= bound
