@@ -69,7 +69,7 @@ def _show_audit(folder: Path) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    columns = ("defence", "channel", "tokens recovered", "guessed without looking", "names, numbers, addresses")
+    columns = ("defence", "channel", "tokens recovered", "by guessing", "identifiers")
     table = Table(*columns, title="What the server could have read: planted notes, sent as the clinic sends")
     for row in _audited(folder):
         shares = (f"{100 * value:.0f} %" for value in (row.recovery, row.prior, row.identifiers))
