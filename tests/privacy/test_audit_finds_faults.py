@@ -145,7 +145,7 @@ def test_attacks_that_do_not_fit_into_the_time_make_it_inconclusive(tmp_path: Pa
     found = audit(AuditOptions(noised_plan(tmp_path, 40.0, 2.0), quick=True), clock=clock)
     assert found.skipped
     assert found.verdict in (Verdict.INCONCLUSIVE, Verdict.BROKEN, Verdict.EXPOSED)
-    assert found.by_attack()["A9"]["hidden"]["status"] == "skipped"
+    assert found.by_attack()["A8"]["update"]["status"] == "skipped"
     assert any("Not run: " in sentence for sentence in found.sentences)
 
 

@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from fedsea.audit import settings
+from fedsea.audit.claimed import claimed
+from fedsea.audit.report import write_report
 from fedsea.audit.run import audit
 from fedsea.audit.settings import AuditOptions
 from fedsea.audit.subject import open_subject
-from fedsea.audit.verdict import Verdict
 from fedsea.client.run import train_alone
 from fedsea.client.setup import ClientOptions
+from fedsea.errors import ConfigError
 from tests.support.audited import PLAN, SILO, TINY
 
 
@@ -23,6 +26,10 @@ def test_a_run_is_audited_with_the_trained_segments(tmp_path: Path, monkeypatch:
     text = PLAN.read_text().replace('path = "model"', f"path = {json.dumps(str(PLAN.parent / 'model'))}")
     plan = tmp_path / "plan.toml"
     plan.write_text(text.replace("rounds = 4", "rounds = 1").replace("steps_per_round = 20", "steps_per_round = 2"))
+    noise = "hidden_std = 100.0\nhidden_clip = 2.0\ngradient_std = 10.0\ngradient_clip = 0.01\n"
+    noise += "update_std = 10.0\nupdate_clip = 0.1\n"
+    text = plan.read_text().replace("[adapter]", f'[trust]\nmode = "noised"\n\n[noise]\n{noise}\n[adapter]', 1)
+    plan.write_text(text.replace("[optimizer]", "[optimizer]\nmax_norm = 0.0"))
     rows = SILO.read_text().splitlines()[:40]
     (tmp_path / "rows.jsonl").write_text("\n".join(rows) + "\n")
     run = tmp_path / "run"
@@ -31,7 +38,26 @@ def test_a_run_is_audited_with_the_trained_segments(tmp_path: Path, monkeypatch:
     assert subject.name == "bank"
     assert subject.parameters is not None
     assert any(float(tensor.abs().max()) > 0 for name, tensor in subject.parameters.items() if "lora_B" in name)
+    assert subject.trunk is not None  # it trained alone, so its folder has the trunk
+    assert any(float(tensor.abs().max()) > 0 for name, tensor in subject.trunk.items() if "lora_B" in name)
     found = audit(AuditOptions(run, quick=True, attacks=("A1",)))
+    assert found.about["audited"] == "the client's trained segments, with the trained trunk"
+    assert found.claim.startswith("DP claim: epsilon = ")
+    (spent,) = found.to_json()["ledgers"]
+    assert spent["epsilon"] > 0
+    assert {row["channel"] for row in spent["rows"]} >= {"hidden", "gradient"}
+    page = write_report(found, tmp_path / "out").read_text()
+    assert "DP claim: epsilon = " in page
+    assert "<td>gradient</td>" in page
+    assert "folder" not in spent
+    with pytest.raises(ConfigError, match="is the run of bank"):
+        open_subject(run, client="clinic")
+    shutil.rmtree(run / "trunk")
+    assert "base model's trunk" in open_subject(run).states
+    anchor = run / "ledger" / "ledger.jsonl"
+    anchor.write_bytes(anchor.read_bytes()[:40])
+    sentence, none = claimed(open_subject(run))
+    assert sentence.startswith("no DP claim: The privacy ledger")
+    assert none == ()
     assert found.about["trained"]
     assert found.about["client"] == "bank"
-    assert found.verdict is Verdict.EXPOSED

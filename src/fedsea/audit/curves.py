@@ -78,7 +78,9 @@ def perplexity(
     """
     plan = plan or variant(subject.plan, subject.name, hidden_std=0.0, plain_wire=True)
     key = options.key("perplexity", plan.sha256())
-    tap = Tap(plan, subject.checkpoint, subject.name, subject.parameters, key=key, device=options.device)
+    tap = Tap(
+        plan, subject.checkpoint, subject.name, subject.parameters, trunk=subject.trunk, key=key, device=options.device
+    )
     tap.observe(fresh(plain_texts, options.scale.tokens))
     return tap.perplexity
 
@@ -113,7 +115,14 @@ def noise_curve(
         std = rho * norm / math.sqrt(width)
         plan = variant(subject.plan, subject.name, hidden_std=std)
         sent = fresh(targets, options.scale.curve_tokens)
-        tap = Tap(plan, subject.checkpoint, subject.name, subject.parameters, key=options.key("curve", rho))
+        tap = Tap(
+            plan,
+            subject.checkpoint,
+            subject.name,
+            subject.parameters,
+            trunk=subject.trunk,
+            key=options.key("curve", rho),
+        )
         tap.observe(sent)
         cost = perplexity(subject, plain_texts, options, plan)
         attacker = replace(plain, noise_std={Channel.HIDDEN: std} if std else {})
@@ -153,7 +162,9 @@ def cut_curves(
         watch = _within(progress, number, len(jobs))
         plan = variant(subject.plan, subject.name, partition=partition)
         sent = fresh(targets, options.scale.curve_tokens)
-        Tap(plan, subject.checkpoint, subject.name, key=options.key("cut", axis, number)).observe(sent)
+        Tap(
+            plan, subject.checkpoint, subject.name, key=options.key("cut", axis, number), device=options.device
+        ).observe(sent)
         attacker = attacker_of(subject, partition, std, texts, options)
         if axis == "k":
             found = _forward(attacker, sent, texts, options.seed, watch, noised=Channel.HIDDEN in std)

@@ -17,6 +17,7 @@ from fedsea.audit.targets import Observation, Progress, Target, unheard
 from fedsea.client import setup
 from fedsea.client.segments import ClientSegments
 from fedsea.errors import ProtocolError
+from fedsea.model import adapters
 from fedsea.model.checkpoint import Checkpoint
 from fedsea.model.loading import trainable_trunk
 from fedsea.model.segments import Trunk
@@ -45,6 +46,7 @@ class Tap:
         checkpoint: The base model.
         name: The client; the plan's first one if empty.
         parameters: Trained parameters of the client's segments by portable name; None: as a run begins.
+        trunk: Those of the trunk.
         boundary: The maker of releases; None: the plan's own, with nothing counted, as nothing leaves.
         key: Of the noise, for an audit that can be repeated; 32 bytes.
         change: Applied to the hidden states before the boundary: a defence that is tried out.
@@ -58,6 +60,7 @@ class Tap:
         name: str = "",
         parameters: Mapping[str, torch.Tensor] | None = None,
         *,
+        trunk: Mapping[str, torch.Tensor] | None = None,
         boundary: Boundary | None = None,
         key: bytes | None = None,
         change: Change | None = None,
@@ -70,6 +73,8 @@ class Tap:
             self.segments.load_parameters(parameters)
         self.segments.train(False)
         self.trunk: Trunk = trainable_trunk(plan, checkpoint, self.segments.trunk_blocks, device)
+        if trunk is not None:
+            adapters.load(self.trunk, trunk)
         self.boundary = boundary or Boundary.of(plan, self.name, key=key)
         self._change = change
         codecs = {Channel.HIDDEN: plan.wire.hidden, Channel.GRADIENT: plan.wire.gradient}

@@ -97,6 +97,7 @@ class AuditReport:
         examples: Original and reconstructed text; for the page and `report.json`, never for the log.
         seconds: Part to wall seconds.
         curves_missing: A sentence about curves for which there was no time; "" if all were drawn.
+        spent: What the run's ledgers say; see `privacy.claims.report_of`.
     """
 
     about: dict[str, Any]
@@ -110,6 +111,7 @@ class AuditReport:
     examples: tuple[dict[str, Any], ...] = field(default=(), repr=False)
     seconds: dict[str, float] = field(default_factory=dict)
     curves_missing: str = ""
+    spent: tuple[dict[str, Any], ...] = ()
 
     @property
     def skipped(self) -> list[str]:
@@ -144,6 +146,7 @@ class AuditReport:
             "audit": self.about,
             "statement": self.statement,
             "claim": self.claim,
+            "ledgers": list(self.spent),
             "self_check": round(self.self_check, 6),
             "attacks": self.by_attack(),
             "findings": [finding.sentence for finding in self.findings],

@@ -13,6 +13,7 @@ from fedsea.audit.attacks import a1_nearest
 from fedsea.audit.canaries import Texts
 from fedsea.audit.catalogue import ATTACKS, Attack
 from fedsea.audit.checks import check_taps
+from fedsea.audit.claimed import claimed
 from fedsea.audit.masking import MakeMember, check_masks
 from fedsea.audit.observe import Change, Tap, Tapped
 from fedsea.audit.outcome import AuditReport, Outcome, own, scored
@@ -22,7 +23,7 @@ from fedsea.audit.subject import Subject, open_subject, variant
 from fedsea.audit.targets import OutOfTime, Target
 from fedsea.audit.verdict import LEAST_SELF_CHECK, Finding, Verdict
 from fedsea.federation.secure import Member
-from fedsea.plan import no_claim_reason
+from fedsea.plan import open_channels
 from fedsea.privacy.boundary import Boundary
 from fedsea.types import Channel, Partition
 
@@ -113,10 +114,11 @@ class _Audit:
         started = time.monotonic()
         found, missing = drawn.curves(self._subject, targets, plain_texts, self._texts, self._options, self._clock)
         self._seconds["curves"] = time.monotonic() - started
+        claim, spent = claimed(self._subject)
         return AuditReport(
             self._about(targets),
             tap.boundary.statement,
-            self._claim(),
+            claim,
             self_check,
             tuple(outcomes),
             tuple(findings),
@@ -125,6 +127,7 @@ class _Audit:
             _examples(targets, outcomes, self._texts),
             {part: round(value, 2) for part, value in self._seconds.items()},
             missing,
+            spent,
         )
 
     # --- what is attacked -------------------------------------------------------------------------------------------
@@ -165,6 +168,7 @@ class _Audit:
             subject.checkpoint,
             subject.name,
             subject.parameters,
+            trunk=subject.trunk,
             boundary=self._boundary,
             key=options.key("tap"),
             change=self._change,
@@ -249,20 +253,24 @@ class _Audit:
         subject = self._subject
         if attack.channel is Channel.GRADIENT and not subject.plan.sends_gradients(subject.name):
             return "the backward channel is closed: this plan sends no gradients"
+        leaves = Channel.UPDATE in open_channels(subject.plan, subject.name)
+        if attack.id == "A7" and not (leaves and subject.plan.trains_below_cut(subject.name)):
+            return "no update of the client's input side leaves it"
+        if attack.id == "A8" and not leaves and subject.plan.adapter.trunk == "frozen":
+            return "no adapter that was trained on the client's text leaves it"
+        if attack.id == "A9" and not self._claims():
+            return "no channel is both clipped and noised, so there is no claim of the noise that could be tested"
         if attack.id == "A4" and Channel.HIDDEN not in subject.noise_std():
             return "hidden states leave without noise, so there is nothing to average out"
         return ""
 
-    # --- what is said -----------------------------------------------------------------------------------------------
+    def _claims(self) -> bool:
+        """Whether the plan's noise on a channel is one of which something could be claimed."""
+        plan = self._subject.plan
+        channels = (Channel.HIDDEN, Channel.GRADIENT)
+        return plan.trust.mode == "noised" and any(plan.noise.clip(c) and plan.noise.std(c) for c in channels)
 
-    def _claim(self) -> str:
-        reason = no_claim_reason(self._subject.plan, self._subject.name)
-        if reason:
-            return f"no DP claim: {reason}"
-        return (
-            f"(epsilon, delta) of one {self._subject.plan.noise.unit} is counted by the ledger of each run: "
-            "`fedsea ledger RUN` says what was spent."
-        )
+    # --- what is said -----------------------------------------------------------------------------------------------
 
     def _about(self, targets: Sequence[Target]) -> dict[str, Any]:
         subject, plan = self._subject, self._subject.plan
@@ -272,6 +280,8 @@ class _Audit:
             "plan_sha256": plan.sha256(),
             "client": subject.name,
             "trained": subject.parameters is not None,
+            "trained_trunk": subject.trunk is not None,
+            "audited": subject.states,
             "trust_mode": plan.trust.mode,
             "noise_std": {channel.value: std for channel, std in subject.noise_std().items()},
             "codecs": {channel.value: codec for channel, codec in self._attacker.codecs.items()},

@@ -11,13 +11,15 @@ import torch
 
 from fedsea.data.tokenizer import load_tokenizer
 from fedsea.errors import ConfigError
+from fedsea.model import adapters
 from fedsea.model.checkpoint import Checkpoint, open_checkpoint
 from fedsea.plan import ClientEntry, FederationPlan, NoiseSection, PartitionSection, TrustSection, load_plan
 from fedsea.plan.loading import parse_plan_json
 from fedsea.storage import CheckpointStore
-from fedsea.types import Channel, Partition
+from fedsea.types import Channel, Partition, SegmentKind
 
 _PREFIX = "parameter."
+_CLIENTS, _SERVERS = (SegmentKind.INPUT, SegmentKind.OUTPUT), (SegmentKind.TRUNK,)
 
 
 @dataclass(frozen=True)
@@ -30,6 +32,7 @@ class Subject:
         checkpoint: The base model.
         tokenizer: The base model's.
         parameters: What the client's segments were trained to; None: as a run begins.
+        trunk: What the trunk was trained to; None: as a run begins.
         run: The run folder, if one was given.
     """
 
@@ -38,12 +41,27 @@ class Subject:
     checkpoint: Checkpoint
     tokenizer: Any
     parameters: Mapping[str, torch.Tensor] | None = field(default=None, repr=False)
+    trunk: Mapping[str, torch.Tensor] | None = field(default=None, repr=False)
     run: Path | None = None
 
     @property
     def partition(self) -> Partition:
         """The client's cut."""
         return self.plan.partition_of(self.name)
+
+    @property
+    def states(self) -> str:
+        """Which parameters are audited, in words."""
+        if self.run is None:
+            return "segments and trunk as a run begins"
+        own = "segments as a run begins" if self.parameters is None else "the client's trained segments"
+        if self.parameters is None and (self.plan.adapter.input, self.plan.adapter.output) == ("frozen", "frozen"):
+            own = "segments that are not trained"
+        if self.plan.adapter.trunk == "frozen":
+            return f"{own}; the trunk is not trained"
+        if self.trunk is None:
+            return f"{own}, with the base model's trunk: this folder does not have the trained one"
+        return f"{own}, with the trained trunk"
 
     def noise_std(self) -> dict[Channel, float]:
         """Channel to the standard deviation that the plan promises."""
@@ -53,28 +71,18 @@ class Subject:
 
 
 def open_subject(path: Path, model: str | None = None, client: str = "") -> Subject:
-    """Read a plan file, or a client's run folder.
+    """Read a plan file, or a run folder, of a client or of the server.
 
     Args:
-        path: Either of them.
+        path: One of them.
         model: This machine's copy of the base model, if not where the plan says.
-        client: Which client of a plan file; its first one if empty.
+        client: Which client of a plan file or of the server's run; the first one if empty.
 
     Raises:
         ConfigError: There is neither, or the model cannot be read.
     """
-    parameters: dict[str, torch.Tensor] | None = None
-    if path.is_dir():
-        found = CheckpointStore(path / "checkpoints", read_only=True).latest()
-        if found is None or "client" not in found[2]:
-            raise ConfigError(
-                f"{path} holds no run of a client: give a plan file, or the --run folder of `fedsea train`."
-            )
-        _, tensors, values = found
-        plan, client = parse_plan_json(values["plan"]), str(values["client"])
-        parameters = {n.removeprefix(_PREFIX): t for n, t in tensors.items() if n.startswith(_PREFIX)}
-    else:
-        plan = load_plan(path)
+    run = _open_run(path, client) if path.is_dir() else None
+    plan, client = (load_plan(path), client) if run is None else (run.plan, run.client)
     name = plan.client(client).name if client else plan.client_names[0]
     try:
         checkpoint = open_checkpoint(model or plan.model.path, plan.model.revision)
@@ -85,7 +93,51 @@ def open_subject(path: Path, model: str | None = None, client: str = "") -> Subj
     plan.partition_of(name).trunk(checkpoint.num_blocks)
     size = int(checkpoint.config.get_text_config(decoder=True).vocab_size)
     tokenizer = load_tokenizer(str(checkpoint.folder), plan.model.revision, vocab_size=size)
-    return Subject(plan, name, checkpoint, tokenizer, parameters, path if path.is_dir() else None)
+    if run is None:
+        return Subject(plan, name, checkpoint, tokenizer)
+    own, trunk = (_held(plan, checkpoint, name, run.tensors, kinds) for kinds in (_CLIENTS, _SERVERS))
+    return Subject(plan, name, checkpoint, tokenizer, own, trunk, path)
+
+
+@dataclass(frozen=True)
+class _Run:
+    plan: FederationPlan
+    client: str
+    tensors: Mapping[str, torch.Tensor]
+
+
+def _open_run(path: Path, client: str) -> _Run:
+    """A client's run folder, with the trunk if it trained alone; or the server's, with what it knows."""
+    found = CheckpointStore(path / "checkpoints", read_only=True).latest()
+    if found is None or not {"client", "rounds_done"} & found[2].keys():
+        raise ConfigError(f"{path} holds no run of a client: give a plan file, or the --run folder of `fedsea train`.")
+    tensors, values = dict(found[1]), found[2]
+    plan = parse_plan_json(values["plan"])
+    if "client" not in values:
+        rounds = CheckpointStore(path / "rounds", read_only=True)
+        known = rounds.load(values["rounds_done"])[0] if values["rounds_done"] in rounds.steps() else {}
+        prefix = f"engine.{_PREFIX}"
+        return _Run(
+            plan, client, {n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)} | known
+        )
+    own = str(values["client"])
+    if client and client != own:
+        raise ConfigError(f"{path} is the run of {own}, not of {client}: give that client's folder, or the plan file.")
+    if (alone := CheckpointStore(path / "trunk", read_only=True).latest()) is not None:
+        tensors |= alone[1]
+    return _Run(plan, own, {n.removeprefix(_PREFIX): t for n, t in tensors.items() if n.startswith(_PREFIX)})
+
+
+def _held(
+    plan: FederationPlan,
+    checkpoint: Checkpoint,
+    name: str,
+    tensors: Mapping[str, torch.Tensor],
+    kinds: tuple[SegmentKind, ...],
+) -> dict[str, torch.Tensor] | None:
+    """The trained parameters of some segments; None if they are not all there."""
+    wanted = adapters.trainable_shapes(checkpoint.config, plan.partition_of(name), kinds, plan.adapter)
+    return {key: tensors[key] for key in wanted} if wanted and wanted.keys() <= tensors.keys() else None
 
 
 def variant(

@@ -20,7 +20,9 @@ _LEVELS = ("partial", "exposed", "inconclusive", "broken", "never")
 
 
 def audit(
-    path: Annotated[Path, typer.Argument(metavar="PLAN_OR_RUN", help="A plan file, or a client's run folder.")],
+    path: Annotated[
+        Path, typer.Argument(metavar="PLAN_OR_RUN", help="A plan file, or a run folder of a client or of the server.")
+    ],
     model: o.Model = None,
     client: Annotated[str, typer.Option(help="Client of the plan; its first one if not given.")] = "",
     text: Annotated[
@@ -101,7 +103,13 @@ def _show(report: AuditReport) -> None:
     costs = Table("perplexity without the defence", "with it", "of the client alone")
     costs.add_row(*(f"{report.perplexity[key]:.2f}" for key in ("without_defence", "with_defence", "client_alone")))
     console.print(costs)
-    for line in (report.statement, report.claim, f"Verdict: {report.verdict.value}", *report.sentences):
+    for line in (
+        report.statement,
+        f"Audited: {report.about['audited']}.",
+        report.claim,
+        f"Verdict: {report.verdict.value}",
+        *report.sentences,
+    ):
         output.say(line)
 
 

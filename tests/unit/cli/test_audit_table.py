@@ -25,7 +25,13 @@ def test_the_table_has_what_ran_and_the_others_are_said_by_reason(capsys: pytest
         for attack in ATTACKS
     ]
     perplexity = {"without_defence": 4.5, "with_defence": 5.25, "client_alone": 121.0}
-    said = {"statement": "Trust.", "claim": "no DP claim: none", "verdict": Verdict.PARTIAL, "sentences": ["Why."]}
+    said = {
+        "about": {"audited": "segments"},
+        "statement": "Trust.",
+        "claim": "no DP claim: none",
+        "verdict": Verdict.PARTIAL,
+        "sentences": ["Why."],
+    }
     audit._show(SimpleNamespace(outcomes=outcomes, perplexity=perplexity, **said))
     shown = capsys.readouterr().out
     in_table = [attack.id for attack in ATTACKS if f"│ {attack.id}" in shown]
