@@ -10,7 +10,7 @@ import pytest
 import torch
 from cryptography.hazmat.primitives.serialization import Encoding
 
-from fedsea.errors import AuthError, CapacityError
+from fedsea.errors import AuthError, CapacityError, TransportError
 from fedsea.types import Channel
 from fedsea.wire import arrival
 from fedsea.wire import messages as m
@@ -161,6 +161,37 @@ def test_a_relay_with_many_unfinished_handshakes_is_held_off(party: Party, monke
             async with await join(relay.address, party.clients["clinic"]) as stream:
                 await answered(stream, 1)
             await channel.close()
+
+    run(work())
+
+
+def test_clients_that_do_not_take_the_servers_word_are_bounded_and_given_up(
+    party: Party, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(server_module, "_MAX_HANDSHAKES_OF_A_PEER", 2)
+    patient, deaf = asyncio.Event(), 0
+
+    async def not_taken(_: object) -> None:
+        nonlocal deaf
+        deaf += 1
+        if deaf == 2:
+            patient.set()
+        await asyncio.Event().wait()
+
+    async def work() -> None:
+        async with running(party) as (_, address), relaying(party.edge, address) as relay:
+            with monkeypatch.context() as patched:
+                patched.setattr(arrival, "tell_ready", not_taken)
+                waiting = [asyncio.create_task(join(relay.address, party.clients["clinic"])) for _ in range(2)]
+                await patient.wait()
+                with pytest.raises(CapacityError, match="too many handshakes"):
+                    await join(relay.address, party.clients["bank"])
+                for task in waiting:
+                    task.cancel()
+                await asyncio.gather(*waiting, return_exceptions=True)
+                patched.setattr(arrival, "HANDSHAKE_S", 0.5)
+                with pytest.raises(TransportError, match="took no data"):
+                    await join(relay.address, party.clients["bank"])
 
     run(work())
 

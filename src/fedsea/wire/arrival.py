@@ -125,9 +125,17 @@ class Arrival:
         self.peer, self.certificate_pem, self.subject = client, handshake.certificate_pem, handshake.subject
 
     async def open(self) -> None:
-        """Tell a client whose stream is sealed that it is let in."""
+        """Tell a client whose stream is sealed that it is let in.
+
+        Raises:
+            TransportError: It does not take the word.
+        """
         if isinstance(self.transport, SealedPipe):
-            await tell_ready(self.transport)
+            try:
+                async with asyncio.timeout(HANDSHAKE_S):
+                    await tell_ready(self.transport)
+            except TimeoutError:
+                raise TransportError(f"{self.peer.name} took no data for {HANDSHAKE_S:g} s; connect again.") from None
 
     def keep(self, timing: Timing) -> None:
         """Begin to watch whether the other end of a sealed stream is alive; until `release`."""

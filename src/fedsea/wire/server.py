@@ -161,10 +161,10 @@ class WireServer:
         self._handshakes[bringer] += 1
         try:
             await arrival.seal(self._me)
+            self._check_room(arrival.peer)
+            await arrival.open()
         finally:
             self._handshakes[bringer] -= 1
-        self._check_room(arrival.peer)
-        await arrival.open()
 
     def _check_room(self, peer: PeerIdentity) -> None:
         if sum(session.peer.name == peer.name for session in self._sessions) >= _MAX_SESSIONS_OF_A_PEER:
