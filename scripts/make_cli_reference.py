@@ -110,6 +110,7 @@ def _codes() -> str:
         if kind.retryable:
             meaning += " The same command may succeed later."
         rows.append(f"| {kind.exit_code} | `{kind.code}` | {meaning} |")
+    rows.append("| 20, 21, 22, 23 | | `fedsea audit`: the verdict is PARTIAL, EXPOSED, INCONCLUSIVE, BROKEN. |")
     rows.append(
         f"| {INTERNAL} | `INTERNAL` | Something that fedsea did not foresee; `fedsea --debug …` shows the trace. |"
     )

@@ -62,7 +62,7 @@ def gateway(
 
     They use `http://127.0.0.1:8080/v1` as base URL. Prompts and answers stay on this machine, but the federation's
     server can reconstruct them from what it receives, as in training. Ctrl-C or SIGTERM ends it in good order. Needs
-    `pip install "fedsea[gateway]"`.
+    `pip install ".[gateway]"` in the folder of fedsea's source.
 
     Example: `fedsea gateway --server fedsea.example.org:7443 --run runs/clinic --port 8080`
     """
@@ -113,7 +113,8 @@ def _needed() -> Any:
         import starlette  # noqa: F401
         import uvicorn  # noqa: F401
     except ImportError:
-        raise ConfigError('The gateway needs more packages: pip install "fedsea[gateway]".') from None
+        sentence = 'The gateway needs more packages: pip install ".[gateway]" in the folder of the source.'
+        raise ConfigError(sentence) from None
     from fedsea.client.gateway import run
 
     return run

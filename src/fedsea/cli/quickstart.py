@@ -100,7 +100,7 @@ def _show(found: QuickstartResult) -> None:
     _show_costs(console, found)
     asked = "A program at the clinic asks the federation's model through `fedsea gateway`:"
     if found.sample["through"] == "process":
-        asked = 'The federation\'s model is asked (`pip install "fedsea[gateway]"` lets programs at a client do so):'
+        asked = 'The federation\'s model is asked (with `pip install ".[gateway]"` programs at a client can do so):'
     output.say(f"\n{asked}\n")
     output.say(textwrap.indent(found.sample["prompt"].strip(), "    "))
     output.say("\nAnd this is what it writes:\n")

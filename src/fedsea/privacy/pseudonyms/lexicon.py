@@ -100,4 +100,4 @@ def _provider(kind: str, locale: str) -> Any:
 
 def missing() -> ConfigError:
     """Packages that pseudonyms need are not there."""
-    return ConfigError('Pseudonyms need more packages: pip install "fedsea[pseudonyms]".')
+    return ConfigError('Pseudonyms need more packages: pip install ".[pseudonyms]" in the folder of the source.')
