@@ -111,6 +111,35 @@ def test_an_end_that_the_peer_made_is_told_from_a_cut():
     assert not server.opener.ended
 
 
+def test_an_end_comes_after_what_was_being_sent_and_not_instead_of_it():
+    class Slow:
+        def __init__(self) -> None:
+            self.began, self.goes_on = asyncio.Event(), asyncio.Event()
+            self.records: asyncio.Queue[bytes] = asyncio.Queue()
+
+        async def read(self) -> bytes:
+            return await self.records.get()
+
+        async def write(self, chunk: bytes) -> None:
+            self.began.set()
+            await self.goes_on.wait()
+            await self.records.put(chunk)
+
+    async def work() -> None:
+        client, server = pair()
+        slow = Slow()
+        pipe = SealedPipe(slow, client)
+        pipe.keep(alive_s=0.0, silence_s=10.0)
+        await slow.began.wait()  # it says that it is alive
+        ending = asyncio.create_task(pipe.end())
+        await asyncio.wait({ending}, timeout=0.01)
+        slow.goes_on.set()
+        await ending
+        assert await SealedPipe(slow, server).read() is None
+
+    asyncio.run(work())
+
+
 def test_nothing_opens_behind_the_end():
     client, server = pair()
     assert server.opener.open(client.sealer.seal(b"")) is None

@@ -108,7 +108,16 @@ class SealedPipe:
                 self._said_something = False
                 await asyncio.sleep(alive_s)
                 if not self._said_something:
-                    await self._send(_ALIVE)
+                    # What is sealed has to go out, or what follows does not open: `release` must not cut it short.
+                    sending = asyncio.create_task(self._send(_ALIVE))
+                    sending.add_done_callback(_seen)
+                    await asyncio.shield(sending)
+
+
+def _seen(task: asyncio.Task[None]) -> None:
+    """Mark a task's error as known, even if nobody waits for it any more."""
+    if not task.cancelled():
+        task.exception()
 
 
 async def agree_as_client(transport: Transport, handshake: ClientHandshake) -> StreamKeys:
