@@ -12,6 +12,9 @@ if TYPE_CHECKING:
 
 _VALUES = {Channel.HIDDEN: "hidden states", Channel.GRADIENT: "gradients", Channel.UPDATE: "updates"}
 
+MOST_DELTA = 1e-3
+"""Above it a claim says nothing that anybody could rely on: with this chance it holds for no unit at all."""
+
 TRUSTED_SERVER = (
     "Trust mode: trusted-server. Text stays here and the connection is encrypted, but the server CAN reconstruct "
     "the text from the hidden states and gradients that it receives. Use it only with a server you trust."
@@ -60,6 +63,8 @@ def no_claim_reason(plan: FederationPlan, name: str, noise: NoiseSection | None 
             reasons.append(
                 f"no clip bounds the {_VALUES[channel]} (noise.{channel}_clip = 0), so their sensitivity is unknown"
             )
+    if noise.delta > MOST_DELTA:
+        reasons.append(f"noise.delta = {noise.delta:g} would let everything out that often; {MOST_DELTA:g} is the most")
     if needs_norms(plan) and (plan.trains_below_cut(name) or trains_output(plan, name)):
         reasons.append(
             "the norm of this client's gradients leaves it in every step without noise "

@@ -40,6 +40,12 @@ def test_a_large_epsilon_is_no_claim():
     assert claim.sentence() == "no DP claim: epsilon = 105.9 is no protection"
 
 
+def test_a_large_delta_is_no_claim():
+    claim = claimed(noised({**CLAIMED, "delta": 0.5}))
+    assert claim.sentence().startswith("no DP claim: noise.delta = 0.5 would let everything out that often")
+    assert isinstance(claimed(noised({**CLAIMED, "delta": 1e-3})), Claim)
+
+
 @pytest.mark.parametrize(
     ("sections", "reason"),
     [
