@@ -160,7 +160,7 @@ class Ledger:
         if not self._book.count and self._book.anchor is None:
             about = {**self._about, "plan": plan.to_json(), "salt": secrets.token_hex(16)}
             self._append({"about": about})
-            self._sync_folder()
+            self._sync_folders()
         self._book.check(self._about)
         self._anchor(at_once=True)
 
@@ -191,15 +191,17 @@ class Ledger:
         write_bytes_atomic(self.folder / ANCHOR, text.encode())
         self._anchored = (self._book.count, time.monotonic())
 
-    def _sync_folder(self) -> None:
-        try:
-            descriptor = os.open(self.folder, os.O_RDONLY | os.O_DIRECTORY)
+    def _sync_folders(self) -> None:
+        """Make the names of file and folder durable, too."""
+        for folder in (self.folder, self.folder.parent, self.folder.parent.parent):
             try:
-                os.fsync(descriptor)
-            finally:
-                os.close(descriptor)
-        except OSError as error:
-            raise storage_error("write", self.folder, error) from None
+                descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+                try:
+                    os.fsync(descriptor)
+                finally:
+                    os.close(descriptor)
+            except OSError as error:
+                raise storage_error("write", folder, error) from None
 
 
 def _read(descriptor: int, start: int, stop: int) -> bytes:

@@ -267,3 +267,16 @@ def test_a_torn_line_that_cannot_be_cut_off_at_once_is_cut_off_later(tmp_path, m
         ledger.charge(charge(0.25, "x"))
         assert ledger.spent.total == pytest.approx(0.25)
     assert Book.open(tmp_path).spent.total == pytest.approx(0.25)
+
+
+def test_the_names_of_a_new_ledgers_folders_are_durable_before_anything_is_charged(tmp_path, monkeypatch):
+    synced, fsync = set(), os.fsync
+
+    def noted(descriptor: int) -> None:
+        synced.add(os.fstat(descriptor).st_ino)
+        fsync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", noted)
+    folder = tmp_path / "identity" / "ledger" / "plan"
+    with Ledger(folder, noised(), "a"):
+        assert {path.stat().st_ino for path in (folder, folder.parent, folder.parent.parent)} <= synced
