@@ -46,7 +46,7 @@ def test_the_real_boundary_stays_under_its_claim_and_near_it(base_model: Path, c
 def test_sensitivity_taken_as_c_instead_of_2c_is_refuted(base_model: Path) -> None:
     """Whoever thinks that replacing a record moves a clipped sum by C calibrates half of the noise."""
     mechanism = mechanism_of(boundary(base_model, hidden_std=STD / 2), Channel.HIDDEN)
-    test = hold_against_claim(claimed(base_model), Channel.HIDDEN, mechanism, 20_000)
+    test = hold_against_claim(claimed(base_model), Channel.HIDDEN, mechanism, 60_000)
     assert not test.holds
     assert test.bound.epsilon > test.claimed_epsilon
     assert test.bound.mu > 1.8
