@@ -114,6 +114,14 @@ def test_hostile_text_takes_no_more_than_its_length(recogniser):
     assert time.process_time() - began < 15.0
 
 
+@pytest.mark.parametrize("word", ["tel", "SSN", "MRN", "passport", "kennzeichen"])
+def test_a_long_gap_behind_a_word_that_announces_a_number_costs_little(recogniser, word):
+    gap = " " * 3000
+    began = time.process_time()
+    recogniser.find(f"1 {word}{gap}? {word} ist{gap}:{gap}?")
+    assert time.process_time() - began < 5.0
+
+
 def test_shifting_there_and_back_gives_the_same_date():
     for text in ("28.02.1984", "1984-02-29", "March 3, 2021", "1. Mai 2020", "3-Mar-2020", "29. Februar"):
         moved = shifted(text, -371)

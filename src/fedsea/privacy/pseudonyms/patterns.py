@@ -24,7 +24,8 @@ _PLATE = re.compile(
     r"(?<![\w-])(?!HLA|SARS|COV|CYP|CD|IL|HER|HPV|ICD|ASA|PD)[A-ZÄÖÜ]{1,3}-[A-Z]{1,2} ?\d{1,4}[EH]?(?![\w-])"
 )
 
-_IS = r"\s*(?:is|ist|lautet|was|war)?\s*[:#=]?\s*"
+# Every optional part begins with something else than space: a long gap can be matched in one way only.
+_IS = r"\s*(?:(?:is|ist|lautet|was|war)\s*)?(?:[:#=]\s*)?"
 _CODE = r"(?P<code>[A-Za-z0-9][\w./-]*\d[\w/-]*|\d)"
 _NUMBER = r"[- .]?(?:number|nummer|no\.?|nr\.?|id|#)"
 
