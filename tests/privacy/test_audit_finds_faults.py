@@ -56,7 +56,9 @@ class OneNoise:
         return self._fresh().update(tensors)
 
 
-def _findings(plan_file: Path, boundary: Any = None, passes: int = 20) -> list[Finding]:
+def _findings(
+    plan_file: Path, boundary: Any = None, passes: int = 20, codecs: dict[Channel, str] = CODECS
+) -> list[Finding]:
     """What the checks say of some texts that go over the wire."""
     subject = open_subject(plan_file)
     targets = Texts(subject.tokenizer, subject.plan, 48).canaries(passes, 0)
@@ -64,7 +66,7 @@ def _findings(plan_file: Path, boundary: Any = None, passes: int = 20) -> list[F
         targets
     )
     taps = {Channel.HIDDEN: [pair[0] for pair in pairs], Channel.GRADIENT: [pair[1] for pair in pairs]}
-    return check_taps(subject, taps, CODECS)
+    return check_taps(subject, taps, codecs)
 
 
 def test_noise_that_is_as_planned_is_found_to_be_so(tmp_path: Path) -> None:
@@ -118,6 +120,17 @@ def test_noise_that_is_too_small_is_reported(tmp_path: Path) -> None:
     findings = _findings(file, Boundary.of(weaker, "clinic"))
     assert [finding.verdict for finding in findings] == [Verdict.EXPOSED] * 2
     assert "and the plan says 2" in findings[0].sentence
+
+
+@pytest.mark.parametrize("codec", ["bf16", "int8"])
+def test_a_coarse_codec_is_no_fault_of_the_noise_and_hides_none(tmp_path: Path, codec: str) -> None:
+    file = noised_plan(tmp_path, hidden_std=0.05, gradient_std=1e-4)
+    file.write_text(file.read_text() + f'\n[wire]\nhidden = "{codec}"\ngradient = "{codec}"\n')
+    codecs = dict.fromkeys(CODECS, codec)
+    assert [f for f in _findings(file, codecs=codecs) if f.verdict is not Verdict.INCONCLUSIVE] == []
+    off = _findings(file, Boundary.of(open_subject(PLAN).plan, "clinic"), codecs=codecs)
+    assert "configured but not applied" in off[0].sentence
+    assert len(off) == 2  # nothing is passed over in silence
 
 
 def test_an_audit_that_does_not_see_the_open_text_declares_itself_broken(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -193,5 +206,9 @@ def test_options_that_cannot_work_are_refused(tmp_path: Path) -> None:
         AuditOptions(PLAN, attacks=("A77",))
     with pytest.raises(ConfigError, match="above 0"):
         AuditOptions(PLAN, minutes=0.0)
+    with pytest.raises(ConfigError, match="above 0"):
+        AuditOptions(PLAN, minutes=float("nan"))
+    with pytest.raises(ConfigError, match="nothing to say: give more --minutes"):
+        audit(AuditOptions(PLAN, minutes=1e-6, quick=True))
     with pytest.raises(ConfigError, match="holds no run of a client"):
         audit(AuditOptions(tmp_path, quick=True))

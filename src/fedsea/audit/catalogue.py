@@ -42,13 +42,13 @@ ATTACKS: tuple[Attack, ...] = (
     Attack("A0", "the public model's guesses", Channel.HIDDEN, "a0_prior"),
     Attack("A1", "nearest hidden state over the vocabulary", Channel.HIDDEN, "a1_nearest"),
     Attack("A5", "labels from gradients", Channel.GRADIENT, "a5_labels"),
+    Attack("A7", "exact inversion of an update", Channel.UPDATE, "a7_update", "own"),
+    Attack("A9", "test of the noise mechanism", Channel.HIDDEN, "a9_mechanism", "own", share=0.5),
+    Attack("A8", "membership and canaries in the shared adapter", Channel.UPDATE, "a8_membership", "own", share=0.25),
     Attack("A2", "likelihood and prior, beam search", Channel.HIDDEN, "a2_likelihood", needs_more=True),
     Attack("A4", "average over epochs, then A2", Channel.HIDDEN, "a4_averaging", needs_more=True),
     Attack("A6", "alignment by known texts, then A2", Channel.HIDDEN, "a6_alignment", needs_more=True),
     Attack("A3", "learned inverter", Channel.HIDDEN, "a3_inverter", needs_more=True, share=0.3),
-    Attack("A7", "exact inversion of an update", Channel.UPDATE, "a7_update", "own"),
-    Attack("A9", "test of the noise mechanism", Channel.HIDDEN, "a9_mechanism", "own", share=1.0),
-    Attack("A8", "membership and canaries in the shared adapter", Channel.UPDATE, "a8_membership", "own", share=0.7),
 )
 """In order: what is quick and decisive first, so that a short time is spent on what matters."""
 

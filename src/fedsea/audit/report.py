@@ -45,6 +45,18 @@ def row_of(outcome: Outcome) -> list[str]:
 HEADINGS = ("attack", "channel", "tokens recovered", "prior", "excess", "identifiers, or what it says", "verdict")
 
 
+def make_folder(folder: Path) -> None:
+    """Make the report's folder.
+
+    Raises:
+        StorageError: The disk refused.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise storage_error("write to", folder, error) from None
+
+
 def write_report(report: AuditReport, folder: Path) -> Path:
     """Write `report.json` and `report.html`; both hold texts of the audit, so they are for this machine.
 
@@ -54,10 +66,7 @@ def write_report(report: AuditReport, folder: Path) -> Path:
     Raises:
         StorageError: The disk refused.
     """
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise storage_error("write to", folder, error) from None
+    make_folder(folder)
     values = report.to_json() | {"examples": list(report.examples), "seconds": report.seconds}
     write_bytes_atomic(folder / "report.json", (json.dumps(values, indent=2, ensure_ascii=False) + "\n").encode())
     environment = jinja2.Environment(loader=jinja2.PackageLoader("fedsea.audit", "."), autoescape=True)

@@ -22,6 +22,7 @@ from fedsea.audit.settings import AuditOptions, Clock, Show
 from fedsea.audit.subject import Subject, open_subject, variant
 from fedsea.audit.targets import OutOfTime, Target
 from fedsea.audit.verdict import LEAST_SELF_CHECK, Finding, Verdict
+from fedsea.errors import ConfigError
 from fedsea.federation.secure import Member
 from fedsea.plan import open_channels
 from fedsea.privacy.boundary import Boundary
@@ -90,6 +91,14 @@ class _Audit:
 
     def run(self) -> AuditReport:
         """All parts in order."""
+        try:
+            return self._run()
+        except OutOfTime:
+            raise ConfigError(
+                "The time was up before anything could be attacked, so there is nothing to say: give more --minutes."
+            ) from None
+
+    def _run(self) -> AuditReport:
         targets = self._targets()
         findings = []
         self_check = self._self_check(targets)

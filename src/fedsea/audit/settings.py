@@ -47,7 +47,8 @@ class Scale:
     minutes: float
 
 
-QUICK = Scale(10, 10, 56, 4, 4, 12, 96, (0.0, 0.5, 1.0, 2.0, 4.0), 5, 40, 2.5)
+QUICK = Scale(8, 8, 56, 4, 4, 12, 96, (0.0, 0.5, 1.0, 2.0, 4.0), 4, 32, 2.5)
+_MOST_MINUTES = 100_000
 FULL = Scale(24, 48, 96, 16, 8, 32, 512, (0.0, 0.1, 0.25, 0.5, 1.0, 2.0, 4.0, 8.0), 12, 64, 30.0)
 
 
@@ -80,8 +81,8 @@ class AuditOptions:
     def __post_init__(self) -> None:
         if unknown := sorted(set(self.attacks) - set(IDS)):
             raise ConfigError(f"There is no attack {', '.join(unknown)}: choose from {', '.join(IDS)}.")
-        if self.minutes is not None and self.minutes <= 0:
-            raise ConfigError("An audit needs some time: give --minutes a number above 0.")
+        if self.minutes is not None and not 0 < self.minutes < _MOST_MINUTES:
+            raise ConfigError(f"An audit needs some time: give --minutes a number above 0 and below {_MOST_MINUTES}.")
 
     @property
     def scale(self) -> Scale:

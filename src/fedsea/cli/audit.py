@@ -56,7 +56,7 @@ def audit(
         raise ConfigError(f"--fail-on {fail_on} is no verdict: choose one of {', '.join(_LEVELS)}.")
     import torch
 
-    from fedsea.audit.report import write_report
+    from fedsea.audit.report import make_folder, write_report
     from fedsea.audit.run import audit as run
     from fedsea.audit.settings import AuditOptions
 
@@ -64,6 +64,7 @@ def audit(
         torch.set_num_threads(threads)
     wanted = tuple(item.strip().upper() for item in attacks.split(",") if item.strip())
     options = AuditOptions(path, model, client, tuple(text or ()), quick, minutes, wanted, seed, device)
+    make_folder(out)  # before the work, not after it
     with Parts(silent) as parts:
         report = run(options, parts)
     page = write_report(report, out)

@@ -53,12 +53,19 @@ def test_an_open_plan_is_exposed_in_one_line_of_json_and_a_page(
 def test_the_exit_code_gates_a_run_at_the_level_that_is_asked_for(tmp_path: Path) -> None:
     loud = noised_plan(tmp_path, hidden_std=400.0, gradient_std=400.0)
     asked = ["audit", str(loud), "--quick", "--quiet", "--attacks", "A1,A5", "--out", str(tmp_path / "out")]
-    assert main.run(asked) in (0, 22)  # nothing is left to read, but the update channel was not attacked
     assert main.run([*asked, "--fail-on", "exposed"]) == 0
     exposed = ["audit", str(PLAN), "--quick", "--quiet", "--attacks", "A1", "--out", str(tmp_path / "out")]
-    assert main.run([*exposed, "--fail-on", "never"]) == 0
     assert main.run([*exposed, "--fail-on", "broken"]) == 0
     assert main.run([*exposed, "--fail-on", "exposed"]) == 21
+
+
+def test_a_folder_that_cannot_be_made_is_refused_before_the_work(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("fedsea.audit.run.audit", lambda *_: pytest.fail("an audit was begun"))
+    (tmp_path / "file").write_text("")
+    assert main.run(["audit", str(PLAN), "--quick", "--quiet", "--out", str(tmp_path / "file")]) == 4
+    assert "a file is there" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
