@@ -92,13 +92,18 @@ class SecureRounds:
             values: Releases the parameters; called once a round, when they are to be masked.
 
         Raises:
-            ProtocolError: The round was closed before.
+            ProtocolError: The round was closed before, or is a later one than this client is in.
         """
         self._member = None
         if opened.round < rounds_done:
             raise ProtocolError(
                 f"The server asks for the sum of round {opened.round} again, which is closed here: its run folder may "
                 "be older than this client's. Nothing was sent; restore the newest run folder at the server."
+            )
+        if opened.round > rounds_done:  # the same parameters under another round's number, over others
+            raise ProtocolError(
+                f"The server asks for the sum of round {opened.round} before it closed round {rounds_done}: a second "
+                "sum of the same parameters could show them. Nothing was sent; ask its operator why."
             )
         if weight == 0:
             log.info("nothing was trained here in round %d: this client takes no part in its sum", opened.round)
@@ -143,7 +148,7 @@ class SecureRounds:
                 self._write_note(member)
                 self._trunk.tell(m.SecureReveal(*place, tuple(shares), tuple(shares.values())))
 
-    def check_result(self, result: m.RoundResult) -> None:
+    def check_result(self, result: m.RoundResult, rounds_done: int) -> None:
         """Refuse to go on with the values of a sum that this client helped to reveal, and that is withheld.
 
         In the next round's sum, over others, they would be there again: the difference would show single ones.
@@ -151,7 +156,8 @@ class SecureRounds:
         Raises:
             PrivacyError: The round was closed without that sum.
         """
-        if not result.tensors and self._revealed(result.round) is not None:
+        rounds = range(rounds_done, result.round + 1)
+        if not result.tensors and any(self._revealed(number) is not None for number in rounds):
             raise PrivacyError(
                 f"The server closed round {result.round} without the sum that this client has helped to reveal: going "
                 "on with the same parameters could show them. Ask its operator why, and start a new run."

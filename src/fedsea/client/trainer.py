@@ -335,7 +335,7 @@ class Trainer:
         if result.round < self.store.state.rounds_done:
             return
         if self.secure is not None:
-            self.secure.check_result(result)
+            self.secure.check_result(result, self.store.state.rounds_done)
         if self.plan.aggregation.sync == "round":
             # A round that nobody with this partition took part in says nothing of some parameters: they stay.
             self.segments.load_parameters(self.segments.parameters() | dict(result.tensors))  # type: ignore[arg-type]
