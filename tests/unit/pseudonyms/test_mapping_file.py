@@ -165,6 +165,6 @@ def test_missing_packages_are_named(tmp_path, monkeypatch):
 
     lexicon.load_lexicon.cache_clear()
     monkeypatch.setattr(lexicon.importlib, "import_module", gone)
-    with pytest.raises(ConfigError, match=r'pip install "fedsea\[pseudonyms\]"'):
+    with pytest.raises(ConfigError, match=r'pip install "\.\[pseudonyms\]"'):
         open_pseudonyms(PseudonymSettings(enabled=True), tmp_path)
     assert list(tmp_path.iterdir()) == []
