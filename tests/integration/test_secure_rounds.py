@@ -86,7 +86,10 @@ def test_ten_clients_of_whom_three_drop_out_at_different_moments(tmp_path, base_
     )
     try:
         server = federation.start_server()
-        parts = {name: federation.start_client(name) for name in TEN}
+        parts = {}
+        for name in TEN:
+            parts[name] = federation.start_client(name)
+            server.wait_for_client(name)
         for name, part in parts.items():
             if name in drop_out:
                 with pytest.raises(DroppedOut):

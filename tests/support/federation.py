@@ -143,6 +143,18 @@ class ServerThread(Part):
                 self._loop.call_soon_threadsafe(self._main.cancel)
         self.join(DEADLINE_S)
 
+    def wait_for_client(self, name: str) -> None:
+        """Until it takes part. Who starts many clients on threads does this between them: gRPC has been seen to crash
+        where one event loop closes its channel while others open theirs, which no real process does.
+        """
+        assert self.service is not None
+        run, pause = self.service.coordinator.run, threading.Event()
+        for _ in range(int(DEADLINE_S / 0.01)):
+            if name in run.connected or not self.is_alive():
+                return
+            pause.wait(0.01)
+        raise AssertionError(f"{name} did not take part in {DEADLINE_S:g} s")
+
     def start_and_wait(self) -> str:
         """Its address."""
         thread = self
