@@ -94,12 +94,18 @@ def _show(report: AuditReport) -> None:
     from fedsea.audit.report import HEADINGS, row_of
 
     console = Console()
-    table = Table(*HEADINGS, title="What the server could read")
+    # What an attack says in words is too long for a column here; the page has it there.
+    table = Table(*HEADINGS[:5], "identifiers", HEADINGS[6], title="What the server could read")
+    words = []
     for outcome in report.outcomes:
         if outcome.status == "run":
-            table.add_row(*row_of(outcome))
+            row = row_of(outcome)
+            if outcome.score is None and row[5]:
+                words.append(f"{outcome.attack.id}: {row[5]}")
+                row[5] = ""
+            table.add_row(*row)
     console.print(table)
-    for line in _left_out(report.outcomes):
+    for line in (*words, *_left_out(report.outcomes)):
         output.say(line)
     costs = Table("perplexity without the defence", "with it", "of the client alone")
     costs.add_row(*(f"{report.perplexity[key]:.2f}" for key in ("without_defence", "with_defence", "client_alone")))

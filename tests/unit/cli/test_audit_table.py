@@ -20,7 +20,7 @@ def test_the_table_has_what_ran_and_the_others_are_said_by_reason(capsys: pytest
             attack,
             status.get(attack.id, "not asked for"),
             Verdict.NOT_RECOVERED if attack.id == "A9" else None,
-            reason=why if status.get(attack.id) == "not needed" else "",
+            reason=why if status.get(attack.id) == "not needed" else "words of its own" * (attack.id == "A9"),
         )
         for attack in ATTACKS
     ]
@@ -36,6 +36,7 @@ def test_the_table_has_what_ran_and_the_others_are_said_by_reason(capsys: pytest
     shown = capsys.readouterr().out
     in_table = [attack.id for attack in ATTACKS if f"│ {attack.id}" in shown]
     assert in_table == ["A9"]
+    assert "A9: words of its own" in shown
     assert f"A4, A3 not needed: {why}." in shown
     assert "A5 not applicable." in shown
     assert "5.25" in shown
