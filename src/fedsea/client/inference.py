@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from fedsea.client import setup
 from fedsea.client.decoding import SplitDecoder
-from fedsea.client.pseudonyms import Prompts, pseudonyms_of
+from fedsea.client.pseudonyms import Prompts, pseudonyms_of, warn_without
 from fedsea.client.results import PartsWatch, observing, own_run
 from fedsea.client.setup import ClientOptions
 from fedsea.client.trunk import Trunk
@@ -87,6 +87,7 @@ def open_decoder(options: ClientOptions, *, base: bool = False) -> Iterator[Open
         raise ConfigError("The server's plan allows no inference (inference.enabled = false): ask its operator.")
     state, trained = (None, None) if base else own_run(options.run, invited.key)
     pseudonyms = pseudonyms_of(options.settings, name)
+    warn_without(options.run, pseudonyms)
     checkpoint = setup.open_base_model(plan, options, name)
     vocab_size = int(checkpoint.config.get_text_config(decoder=True).vocab_size)
     tokenizer = load_tokenizer(str(checkpoint.folder), plan.model.revision, vocab_size=vocab_size)

@@ -13,8 +13,11 @@ from fedsea.data.prompts import PromptMaker
 from fedsea.data.templates import instruction_prompt
 from fedsea.plan import load_settings
 from fedsea.privacy.pseudonyms import Pseudonyms, ReplacedText, open_pseudonyms
+from fedsea.storage import write_bytes_atomic
 
 log = logging.getLogger(__name__)
+
+_NOTE = "pseudonyms"
 
 
 def pseudonyms_of(settings: Path | None, owner: str) -> Pseudonyms | None:
@@ -37,6 +40,22 @@ def pseudonyms_of(settings: Path | None, owner: str) -> Pseudonyms | None:
         found.num_entries,
     )
     return found
+
+
+def note_training(run: Path, settings: Path | None) -> None:
+    """Note in a run's folder that it is trained on pseudonyms, for those who use it."""
+    if settings is not None and load_settings(settings).pseudonyms.enabled:
+        write_bytes_atomic(run / _NOTE, b"")
+
+
+def warn_without(run: Path, pseudonyms: Pseudonyms | None) -> None:
+    """Say so if a run that was trained on pseudonyms is used without them."""
+    if pseudonyms is None and (run / _NOTE).exists():
+        log.warning(
+            "%s was trained on pseudonyms, and nothing is replaced in what you ask now: names and numbers leave as "
+            "they are. Give the --settings of the training.",
+            run,
+        )
 
 
 @dataclass(frozen=True, slots=True)

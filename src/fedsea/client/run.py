@@ -11,6 +11,7 @@ import torch
 
 from fedsea.client import setup
 from fedsea.client.local_trunk import LocalTrunk
+from fedsea.client.pseudonyms import note_training
 from fedsea.client.remote_trunk import RemoteTrunk
 from fedsea.client.run_key import ALONE, RunKey
 from fedsea.client.secure import SecureRounds, layout_of
@@ -109,6 +110,7 @@ def _trainer(
         else:
             log.warning("Nothing is held out that could be evaluated: this client trains without evaluation.")
     stream = setup.open_stream(plan, silo, name)
+    note_training(options.run, options.settings)
     return Trainer(plan, segments, stream, trunk, store, boundary, recorder, held_out, secure)
 
 
@@ -175,6 +177,7 @@ def _secure(options: ClientOptions, invited: Invited, checkpoint: Checkpoint, tr
     """This client's part in secure aggregation, if the plan has it."""
     if not invited.plan.aggregation.secure:
         return None
+    log.info("secure aggregation: the server learns the sum of the clients' parameters, and none of them alone")
     layout, run_id = layout_of(invited.plan, checkpoint), invited.invitation.run_id
     current = invited.keeper.current
     return SecureRounds(
