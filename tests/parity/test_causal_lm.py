@@ -123,11 +123,11 @@ def test_cache_is_kept_from_turn_to_turn(zoo, tmp_path):
     settings = {"max_new_tokens": 4, "do_sample": False, "pad_token_id": 0}
     first, more = _prompts(zoo)[:2]
     with split.new_cache(48) as cache:
-        answer = split.generate(torch.tensor([first]), past_key_values=cache, **settings)
+        answer = split.generate(torch.tensor([first]), cache=cache, **settings)
         held = cache.get_seq_length()
         text = torch.cat([answer, torch.tensor([more])], dim=1)
         mask = torch.ones_like(text)  # a token of the answer may be the one that pads
-        got = split.generate(text, attention_mask=mask, past_key_values=cache, **settings)
+        got = split.generate(text, attention_mask=mask, cache=cache, **settings)
         assert held == len(first) + 3
         assert got.tolist() == central.generate(text, attention_mask=mask, **settings).tolist()
         assert cache.get_seq_length() == got.shape[1] - 1
@@ -147,7 +147,7 @@ def test_logits_with_and_without_a_cache_are_the_whole_models(zoo, tmp_path):
         torch.testing.assert_close(chosen[0], expected[0, [8, 6]], rtol=1e-4, atol=1e-5)
         out = split(**inputs, use_cache=True)
         torch.testing.assert_close(out.logits[mask], expected[mask], rtol=1e-4, atol=1e-5)
-        out.past_key_values.close()
+        out.cache.close()
     assert _pages(split) == [0, 0, 0]
 
 
@@ -172,7 +172,7 @@ def test_what_cannot_be_done_is_refused_and_says_why(zoo, tmp_path):
     with pytest.raises(ConfigError, match="at least one"):
         split.generate(ids.repeat(2, 1), attention_mask=torch.tensor([[1] * 5, [0] * 5]), **settings)
     with pytest.raises(ConfigError, match="new_cache"):
-        split.generate(ids, past_key_values=DynamicCache(), **settings)
+        split.generate(ids, cache=DynamicCache(), **settings)
     with pytest.raises(ConfigError, match="cache_implementation"):
         split.generate(ids, cache_implementation="static", **settings)
     with pytest.raises(ConfigError, match="assistant"):

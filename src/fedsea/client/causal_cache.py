@@ -143,6 +143,11 @@ class SplitCache(Cache):  # type: ignore[misc]
         return True
 
     @property
+    def is_linear(self) -> list[bool]:
+        """Never: every token of the past counts, whichever blocks hold it."""
+        return [False]
+
+    @property
     def is_compileable(self) -> bool:
         """Never."""
         return False

@@ -154,7 +154,7 @@ class SplitCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[misc]
         input_ids: torch.Tensor | None = None,
         attention_mask: torch.Tensor | None = None,
         position_ids: torch.Tensor | None = None,
-        past_key_values: SplitCache | None = None,
+        cache: SplitCache | None = None,
         labels: torch.Tensor | None = None,
         use_cache: bool | None = None,
         logits_to_keep: int | torch.Tensor = 0,
@@ -169,7 +169,7 @@ class SplitCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[misc]
             input_ids: [B, S].
             attention_mask: 0 where there is padding, on any side.
             position_ids: Not needed; only looked at for rows of several sequences ("padding-free" batches).
-            past_key_values: A cache of `new_cache`, which new tokens are added to.
+            cache: One of `new_cache`, which new tokens are added to; also as `past_key_values`, its older name.
             labels: [B, S], not shifted; -100 takes no loss.
             use_cache: True makes a cache if none is given (close it); None and False make none.
             logits_to_keep: Logits of so many last columns only, or of these columns; 0: of all.
@@ -182,8 +182,9 @@ class SplitCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[misc]
             ConfigError: The inputs cannot be used; the message says why.
             FedseaError: The trunk is lost.
         """
+        older = others.pop("past_key_values", None)
+        cache = older if cache is None else cache
         input_ids = refuse(input_ids, others)
-        cache = past_key_values
         if cache is None and use_cache:
             cache = self.new_cache()
         targets, loss = targets_of(labels, shift_labels), None
@@ -195,13 +196,13 @@ class SplitCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[misc]
             if targets is not None:
                 loss = loss_of(logits, cells, targets, num_items_in_batch)
         elif targets is not None:
-            raise ConfigError("A loss cannot be taken with a cache: leave past_key_values out, or the labels.")
+            raise ConfigError("A loss cannot be taken with a cache: leave the cache out, or the labels.")
         else:
             last = logits_to_keep if isinstance(logits_to_keep, int) else 0
             logits = _own(cache).extend(input_ids, attention_mask, last)
             if not isinstance(logits_to_keep, int):
                 logits = logits[:, logits_to_keep]
-        output = CausalLMOutputWithPast(loss=loss, logits=logits, past_key_values=cache)
+        output = CausalLMOutputWithPast(loss=loss, logits=logits, cache=cache)
         return output.to_tuple() if return_dict is False else output
 
     # --- generate ---------------------------------------------------------------------------------------------------
@@ -219,7 +220,7 @@ class SplitCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[misc]
     def generate(self, *inputs: Any, **settings: Any) -> Any:
         """See `GenerationMixin.generate`; beams and return sequences share one run of their prompt.
 
-        Caches are closed at the end, unless one of `new_cache` is given as `past_key_values`.
+        Caches are closed at the end, unless one of `new_cache` is given as `cache`.
         """
         made: list[SplitCache] = []
         token = _MADE.set(made)
@@ -242,13 +243,13 @@ class SplitCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[misc]
             raise ConfigError("A split model has a cache of its own: leave cache_implementation out.")
         if generation_config.is_assistant:
             raise ConfigError("A split model cannot be the assistant: take a small model that is all here.")
-        if (given := model_kwargs.get("past_key_values")) is not None:
+        if (given := model_kwargs.get("cache")) is not None:
             _own(given)
             super()._prepare_cache_for_generation(
                 generation_config, model_kwargs, generation_mode, batch_size, max_cache_length
             )
         elif generation_config.use_cache:
-            cache = model_kwargs["past_key_values"] = self.new_cache(max_cache_length + 1)
+            cache = model_kwargs["cache"] = self.new_cache(max_cache_length + 1)
             if (made := _MADE.get()) is not None:
                 made.append(cache)
 
@@ -305,5 +306,5 @@ class SplitCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[misc]
 
 def _own(cache: object) -> SplitCache:
     if not isinstance(cache, SplitCache):
-        raise ConfigError("past_key_values of a split model must come from its new_cache().")
+        raise ConfigError("The cache of a split model must come from its new_cache().")
     return cache

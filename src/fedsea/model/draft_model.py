@@ -89,7 +89,7 @@ class DraftText:
             self._cache.crop(kept - len(self._held))
             del self._held[kept:]
         new_1T = torch.tensor([list(tokens[kept:])], device=self._device)
-        output = self._model(new_1T, past_key_values=self._cache, use_cache=True, logits_to_keep=1)
+        output = self._model(new_1T, cache=self._cache, use_cache=True, logits_to_keep=1)
         self._held += tokens[kept:]
         logits_V: torch.Tensor = output.logits[0, -1].float()
         return logits_V

@@ -94,12 +94,8 @@ def summed_cross_entropy(
         return loss
     total = torch.zeros((), dtype=torch.float32, device=hidden_TH.device)
     for part_TH, targets in zip(torch.split(hidden_TH, rows), torch.split(targets_T, rows), strict=True):
-        total += _cross_entropy(logits, part_TH, targets)
+        total += F.cross_entropy(logits(part_TH).float(), targets, reduction="sum")
     return total
-
-
-def _cross_entropy(logits: Logits, hidden_TH: torch.Tensor, targets_T: torch.Tensor) -> torch.Tensor:
-    return F.cross_entropy(logits(hidden_TH).float(), targets_T, reduction="sum")
 
 
 class _ChunkedLoss(torch.autograd.Function):
@@ -114,10 +110,15 @@ class _ChunkedLoss(torch.autograd.Function):
         for part_TH, targets in zip(torch.split(hidden_TH, rows), torch.split(targets_T, rows), strict=True):
             with torch.enable_grad():
                 leaf_TH = part_TH.detach().requires_grad_()
-                loss = _cross_entropy(logits, leaf_TH, targets)
-            total += loss.detach()
+                logits_TV = logits(leaf_TH)
+            # By hand: the gradient of the cross entropy is the probabilities, which take the place of their logs.
+            gradient_TV = F.log_softmax(logits_TV.detach(), dim=-1, dtype=torch.float32)
+            total -= gradient_TV.gather(1, targets[:, None]).sum()
+            gradient_TV.exp_().scatter_add_(1, targets[:, None], gradient_TV.new_full((len(targets), 1), -1.0))
             # A trained parameter of the model's outside that this head does not use gets no gradient here.
-            own, *others = torch.autograd.grad(loss, [leaf_TH, *trained], allow_unused=True)
+            own, *others = torch.autograd.grad(
+                logits_TV, [leaf_TH, *trained], gradient_TV.to(logits_TV.dtype), allow_unused=True
+            )
             hidden_gradients.append(own)
             for so_far, gradient in zip(gradients, others, strict=True):
                 if gradient is not None:

@@ -47,6 +47,8 @@ class SegmentOptimizer:
         self.parameters = dict(parameters)
         self.settings = settings
         self.num_steps = num_steps
+        # One pass over each parameter; on other devices this would keep the counters there, too.
+        fused = all(parameter.device.type == "cpu" for parameter in self.parameters.values())
         self._adamw = (
             torch.optim.AdamW(
                 self.parameters.values(),
@@ -54,7 +56,8 @@ class SegmentOptimizer:
                 betas=settings.betas,
                 eps=settings.eps,
                 weight_decay=settings.weight_decay,
-                foreach=True,
+                fused=fused,
+                foreach=not fused,
             )
             if self.parameters
             else None

@@ -155,7 +155,7 @@ def call(
     """A decoder's last hidden state [B, L, H] of rows that are laid out already."""
     arguments: dict[str, Any] = {"position_ids": positions} if _takes_positions(type(decoder).forward) else {}
     if cache is not None:
-        arguments["past_key_values"] = cache
+        arguments["cache"] = cache
     out = decoder(inputs_embeds=hidden_BLH, attention_mask=mask, use_cache=cache is not None, **arguments)
     last: torch.Tensor = out[0]
     return last
