@@ -112,7 +112,7 @@ def test_a_model_that_hardly_learned_tells_nothing_of_its_texts(base_model: Path
     plan = plan_of(base_model, 1, 1, optimizer={"learning_rate": 1e-9}, training={"steps_per_round": 2})
     report = a8_membership.run(attacker_of(plan), targets_of(texts(40, 16)))
     assert report.found is not None
-    assert report.found.auc_interval[0] < 0.5 < report.found.auc_interval[1]
+    assert report.found.auc_interval[0] <= report.found.auc == 0.5 <= report.found.auc_interval[1]
     assert report.verdict is Verdict.NOT_RECOVERED
 
 
