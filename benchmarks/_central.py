@@ -55,7 +55,7 @@ class Central:
             betas=settings.betas,
             eps=settings.eps,
             weight_decay=settings.weight_decay,
-            foreach=True,
+            fused=all(parameter.device.type == "cpu" for parameter in self._trained),
         )
         self._micro_batches, _ = plan.micro_batches_of(name)
 

@@ -109,7 +109,7 @@ def test_ten_clients_of_whom_three_drop_out_at_different_moments(tmp_path, base_
 
 def too_few(federation: Any, drop_out: dict[str, type], **aggregation: Any) -> Federation:
     drop_out |= {"a": m.SecureDelivery, "b": m.SecureDelivery}
-    training = {"rounds": 1, "steps_per_round": 2, "wait": 1.0, "min_clients": 4}
+    training = {"rounds": 1, "steps_per_round": 2, "wait": 5.0, "min_clients": 4}
     made: Federation = federation("a", "b", "c", "d", training=training, aggregation={"secure": True, **aggregation})
     return made
 

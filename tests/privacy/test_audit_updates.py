@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -108,11 +109,13 @@ def test_texts_that_were_trained_on_are_told_from_others_of_the_same_kind(base_m
     assert "time was up" in hasty.sentence
 
 
-def test_a_model_that_hardly_learned_tells_nothing_of_its_texts(base_model: Path) -> None:
-    plan = plan_of(base_model, 1, 1, optimizer={"learning_rate": 1e-9}, training={"steps_per_round": 2})
+def test_a_model_that_learned_nothing_tells_nothing_of_its_texts(base_model: Path) -> None:
+    """Steps below what float32 holds: every loss stays what it was to the last bit, and nothing is left to chance."""
+    plan = plan_of(base_model, 1, 1, optimizer={"learning_rate": 1e-30}, training={"steps_per_round": 2})
     report = a8_membership.run(attacker_of(plan), targets_of(texts(40, 16)))
     assert report.found is not None
     assert report.found.auc_interval[0] <= report.found.auc == 0.5 <= report.found.auc_interval[1]
+    assert report.found.exposure == pytest.approx(math.log2(21 / 11)), "the middle rank of 21"
     assert report.verdict is Verdict.NOT_RECOVERED
 
 
@@ -128,3 +131,6 @@ def test_exposure_is_the_rank_in_bits() -> None:
     assert found.exposure == pytest.approx((3.0 + 0.0) / 2)
     assert found.most_exposure == pytest.approx(3.0)
     assert (found.auc, found.tpr, found.fpr) == (0.5, 0.5, 0.0)
+    assert membership([1.0, 1.0], [1.0] * 7).exposure == pytest.approx(3.0 - math.log2(4.5)), (
+        "no rank is the best of equals"
+    )

@@ -6,11 +6,20 @@ from typing import Any
 import pytest
 import torch
 from peft.tuners.lora import LoraLayer
-from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PretrainedConfig,
+    PreTrainedModel,
+)
 
 from fedsea.errors import ConfigError, NonFiniteError, ProtocolError
 from fedsea.model import adapters
-from fedsea.model.layout import blocks_of
+from fedsea.model.layout import blocks_of, linear_layers
 from fedsea.model.partition import build, cut
 from fedsea.plan import AdapterSection
 from fedsea.types import Partition, SegmentKind
@@ -110,6 +119,18 @@ def test_adapters_do_not_touch_embedding_norm_or_head(make: Any) -> None:
 def test_only_the_named_targets_are_adapted() -> None:
     values = merged(segments(whole(llama()), Partition(1, 1), AdapterSection(targets=("q_proj", "mlp.up_proj"))))
     assert {name.split(".", 3)[3].rpartition(".lora")[0] for name in values} == {"self_attn.q_proj", "mlp.up_proj"}
+
+
+def test_a_router_that_gives_scores_and_choices_is_not_adapted() -> None:
+    settings = {
+        "vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "intermediate_size_mlp": 48,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8, "num_local_experts": 2,
+        "num_experts_per_tok": 1, "pad_token_id": 0,
+    }  # fmt: skip
+    found = linear_layers(AutoModelForCausalLM.from_config(AutoConfig.for_model("llama4_text", **settings)))
+    assert any("q_proj" in name for name in found)
+    assert not any("router" in name for name in found)
 
 
 def test_the_head_is_adapted_if_named() -> None:

@@ -55,6 +55,22 @@ def test_training_equals_torch_adamw_with_clipping_and_schedule(schedule: str, m
         torch.testing.assert_close(ours[key], theirs[key], rtol=1e-6, atol=1e-7)
 
 
+def test_a_gradient_that_lies_otherwise_in_memory_gives_the_same_step() -> None:
+    """torch's fused AdamW takes no notice of strides."""
+    settings, found = OptimizerSection(learning_rate=0.1), []
+    for as_it_lies in (lambda g: g, lambda g: g.t().contiguous().t()):
+        ours = {"b": parameters()["b"]}
+        optimizer = SegmentOptimizer(ours, settings, num_steps=4)
+        optimizer.set_gradients({"b": as_it_lies(gradients(0)["b"])})
+        optimizer.step(0, 1.0, 1.0)
+        state = {name: as_it_lies(t) if t.dim() == 2 else t for name, t in optimizer.tensors().items()}
+        optimizer.load_tensors(state)
+        optimizer.set_gradients({"b": gradients(1)["b"]})
+        optimizer.step(1, 1.0, 1.0)
+        found.append(ours["b"].detach())
+    assert torch.equal(*found)
+
+
 @given(
     schedule=st.sampled_from(["constant", "linear", "cosine"]),
     warmup=st.integers(0, 12),

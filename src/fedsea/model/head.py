@@ -119,6 +119,7 @@ class _ChunkedLoss(torch.autograd.Function):
             own, *others = torch.autograd.grad(
                 logits_TV, [leaf_TH, *trained], gradient_TV.to(logits_TV.dtype), allow_unused=True
             )
+            del logits_TV, gradient_TV  # before the next chunk's are made
             hidden_gradients.append(own)
             for so_far, gradient in zip(gradients, others, strict=True):
                 if gradient is not None:

@@ -118,14 +118,17 @@ def parameters_of(config: PretrainedConfig, kind: SegmentKind, blocks: range) ->
 
 
 def linear_layers(model: nn.Module) -> dict[str, Linear]:
-    """Every layer of a model that LoRA may sit on: the linear layers of its blocks, and its head."""
+    """Every layer of a model that LoRA may sit on: the linear layers of its blocks, and its head.
+
+    A router that is a linear layer by descent gives scores and choices, and is none.
+    """
     from transformers.pytorch_utils import Conv1D
 
     found = {}
     for name, module in model.named_modules():
         if block_of(name + ".") is None and unit_of(name + ".") != "head":
             continue
-        if isinstance(module, nn.Linear):
+        if isinstance(module, nn.Linear) and not type(module).__name__.endswith("Router"):
             found[name] = Linear(module.in_features, module.out_features, transposed=False)
         elif isinstance(module, Conv1D):
             found[name] = Linear(module.nx, module.nf, transposed=True)

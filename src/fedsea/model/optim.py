@@ -121,7 +121,7 @@ class SegmentOptimizer:
                 found, expected = tuple(gradients[name].shape), tuple(parameter.shape)
                 raise ConfigError(f"The gradient of {name} has shape {found} instead of {expected}.")
         for name, parameter in self.parameters.items():
-            parameter.grad = gradients[name].to(parameter, copy=True)
+            parameter.grad = _copied_like(parameter, gradients[name])
 
     def step(self, step: int, scale: float, clip_coefficient: float) -> None:
         """Apply the gradients times `scale` times `clip_coefficient`, at the rate of `step`; they are consumed.
@@ -170,7 +170,7 @@ class SegmentOptimizer:
         for name in present:
             parameter = self.parameters[name]
             moments = {
-                key: state[f"{_PREFIX}{name}.{key}"].to(parameter, copy=True) for key in ("exp_avg", "exp_avg_sq")
+                key: _copied_like(parameter, state[f"{_PREFIX}{name}.{key}"]) for key in ("exp_avg", "exp_avg_sq")
             }
             # torch keeps the counter as a float32 on the CPU, whatever the parameter's device.
             counter = state[f"{_PREFIX}{name}.step"].to("cpu", torch.float32, copy=True)
@@ -184,6 +184,11 @@ class SegmentOptimizer:
                 f"The {what} and the trained parameters do not fit together at {differing[0][:200]!r}: both need the "
                 "same plan, base model and version of fedsea."
             )
+
+
+def _copied_like(parameter: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
+    """A copy that lies in memory as the parameter does: torch's fused AdamW walks through both alike."""
+    return torch.empty_like(parameter).copy_(values)
 
 
 def _square_sum(gradient: torch.Tensor) -> torch.Tensor:

@@ -24,8 +24,6 @@ from fedsea.model import adapters
 
 _STEPS = 60
 _FEWEST = 16
-_ROUNDING = 8 * torch.finfo(torch.float32).eps
-"""Share of a text's loss below which a difference is that of its sums' rounding."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,18 +103,8 @@ def run(attacker: Attacker, targets: Sequence[Target], progress: Progress = unhe
         adapters.load(reference.trunk, adapters.read(trained.trunk))
     judge = reference if which == "trunk" else trained
     after = [judge.losses(part, noised=False) for part in (members, others)]
-    scores = [[_gain(b, a) for b, a in zip(*pair, strict=True)] for pair in zip(before, after, strict=True)]
+    scores = [[b - a for b, a in zip(*pair, strict=True)] for pair in zip(before, after, strict=True)]
     progress(steps, steps)
     epochs = trained.step * size / (len(members) + len(background))
     cut_short = trained.step < steps
     return MembershipReport(membership(scores[0], scores[1], attacker.seed), epochs, which, cut_short)
-
-
-def _gain(before: float, after: float) -> float:
-    """How much less a text's loss is; none where nothing but rounding differs, which would rank texts by chance.
-
-    >>> _gain(60.0, 59.0), _gain(60.0, 60.0 - 4e-6)
-    (1.0, 0.0)
-    """
-    gain = before - after
-    return gain if abs(gain) > _ROUNDING * abs(before) else 0.0

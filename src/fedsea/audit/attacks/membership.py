@@ -71,8 +71,8 @@ def membership(members: Sequence[float], others: Sequence[float], seed: int = 0)
     allowed = math.floor(0.01 * len(others))
     threshold = float(outside_N.sort(descending=True).values[allowed])
     hits = int((inside_M > threshold).sum())
-    above_M = (outside_N > inside_M[:, None]).sum(1) + 1
-    exposure = float((math.log2(len(others) + 1) - above_M.double().log2()).mean())
+    ranks_M = len(others) + 1 - wins_MN.sum(1)  # among equals, the middle one
+    exposure = float((math.log2(len(others) + 1) - ranks_M.log2()).mean())
     return Membership(
         auc=float(wins_MN.mean()),
         auc_interval=(low, high),
