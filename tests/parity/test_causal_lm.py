@@ -148,6 +148,10 @@ def test_logits_with_and_without_a_cache_are_the_whole_models(zoo, tmp_path):
         out = split(**inputs, use_cache=True)
         torch.testing.assert_close(out.logits[mask], expected[mask], rtol=1e-4, atol=1e-5)
         out.cache.close()
+        with split.new_cache() as cache:
+            out = split(**inputs, past_key_values=cache)  # the older name
+            assert out.cache is cache
+            torch.testing.assert_close(out.logits[mask], expected[mask], rtol=1e-4, atol=1e-5)
     assert _pages(split) == [0, 0, 0]
 
 

@@ -16,6 +16,11 @@ if TYPE_CHECKING:
 
     from fedsea.audit.outcome import AuditReport, Outcome
 
+_ATTACKS = (
+    "Only these, such as A1,A2. A0: what the public model guesses; A1: nearest hidden state; A2: with noise and prior; "
+    "A3: learned inverter; A4: average over epochs; A5: labels from gradients; A6: alignment by known texts; "
+    "A7: inversion of an update; A8: membership; A9: test of the noise."
+)
 _LEVELS = ("partial", "exposed", "inconclusive", "broken", "never")
 
 
@@ -31,7 +36,7 @@ def audit(
     ] = None,
     quick: Annotated[bool, typer.Option("--quick", help="A few minutes on two cores for a small model.")] = False,
     minutes: Annotated[float | None, typer.Option(help="Time budget; what does not fit is said.")] = None,
-    attacks: Annotated[str, typer.Option(metavar="IDS", help="Only these, such as A1,A2.")] = "",
+    attacks: Annotated[str, typer.Option(metavar="IDS", help=_ATTACKS)] = "",
     out: Annotated[Path, typer.Option(help="Folder for report.json and report.html.")] = Path("audit"),
     seed: Annotated[int, typer.Option(min=0, help="Of planted texts, noise and attacks: same seed, same report.")] = 0,
     device: o.Device = "cpu",

@@ -15,6 +15,7 @@ from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
 from fedsea.plan import ClientEntry, ClientLimits, ClientNoise, FederationPlan
+from fedsea.plan.pseudonyms import PseudonymSettings
 
 _WIDTH = 100
 _FILLED_IN = {("ModelSection", "fingerprint")}
@@ -53,7 +54,7 @@ def plan_text(model: str, clients: Sequence[str]) -> str:
 
 
 def settings_text() -> str:
-    """A client's settings: its limits, with their defaults, and how noise of its own would be written."""
+    """A client's settings: its limits, with their defaults, and how its own noise and pseudonyms would be written."""
     lines = [
         "# Settings of one client: `fedsea train --settings client.toml`. This file never leaves the machine.",
         "",
@@ -66,6 +67,10 @@ def settings_text() -> str:
     ]
     for key, said in _attributes(ClientNoise).items():
         lines += [*_comment(said), f"# {key} = 1.0"]
+    lines += ["", *_comment(_summary(PseudonymSettings)), "# [pseudonyms]"]
+    explained = _attributes(PseudonymSettings)
+    for key, field in PseudonymSettings.model_fields.items():
+        lines += [*_comment(explained[key]), f"# {key} = {_toml(field.get_default(call_default_factory=True))}"]
     return "\n".join(lines) + "\n"
 
 

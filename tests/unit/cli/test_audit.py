@@ -10,7 +10,9 @@ from pathlib import Path
 import pytest
 
 from fedsea.audit import settings
+from fedsea.audit.catalogue import IDS
 from fedsea.cli import main
+from fedsea.cli.audit import _ATTACKS
 from tests.support.audited import PLAN, TINY, noised_plan
 
 
@@ -66,6 +68,10 @@ def test_a_folder_that_cannot_be_made_is_refused_before_the_work(
     (tmp_path / "file").write_text("")
     assert main.run(["audit", str(PLAN), "--quick", "--quiet", "--out", str(tmp_path / "file")]) == 4
     assert "a file is there" in capsys.readouterr().err
+
+
+def test_help_says_what_each_attack_is() -> None:
+    assert all(f"{attack}: " in _ATTACKS for attack in IDS)
 
 
 @pytest.mark.parametrize(

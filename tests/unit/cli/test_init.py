@@ -12,6 +12,7 @@ from fedsea.cli import main
 from fedsea.cli.init import DEFAULT_MODEL, texts
 from fedsea.cli.plan_text import plan_text, settings_text
 from fedsea.plan import ClientEntry, ClientLimits, FederationPlan, ModelSection, load_limits, load_plan
+from fedsea.plan.pseudonyms import PseudonymSettings
 
 
 def test_the_written_plan_equals_the_defaults(tmp_path: Path) -> None:
@@ -25,6 +26,13 @@ def test_the_written_settings_equal_the_default_limits(tmp_path: Path) -> None:
     (tmp_path / "client.toml").write_text(settings_text())
     assert load_limits(tmp_path / "client.toml") == ClientLimits()
     assert set(tomllib.loads(settings_text())["limits"]) == set(ClientLimits.model_fields)
+
+
+def test_the_settings_show_every_key_of_pseudonyms_with_its_default() -> None:
+    _, _, shown = settings_text().partition("# [pseudonyms]\n")
+    values = tomllib.loads("\n".join(line.removeprefix("# ") for line in shown.splitlines() if " = " in line))
+    assert values.keys() == PseudonymSettings.model_fields.keys()
+    assert PseudonymSettings.model_validate(values) == PseudonymSettings()
 
 
 def test_every_key_of_the_plan_is_written_and_explained() -> None:
