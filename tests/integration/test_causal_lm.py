@@ -32,6 +32,7 @@ def test_connected_model_is_the_federations_for_generating_and_for_gradients(fed
     ).eval()
     with _connect(fed) as split:
         assert split.tokenizer.vocab_size > 0
+        assert split.tokenizer.padding_side == "left"
         assert split.generate(PROMPT, **SETTINGS).tolist() == whole.generate(input_ids=PROMPT, **SETTINGS).tolist()
         beams = {**SETTINGS, "num_beams": 3}
         assert split.generate(PROMPT, **beams).tolist() == whole.generate(input_ids=PROMPT, **beams).tolist()

@@ -15,7 +15,7 @@ _README = """\
 # A federation
 
 `plan.toml` is what everybody agrees on; the operator keeps it. `client.toml` is an example of one client's own
-limits. Every command has `--help`.
+settings. Every command has `--help`.
 
 ## The operator, once
 
@@ -44,7 +44,8 @@ Every client ({names}):
 
     fedsea train --server fedsea.example.org:7443 --data notes/*.jsonl
 
-A client that has limits of its own (which segments may be trained there, how many blocks) copies `client.toml` to its
+A client that has limits of its own (which segments may be trained there, how many blocks), adds noise of its own,
+or replaces names and identifiers by pseudonyms copies `client.toml` to its
 machine, looks it over, and adds `--settings client.toml`.
 
 Anybody: `fedsea status --server fedsea.example.org:7443`. A process that was stopped or killed is started again with

@@ -133,6 +133,7 @@ class SplitCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[misc]
         """A model over an opened decoder, whose connection stays its opener's."""
         made = cls(opened.decoder, opened.checkpoint.config)
         made.tokenizer = opened.tokenizer
+        made.tokenizer.padding_side = "left"  # a batch of prompts goes on at its right end
         if (opened.checkpoint.folder / "generation_config.json").is_file():
             made.generation_config = GenerationConfig.from_pretrained(opened.checkpoint.folder)
         return made
