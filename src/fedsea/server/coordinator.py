@@ -28,7 +28,7 @@ from fedsea.server.secure import SecureRounds
 from fedsea.server.state import RunState, ServerStore
 from fedsea.server.step import StepState
 from fedsea.server.steps import StepRunner
-from fedsea.server.waiting import Patience
+from fedsea.server.waiting import Patience, Returning
 from fedsea.wire import messages as m
 
 log = logging.getLogger(__name__)
@@ -73,6 +73,7 @@ class Coordinator:
         self.questions = Questions(engine, ports, share_trunk=plan.durability.share_trunk)
         self.wait_s = self.run.wait_s
         self._patience = Patience(self.wait_s, ports.clock)
+        self._returning = Returning(plan.client_names, ports.clock)
         self._announced: tuple[str, ...] = ()
 
     # --- where the run stands ---------------------------------------------------------------------------------------
@@ -112,6 +113,7 @@ class Coordinator:
         """
         self.state.check_standing(name, join, strict=self.wait_s is None)
         self.connected.add(name)
+        self._returning.here(name)
         log.info("client %s joined at step %d", name, self.state.next_step)
         outcome = self.state.outcomes.get(name)
         if outcome is not None and outcome.step == join.prepared_step:
@@ -212,8 +214,10 @@ class Coordinator:
         if not late:
             return
         if self.round_due and self.secure is not None:
-            self.secure.late(late)
-            self.advance()
+            # An attempt without them is in vain, or leaves their part out: they may be seeking this server still.
+            if not self._returning.any_of(late):
+                self.secure.late(late)
+                self.advance()
         elif self.round_due:
             self._aggregate()
         elif self.step is not None and not self.step.running and not self.step.finishing:

@@ -9,6 +9,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Hashable
 
+RETURN_S = 15.0
+"""After a start; a client's longest pause between two attempts to connect, and half as much again."""
+
 
 class Patience:
     """Notes who has its turn since when.
@@ -50,3 +53,25 @@ class Patience:
         began, now = min(waiting), self._clock()
         late = [(name, since) for name, (mine, since) in self._has_turn.items() if mine]
         return tuple(name for name, since in late if now - max(began, since) >= self._wait_s)
+
+
+class Returning:
+    """Who may not have found the server again since it started: clients seek it with pauses of up to ten seconds.
+
+    Args:
+        names: All clients.
+        clock: Monotonic seconds.
+    """
+
+    def __init__(self, names: Collection[str], clock: Callable[[], float]) -> None:
+        self._away = set(names)
+        self._clock = clock
+        self._until = clock() + RETURN_S
+
+    def here(self, name: str) -> None:
+        """It has come."""
+        self._away.discard(name)
+
+    def any_of(self, names: Collection[str]) -> bool:
+        """Whether one of these may still be on its way."""
+        return not self._away.isdisjoint(names) and self._clock() < self._until

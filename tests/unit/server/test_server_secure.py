@@ -255,6 +255,37 @@ def test_after_a_restart_a_sum_that_may_have_been_revealed_is_asked_of_the_same_
     assert o.world.to("d", m.RoundOpen) == []
 
 
+def test_a_restarted_server_does_not_give_up_while_clients_may_still_be_seeking_it(office):
+    o = office(**{"training": {**WAIT["training"], "wait": 1.0}})
+    o.train()
+    assert o.hand_over(until=m.SecureRoster)
+    o.world = o.start()
+    o.clients = {name: o.client(name) for name in o.names}
+    o.back("a")
+    o.hand_over()
+    for _ in range(6):  # six times as long as anybody waits for a client that is slow
+        o.world.pass_time(2.0)
+        o.hand_over()
+    assert o.world.coordinator.failure is None
+    o.back("b")
+    o.back("c")
+    o.hand_over()
+    assert o.result() == 2.0
+
+
+def test_a_restarted_server_does_not_wait_for_ever_for_those_who_do_not_come(office):
+    o = office(**{"training": {**WAIT["training"], "wait": 1.0}})
+    o.train()
+    assert o.hand_over(until=m.SecureRoster)
+    o.world = o.start()
+    o.clients = {name: o.client(name) for name in o.names}
+    o.back("a")
+    for _ in range(11):
+        o.hand_over()
+        o.world.pass_time(2.0)
+    assert isinstance(o.world.coordinator.failure, AggregationError)
+
+
 def test_a_round_whose_sum_may_have_been_revealed_is_not_skipped(office):
     """Members would go on with the values that are in that sum, and show the difference in the next one."""
     o = office(**WAIT, aggregation={"secure_failure": "skip"})
