@@ -109,14 +109,28 @@ def test_texts_that_were_trained_on_are_told_from_others_of_the_same_kind(base_m
     assert "time was up" in hasty.sentence
 
 
-def test_a_model_that_learned_nothing_tells_nothing_of_its_texts(base_model: Path) -> None:
-    """Steps below what float32 holds: every loss stays what it was to the last bit, and nothing is left to chance."""
-    plan = plan_of(base_model, 1, 1, optimizer={"learning_rate": 1e-30}, training={"steps_per_round": 2})
+@pytest.mark.parametrize("learning_rate", [1e-30, 1e-9])
+def test_losses_that_moved_by_no_more_than_rounding_are_no_evidence(base_model: Path, learning_rate: float) -> None:
+    plan = plan_of(base_model, 1, 1, optimizer={"learning_rate": learning_rate}, training={"steps_per_round": 2})
     report = a8_membership.run(attacker_of(plan), targets_of(texts(40, 16)))
-    assert report.found is not None
-    assert report.found.auc_interval[0] <= report.found.auc == 0.5 <= report.found.auc_interval[1]
-    assert report.found.exposure == pytest.approx(math.log2(21 / 11)), "the middle rank of 21"
-    assert report.verdict is Verdict.NOT_RECOVERED
+    assert report.found is None
+    assert report.verdict is Verdict.INCONCLUSIVE
+    assert "rounding" in report.sentence
+
+
+def test_losses_that_are_not_finite_are_no_evidence(base_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    found = iter([[1.0] * 20, [1.0] * 20, [0.5] * 20, [math.nan] * 20])
+    monkeypatch.setattr(SplitRun, "losses", lambda *_args, **_kwargs: next(found))
+    plan = plan_of(base_model, 1, 1, training={"steps_per_round": 1})
+    report = a8_membership.run(attacker_of(plan), targets_of(texts(40, 16)))
+    assert report.verdict is Verdict.INCONCLUSIVE
+    assert "not finite" in report.sentence
+
+
+def test_equal_scores_are_a_guess() -> None:
+    found = membership([0.0] * 20, [0.0] * 20)
+    assert found.auc_interval[0] <= found.auc == 0.5 <= found.auc_interval[1]
+    assert found.exposure == pytest.approx(math.log2(21 / 11)), "the middle rank of 21"
 
 
 def test_too_few_texts_are_inconclusive_and_an_empty_side_is_refused(base_model: Path) -> None:

@@ -8,6 +8,7 @@ try this is whoever gets the adapters: the server, and where they are shared eve
 from __future__ import annotations
 
 import itertools
+import math
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -24,6 +25,8 @@ from fedsea.model import adapters
 
 _STEPS = 60
 _FEWEST = 16
+_ROUNDING = 16 * torch.finfo(torch.float32).eps
+"""A loss is not known better than to this share of itself."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,22 +34,24 @@ class MembershipReport:
     """What the adapters tell.
 
     Attributes:
-        found: None if there were too few texts.
+        found: None if there is nothing to tell from; `reason` says why.
         epochs: How often each member was trained on, on average.
         adapters: "all": the whole model's; "trunk": the server's own, where the clients' stay at home.
         cut_short: The time was up before so many steps were taken as the plan has.
+        reason: Why `found` is None.
     """
 
     found: Membership | None
     epochs: float
     adapters: str
     cut_short: bool = False
+    reason: str = ""
 
     @property
     def verdict(self) -> Verdict:
         """PARTIAL above guessing with certainty: that a text was trained on is told, and no text is recovered by it.
 
-        Without that, INCONCLUSIVE if there were too few texts or too few steps to see it.
+        Without that, INCONCLUSIVE if there were too few texts or steps, or too small ones, to see it.
         """
         if self.found is not None and self.found.auc_interval[0] > 0.5:
             return Verdict.PARTIAL
@@ -56,7 +61,7 @@ class MembershipReport:
     def sentence(self) -> str:
         """One line."""
         if self.found is None:
-            return f"Membership needs {_FEWEST} texts or more."
+            return self.reason + (" Its time was up before the run's steps were." if self.cut_short else "")
         f = self.found
         which = "all adapters" if self.adapters == "all" else "the server's own adapters"
         short = " (its time was up before the run's steps were)" if self.cut_short else ""
@@ -83,7 +88,7 @@ def run(attacker: Attacker, targets: Sequence[Target], progress: Progress = unhe
     which = "trunk" if personal and attacker.plan.adapter.trunk != "frozen" else "all"
     texts = [target.ids_T.long() for target in targets]
     if len(texts) < _FEWEST:
-        return MembershipReport(None, 0.0, which)
+        return MembershipReport(None, 0.0, which, reason=f"Membership needs {_FEWEST} texts or more.")
     generator = torch.Generator().manual_seed(attacker.seed)
     order = torch.randperm(len(texts), generator=generator).tolist()
     members = [texts[i] for i in order[::2]]
@@ -107,4 +112,19 @@ def run(attacker: Attacker, targets: Sequence[Target], progress: Progress = unhe
     progress(steps, steps)
     epochs = trained.step * size / (len(members) + len(background))
     cut_short = trained.step < steps
+    if reason := _unusable(before[0] + before[1], scores[0] + scores[1]):
+        return MembershipReport(None, epochs, which, cut_short, reason)
     return MembershipReport(membership(scores[0], scores[1], attacker.seed), epochs, which, cut_short)
+
+
+def _unusable(losses: Sequence[float], scores: Sequence[float]) -> str:
+    """Why nothing can be told from these scores, or nothing."""
+    if not all(map(math.isfinite, scores)):
+        return "Membership: losses are not finite after the training, so nothing can be told from them."
+    moved = sum(abs(score) > _ROUNDING * abs(loss) for loss, score in zip(losses, scores, strict=True))
+    if 2 * moved < len(scores):
+        return (
+            f"Membership: the training moved only {moved} of {len(scores)} losses by more than rounding does, so "
+            "nothing can be told from them."
+        )
+    return ""
