@@ -8,6 +8,7 @@ from __future__ import annotations
 import itertools
 import json
 import math
+import random
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -44,6 +45,7 @@ class Sizes:
         batch: Texts of a step.
         beam: Of the searches.
         inverter_s: Seconds that the learned inverter may train.
+        inside: Texts are windows from anywhere inside of theirs, behind the beginning token.
     """
 
     targets: int
@@ -54,6 +56,7 @@ class Sizes:
     batch: int
     beam: int
     inverter_s: float
+    inside: bool = False
 
 
 FULL = Sizes(targets=12, tokens=48, held=48, public=600, steps=100, batch=8, beam=4, inverter_s=60.0)
@@ -85,10 +88,10 @@ class Study:
     def read(self, files: Sequence[Path]) -> None:
         """Take texts of JSON lines: the first ones are attacked, the next held out, the rest is public."""
         rows = [json.loads(line) for file in files for line in file.read_text(encoding="utf-8").splitlines()]
-        found = []
+        draw, found = random.Random(0), []
         for row in rows:
             text = row["text"] if "text" in row else " ".join(str(v) for v in row.values())
-            ids = list(self.tokenizer(text)["input_ids"])[: self.sizes.tokens]
+            ids = self._part(list(self.tokenizer(text)["input_ids"]), draw)
             if len(ids) >= self.sizes.tokens // 2:
                 found.append(torch.tensor(ids))
         first, second = self.sizes.targets, self.sizes.targets + self.sizes.held
@@ -96,6 +99,17 @@ class Study:
         self.public = found[second : second + self.sizes.public]
         if not self.public:
             raise SystemExit(f"Of {len(rows)} rows {len(found)} are long enough; the study needs more than {second}.")
+
+    def _part(self, ids: list[int], draw: random.Random) -> list[int]:
+        """As many of a text's tokens as are wanted, or none of one that is too short for a window."""
+        if not self.sizes.inside:
+            return ids[: self.sizes.tokens]
+        begins = len(self.beginning)
+        wanted = self.sizes.tokens - begins
+        if len(ids) - begins <= wanted:
+            return []
+        start = draw.randrange(begins, len(ids) - wanted)
+        return [*self.beginning, *ids[start : start + wanted]]
 
     # --- what a point is made of --------------------------------------------------------------------------------------
 

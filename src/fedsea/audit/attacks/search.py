@@ -29,6 +29,8 @@ _ANYTHING = 0.05
 """Share of the prior that is spread evenly over the vocabulary."""
 _FOLLOWERS = 48
 """Candidates of each hypothesis but the leading one, whose whole vocabulary is searched."""
+_OWN = 24
+"""Further candidates of each of those: what the public model expects behind it."""
 _EXHAUSTIVE = 20_000
 """Largest vocabulary that is searched whole; of a larger one a shortlist is, and the shortlist's recall is told."""
 _SHORTLIST = 1024
@@ -82,6 +84,7 @@ def search(
         prior: Weigh the public model's expectation; without it the nearest candidate wins.
         progress: Told of positions.
     """
+    beam = min(beam, attacker.vocab_size)
     order = sorted(range(len(seen)), key=lambda i: -len(seen[i].rows_TH))
     together = max(1, min(len(order), 64 // beam))
     total = sum(len(item.rows_TH) for item in seen)
@@ -230,15 +233,16 @@ class _Group:
             likelihood_SC = likelihood_SC + evidence_SV.gather(1, candidates_SC)
         expected_SBV = self._expected_RV.view(now, beam, -1)
         local_SC = likelihood_SC + expected_SBV[:, 0].gather(1, candidates_SC)
-        scores = [self._scores_SB[:, :1] + local_SC]
-        ids, parents = [candidates_SC], [torch.zeros_like(candidates_SC)]
+        # Over the whole vocabulary: a shortlist may name a token twice, which would be two hypotheses.
+        local_SV = torch.full_like(expected_SBV[:, 0], -torch.inf).scatter(1, candidates_SC, local_SC)
+        scores = [self._scores_SB[:, :1] + local_SV]
+        ids = [torch.arange(local_SV.shape[1], device=self._device).expand_as(local_SV)]
+        parents = [torch.zeros_like(ids[0])]
         if beam > 1 and self._position:
-            chosen = local_SC.topk(min(_FOLLOWERS, local_SC.shape[1])).indices
-            followers_SF = candidates_SC.gather(1, chosen)
-            for rank in range(1, beam):
-                parents.append(torch.full_like(followers_SF, rank))
-                ids.append(followers_SF)
-                scores.append(self._follow(rank, followers_SF, rows_SH, variance_S, evidence_SV))
+            liked_SF = local_SV.topk(min(_FOLLOWERS, candidates_SC.shape[1])).indices
+            further = self._follow(liked_SF, rows_SH, variance_S, evidence_SV)
+            for found, more in zip((scores, ids, parents), further, strict=True):
+                found.append(more)
         scores_SX, ids_SX, parents_SX = (torch.cat(parts, dim=1) for parts in (scores, ids, parents))
         self._scores_SB, order_SB = scores_SX.topk(beam)
         ids_SB, parents_SB = ids_SX.gather(1, order_SB), parents_SX.gather(1, order_SB)
@@ -249,19 +253,33 @@ class _Group:
 
     def _follow(
         self,
-        rank: int,
-        followers_SF: torch.Tensor,
+        liked_SF: torch.Tensor,
         rows_SH: torch.Tensor,
         variance_S: torch.Tensor,
         evidence_SV: torch.Tensor | None,
-    ) -> torch.Tensor:
-        """Scores [S, F] of one further hypothesis with candidates that the leading one found likely."""
-        which_S = torch.arange(self.active, device=self._device) * self._beam + rank
-        scores_SF = -self._distances(rows_SH, followers_SF, which_S) / (2 * variance_S[:, None])
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Scores, ids and parents [S, (B - 1) F] of all hypotheses but the leading one.
+
+        Their candidates are those that the leading one found likely, and those that the public model expects behind
+        each of them: where the leading one is wrong, it likes the wrong ones.
+        """
+        now, others = self.active, self._beam - 1
+        which_O = torch.arange(now * self._beam, device=self._device).view(now, -1)[:, 1:].flatten()
+
+        def each(values: torch.Tensor) -> torch.Tensor:
+            return values.repeat_interleave(others, dim=0)
+
+        expected_OV = self._expected_RV.index_select(0, which_O)
+        liked_OF = each(liked_SF)
+        own = min(_OWN, expected_OV.shape[1] - liked_OF.shape[1])
+        own_OF = expected_OV.scatter(1, liked_OF, -torch.inf).topk(own).indices
+        ids_OF = torch.cat([liked_OF, own_OF], dim=1)
+        scores_OF = -self._distances(each(rows_SH), ids_OF, which_O) / (2 * each(variance_S)[:, None])
         if evidence_SV is not None:
-            scores_SF = scores_SF + evidence_SV.gather(1, followers_SF)
-        expected_SV = self._expected_RV.index_select(0, which_S)
-        return self._scores_SB[:, rank, None] + scores_SF + expected_SV.gather(1, followers_SF)
+            scores_OF = scores_OF + each(evidence_SV).gather(1, ids_OF)
+        scores_OF = self._scores_SB[:, 1:].reshape(-1, 1) + scores_OF + expected_OV.gather(1, ids_OF)
+        parents_OF = torch.arange(1, self._beam, device=self._device).repeat(now)[:, None].expand_as(ids_OF)
+        return scores_OF.view(now, -1), ids_OF.view(now, -1), parents_OF.reshape(now, -1)
 
     # --- bookkeeping ------------------------------------------------------------------------------------------------
 
