@@ -188,7 +188,8 @@ def against_central(
                 whole = theirs()
             turns.append((split, whole, server_s))
             ratio = _tokens_per_s(split) / _tokens_per_s(whole)
-            print(f"pair {number}/{args.pairs}: split over central {ratio:.3f}", file=sys.stderr)
+            rates = f"{_tokens_per_s(split):.2f} and {_tokens_per_s(whole):.2f} tokens/s"
+            print(f"pair {number}/{args.pairs}: split over central {ratio:.3f} ({rates})", file=sys.stderr)
         uncached = say(central, "generate", prompt=prompts[0], new_tokens=max(2, args.new_tokens // 4), cache=False)
     turns = turns[1:]
     ratios = [_tokens_per_s(split) / _tokens_per_s(whole) for split, whole, _ in turns]
