@@ -22,7 +22,7 @@ from torch.nn import functional as F
 from fedsea.model.cache import Extension
 from fedsea.model.grouping import Way
 from fedsea.model.lean_attention import attend
-from fedsea.model.products import MOST_PACKED_BYTES, Product
+from fedsea.model.products import MOST_COPIED_BYTES, Product
 
 _LAYERS = {"LlamaDecoderLayer", "MistralDecoderLayer", "Qwen2DecoderLayer", "Qwen3DecoderLayer"}
 _STATIC_ROTARY = {"default", "linear", "llama3", "yarn"}
@@ -58,10 +58,10 @@ class _Group:
         self.product = Product(self.weight_OH, None if biases[0] is None else torch.cat([b.data for b in biases]))
         self._bases = bases
 
-    def pack(self) -> None:
-        """Make several rows faster, at the price of a copy; not of weights that are trained, which would leave it."""
+    def prepare(self, rows: int) -> None:
+        """Make so many rows faster, at the price of a copy; not of weights that are trained, which would leave it."""
         if not any(base.weight.requires_grad for base in self._bases):
-            self.product.pack()
+            self.product.prepare(rows)
 
     def adapters(self) -> LowRank | None:
         """The adapters as they are now."""
@@ -123,9 +123,9 @@ class _Block:
         groups = (self.qkv, self.out, self.gate_up, self.down)
         return sum(group.weight_OH.numel() * group.weight_OH.element_size() for group in groups)
 
-    def pack(self) -> None:
+    def prepare(self, rows: int) -> None:
         for group in (self.qkv, self.out, self.gate_up, self.down):
-            group.pack()
+            group.prepare(rows)
 
     def adapters(self) -> BlockAdapters:
         return self.qkv.adapters(), self.out.adapters(), self.gate_up.adapters(), self.down.adapters()
@@ -184,7 +184,8 @@ class LeanBlocks:
         self._rotary = rotary
         self._norm = None if isinstance(norm, nn.Identity) else _Norm(norm)
         self._table: tuple[torch.Tensor, torch.Tensor] | None = None
-        self._packable = sum(block.weight_bytes for block in self._blocks) <= MOST_PACKED_BYTES
+        small = sum(block.weight_bytes for block in self._blocks) <= MOST_COPIED_BYTES
+        self._unprepared = {False, True} if small else set()  # one row, several rows
         first = self._blocks[0]
         self._token_bytes = 2 * first.num_keys * first.head_size * first.qkv.weight_OH.element_size()
 
@@ -204,10 +205,10 @@ class LeanBlocks:
             adapters: As `adapters` gave them.
         """
         hidden_TH = hidden_TH.to(self._blocks[0].qkv.weight_OH.dtype)
-        if self._packable and hidden_TH.shape[0] > 1:
-            self._packable = False
+        if (rows := hidden_TH.shape[0]) and (rows > 1) in self._unprepared:
+            self._unprepared.remove(rows > 1)
             for block in self._blocks:
-                block.pack()
+                block.prepare(rows)
         way = Way(extension, hidden_TH.device, self._token_bytes)
         extension = way.extension
         if way.order_T is not None:

@@ -10,22 +10,27 @@ from torch.nn import functional as F
 from fedsea.model import products
 from fedsea.model.products import FrozenLinear, Product
 
-LARGE = (1024, 768)
+LARGE = (1280, 768)
 """Outputs and inputs of a weight that does not fit into a core's own cache."""
 
 
+@pytest.mark.parametrize("columns", [False, True])
 @pytest.mark.parametrize("shape", [(24, 16), LARGE])
 @pytest.mark.parametrize("biased", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_product_is_the_linear_layers_for_any_number_of_rows(shape, biased, dtype):
+def test_product_is_the_linear_layers_for_any_number_of_rows(columns, shape, biased, dtype, monkeypatch):
+    monkeypatch.setattr(products, "_likes_columns", lambda: columns)
     weight, bias = torch.randn(shape, dtype=dtype), torch.randn(shape[0], dtype=dtype) if biased else None
-    plain, packed = Product(weight, bias), Product(weight, bias)
-    packed.pack()
+    plain, prepared = Product(weight, bias), Product(weight, bias)
+    prepared.prepare(1)
+    prepared.prepare(2)
+    copied = columns and shape == LARGE and dtype is torch.float32
+    assert (prepared._transposed_HO is not None) is (copied and products._onednn() is not None)
     for rows in (0, 1, 2, 7, 40):
         x = torch.randn(rows, shape[1], dtype=dtype)
         expected = F.linear(x, weight, bias)
         with torch.inference_mode():
-            for product in (plain, packed):
+            for product in (plain, prepared):
                 torch.testing.assert_close(product(x), expected, rtol=1e-4, atol=1e-3)
 
 
@@ -33,7 +38,8 @@ def test_without_onednn_the_blas_does_it(monkeypatch):
     monkeypatch.setattr(products, "_onednn", lambda: None)
     weight, x = torch.randn(LARGE), torch.randn(3, LARGE[1])
     product = Product(weight, None)
-    product.pack()
+    product.prepare(1)
+    product.prepare(3)
     for rows in (1, 3):
         assert torch.equal(product(x[:rows]), F.linear(x[:rows], weight))
 
@@ -57,7 +63,10 @@ def test_layer_that_is_trained_or_is_no_plain_linear_layer_has_no_frozen_form():
 
 
 def test_weights_over_the_bound_are_held_once(monkeypatch):
-    monkeypatch.setattr(products, "MOST_PACKED_BYTES", 100)
+    monkeypatch.setattr(products, "MOST_COPIED_BYTES", 100)
+    monkeypatch.setattr(products, "_OWN_CACHE_BYTES", 10)
+    monkeypatch.setattr(products, "_likes_columns", lambda: True)
     frozen = FrozenLinear(nn.Linear(16, 24).requires_grad_(False))
-    frozen(torch.randn(3, 16))
-    assert frozen.product._packed is None
+    for rows in (1, 3):
+        frozen(torch.randn(rows, 16))
+    assert frozen.product._packed is frozen.product._transposed_HO is None
