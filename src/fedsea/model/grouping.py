@@ -122,6 +122,7 @@ class Group:
         self._slab: Slab = caches[0].slab
         self._slot, self._past = caches[0].slot, caches[0].length
         self._num_sequences = len(caches)
+        self._places_by_heads: dict[int, torch.Tensor] = {}
         if len(caches) > 1:
             self._slots_S1 = torch.tensor([cache.slot for cache in caches], device=device)[:, None]
             self._at_SM = torch.tensor([cache.length for cache in caches], device=device)[:, None]
@@ -139,10 +140,18 @@ class Group:
             if self._num_sequences == 1:
                 memory[self._slot, :, self._past : self._past + self._new] = new_TND.transpose(0, 1)
             else:
-                # Indices on both sides of a slice: their axes come first, so the values are [S, M, N, D].
-                new_SMND = new_TND.reshape(self._num_sequences, self._new, *new_TND.shape[1:])
-                memory[self._slots_S1, :, self._at_SM] = new_SMND
+                places = self._places(memory)
+                memory.view(-1, memory.shape[-1]).index_copy_(0, places, new_TND.reshape(len(places), -1))
         return memories
+
+    def _places(self, memory: torch.Tensor) -> torch.Tensor:
+        """Where in the memory as rows [slots N C, D] the new rows [S M N] go; it depends on N alone."""
+        heads, capacity = memory.shape[1:3]
+        if heads not in self._places_by_heads:
+            heads_N = torch.arange(heads, device=memory.device)
+            places_SMN = (self._slots_S1[..., None] * heads + heads_N) * capacity + self._at_SM[..., None]
+            self._places_by_heads[heads] = places_SMN.flatten()
+        return self._places_by_heads[heads]
 
 
 def _runs(caches: Sequence[SequenceCache], new: int, call_tokens: int) -> list[list[SequenceCache]]:

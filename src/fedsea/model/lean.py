@@ -54,18 +54,21 @@ class _Group:
             parts = torch.split(self.weight_OH, [base.out_features for base in bases])
             for base, part in zip(bases, parts, strict=True):
                 base.weight.data = part
-        biases = [base.bias for base in bases]
-        self.product = Product(self.weight_OH, None if biases[0] is None else torch.cat([b.data for b in biases]))
-        self._bases = bases
+        bias_O = None if bases[0].bias is None else bases[0].bias.data
+        if bias_O is not None and len(bases) > 1:
+            bias_O = torch.cat([base.bias.data for base in bases])
+            for base, part_O in zip(bases, torch.split(bias_O, [len(base.bias) for base in bases]), strict=True):
+                base.bias.data = part_O
+        self.product = Product(self.weight_OH, bias_O, [base.weight for base in bases])
+        self._places = [_place(layer) for layer in layers]
 
-    def prepare(self, rows: int) -> None:
-        """Make so many rows faster, at the price of a copy; not of weights that are trained, which would leave it."""
-        if not any(base.weight.requires_grad for base in self._bases):
-            self.product.prepare(rows)
+    def is_of(self, layers: Sequence[nn.Module]) -> bool:
+        """Whether these are the layers, with the weights that they had."""
+        return self._places == [_place(layer) for layer in layers]
 
     def adapters(self) -> LowRank | None:
         """The adapters as they are now."""
-        found = [layer if isinstance(layer, LoraLinear) and layer.lora_A else None for layer in self.layers]
+        found: list[Any] = [layer if _adapts(layer) else None for layer in self.layers]
         if not any(found):
             return None
         downs, ups = [], []
@@ -91,9 +94,26 @@ def _base(layer: Any) -> nn.Linear:
     return base
 
 
+def _adapts(layer: Any) -> bool:
+    """Whether a layer adds something to its base layer at the moment."""
+    if not isinstance(layer, LoraLinear) or layer.disable_adapters or layer.merged:
+        return False
+    return layer.active_adapters[0] in layer.lora_A
+
+
+def _place(layer: Any) -> tuple[int, int, int, tuple[str, ...]]:
+    """What changes where a layer or its values are replaced, or adapters are merged into them."""
+    base = _base(layer)
+    bias = 0 if base.bias is None else base.bias.data_ptr()
+    return id(layer), base.weight.data_ptr(), bias, tuple(getattr(layer, "merged_adapters", ()))
+
+
 class _Norm:
     def __init__(self, module: Any) -> None:
         self.weight, self.eps = module.weight.data, module.variance_epsilon
+
+    def is_of(self, module: Any) -> bool:
+        return bool(self.weight.data_ptr() == module.weight.data_ptr())
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
@@ -103,13 +123,11 @@ class _Block:
     """One decoder layer."""
 
     def __init__(self, layer: Any) -> None:
-        attention, mlp = layer.self_attn, layer.mlp
+        attention = layer.self_attn
         self.norms = _Norm(layer.input_layernorm), _Norm(layer.post_attention_layernorm)
-        self.qkv = _Group([attention.q_proj, attention.k_proj, attention.v_proj])
-        self.out = _Group([attention.o_proj])
-        self.gate_up = _Group([mlp.gate_proj, mlp.up_proj])
-        self.down = _Group([mlp.down_proj])
-        self.activation = mlp.act_fn
+        self.groups = [_Group(projections) for projections in _projections(layer)]
+        self.qkv, self.out, self.gate_up, self.down = self.groups
+        self.activation = layer.mlp.act_fn
         self.head_size = int(attention.head_dim)
         self.scaling = float(attention.scaling)
         self.num_queries = _base(attention.q_proj).out_features // self.head_size
@@ -120,12 +138,15 @@ class _Block:
 
     @property
     def weight_bytes(self) -> int:
-        groups = (self.qkv, self.out, self.gate_up, self.down)
-        return sum(group.weight_OH.numel() * group.weight_OH.element_size() for group in groups)
+        return sum(group.weight_OH.numel() * group.weight_OH.element_size() for group in self.groups)
+
+    def is_of(self, layer: Any) -> bool:
+        pairs = zip(self.groups, _projections(layer), strict=True)
+        return self.norms[0].is_of(layer.input_layernorm) and all(group.is_of(found) for group, found in pairs)
 
     def prepare(self, rows: int) -> None:
-        for group in (self.qkv, self.out, self.gate_up, self.down):
-            group.prepare(rows)
+        for group in self.groups:
+            group.product.prepare(rows)
 
     def adapters(self) -> BlockAdapters:
         return self.qkv.adapters(), self.out.adapters(), self.gate_up.adapters(), self.down.adapters()
@@ -184,10 +205,15 @@ class LeanBlocks:
         self._rotary = rotary
         self._norm = None if isinstance(norm, nn.Identity) else _Norm(norm)
         self._table: tuple[torch.Tensor, torch.Tensor] | None = None
-        small = sum(block.weight_bytes for block in self._blocks) <= MOST_COPIED_BYTES
-        self._unprepared = {False, True} if small else set()  # one row, several rows
+        self._copyable = sum(block.weight_bytes for block in self._blocks) <= MOST_COPIED_BYTES
         first = self._blocks[0]
         self._token_bytes = 2 * first.num_keys * first.head_size * first.qkv.weight_OH.element_size()
+
+    def is_of(self, layers: Sequence[nn.Module]) -> bool:
+        """Whether these are the layers, with the weights that they had; adapters may have been put on since."""
+        if not all(_plain(layer) for layer in layers):
+            return False
+        return all(block.is_of(layer) for block, layer in zip(self._blocks, layers, strict=True))
 
     def adapters(self) -> list[BlockAdapters]:
         """The adapters as they are now, for `run`."""
@@ -205,10 +231,9 @@ class LeanBlocks:
             adapters: As `adapters` gave them.
         """
         hidden_TH = hidden_TH.to(self._blocks[0].qkv.weight_OH.dtype)
-        if (rows := hidden_TH.shape[0]) and (rows > 1) in self._unprepared:
-            self._unprepared.remove(rows > 1)
-            for block in self._blocks:
-                block.prepare(rows)
+        if self._copyable:
+            for index in blocks:
+                self._blocks[index].prepare(hidden_TH.shape[0])
         way = Way(extension, hidden_TH.device, self._token_bytes)
         extension = way.extension
         if way.order_T is not None:
@@ -249,15 +274,19 @@ def lean_blocks(decoder: nn.Module, layers: Sequence[nn.Module]) -> LeanBlocks |
     return LeanBlocks(layers, rotary, decoder.get_submodule("norm"))
 
 
-def _plain(layer: Any) -> bool:
+def _projections(layer: Any) -> tuple[tuple[nn.Module, ...], ...]:
+    """Of one input each: queries/keys/values, attention output, gate/up, down."""
     attention, mlp = layer.self_attn, layer.mlp
-    groups = (
+    return (
         (attention.q_proj, attention.k_proj, attention.v_proj),
         (attention.o_proj,),
         (mlp.gate_proj, mlp.up_proj),
         (mlp.down_proj,),
     )
-    for group in groups:
+
+
+def _plain(layer: Any) -> bool:
+    for group in _projections(layer):
         for module in group:
             if type(_base(module)) is not nn.Linear:
                 return False

@@ -11,7 +11,7 @@ a wide weight is fastest on a transposed copy (a vocabulary of 32,000 and 288 co
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -46,20 +46,25 @@ def _onednn() -> Callable[..., Any] | None:
 @functools.cache
 def _likes_columns() -> bool:
     """By the kind of processor and not by a clock: the same machine always gives the same values."""
-    return bool(torch.backends.cpu.get_cpu_capability() == "AVX2")
+    return "AVX512" not in torch.backends.cpu.get_cpu_capability()
 
 
 class Product:
     """x Wᵀ + b.
 
     Args:
-        weight_OH: Does not change any more once `prepare` was called.
+        weight_OH: Read at every call; copies of it are made anew when its parameters say that it has changed.
         bias_O: Or None.
+        parameters: Whose values the weight is.
     """
 
-    def __init__(self, weight_OH: torch.Tensor, bias_O: torch.Tensor | None) -> None:
+    def __init__(
+        self, weight_OH: torch.Tensor, bias_O: torch.Tensor | None, parameters: Sequence[torch.Tensor] = ()
+    ) -> None:
         self.weight_OH = weight_OH
         self.bias_O = bias_O
+        self._parameters = parameters
+        self._versions: list[int] = []
         served = weight_OH.device.type == "cpu" and weight_OH.dtype is torch.float32
         self._product: Callable[..., Any] | None = _onednn() if served else None
         self._streams = weight_OH.numel() * weight_OH.element_size() > _OWN_CACHE_BYTES
@@ -67,14 +72,22 @@ class Product:
         self._transposed_HO: torch.Tensor | None = None
 
     def prepare(self, rows: int) -> None:
-        """Make the copy for so many rows, where one is of use."""
+        """Have a copy for so many rows, where one is of use; none of a weight that is trained, which would leave it."""
         if self._product is None:
             return
+        versions = [parameter._version for parameter in self._parameters]
+        trained = any(parameter.requires_grad for parameter in self._parameters)
+        if trained or versions != self._versions:
+            self._packed = self._transposed_HO = None
+            self._versions = versions
+        if not trained and (self._packed if rows > 1 else self._transposed_HO) is None:
+            self._copy(rows)
+
+    def _copy(self, rows: int) -> None:
         with torch.inference_mode(False), torch.no_grad():
-            if rows > 1 and self._packed is None:
+            if rows > 1:
                 self._packed = torch.ops.mkldnn._reorder_linear_weight(self.weight_OH, _PACKED_FOR_ROWS)
-            wide = 2 * self.weight_OH.shape[0] >= 3 * self.weight_OH.shape[1]
-            if rows == 1 and self._transposed_HO is None and self._streams and wide and _likes_columns():
+            elif self._streams and 2 * self.weight_OH.shape[0] >= 3 * self.weight_OH.shape[1] and _likes_columns():
                 self._transposed_HO = self.weight_OH.t().contiguous()
 
     def __call__(self, x_TH: torch.Tensor) -> torch.Tensor:
@@ -99,7 +112,8 @@ class FrozenLinear(nn.Module):
 
     def __init__(self, linear: nn.Linear) -> None:
         super().__init__()
-        self.product = Product(linear.weight.data, None if linear.bias is None else linear.bias.data)
+        bias_O = None if linear.bias is None else linear.bias.data
+        self.product = Product(linear.weight.data, bias_O, [linear.weight])
         self._copyable = self.product.weight_OH.numel() * self.product.weight_OH.element_size() <= MOST_COPIED_BYTES
 
     @staticmethod

@@ -46,6 +46,8 @@ class Segment:
         self._layout = layout
         self._autocast = autocast
         self._padded = layout.attention is None
+        self._lean: LeanBlocks | None = None
+        self._lean_known = False
 
     @property
     def num_parameters(self) -> int:
@@ -127,13 +129,22 @@ class Segment:
         """Whether new tokens run through `model.lean` instead of the family's own layers."""
         return self._lean_blocks is not None
 
-    @functools.cached_property
+    @property
     def _lean_blocks(self) -> LeanBlocks | None:
+        """As they were when the adapters were frozen last; until then, as the layers are now."""
+        return self._lean if self._lean_known else self._refresh_lean()
+
+    def _refresh_lean(self) -> LeanBlocks | None:
+        """Look whether layers or weights were replaced, as peft does with what gets an adapter, and follow them."""
+        self._lean_known = True
         if self._autocast is not None or not self.caches:
+            self._lean = None
             return None
-        layers: nn.ModuleList = getattr(self._decoder, self._layout.blocks)
-        with torch.inference_mode(False):  # the weights become views of what is made here, and are trained with
-            return lean_blocks(self._decoder, list(layers))
+        layers = list(getattr(self._decoder, self._layout.blocks))
+        if self._lean is None or not self._lean.is_of(layers):
+            with torch.inference_mode(False):  # the weights become views of what is made here, and are trained with
+                self._lean = lean_blocks(self._decoder, layers)
+        return self._lean
 
     @functools.cached_property
     def most_cached_tokens(self) -> int | None:
@@ -171,8 +182,8 @@ class Segment:
 
         Weights that are trained in full are not copied: they stay what training makes of them.
         """
-        if self._lean_blocks is not None:
-            return Frozen(lean=self._lean_blocks.adapters())
+        if (lean := self._refresh_lean()) is not None:
+            return Frozen(lean=lean.adapters())
         return Frozen(tensors={n: p.detach().clone() for n, p in self.model.named_parameters() if "lora_" in n})
 
     def _extend(
