@@ -230,6 +230,8 @@ REFUSED = {
     "too hot": ({"temperature": 3}, openai.BadRequestError, "temperature"),
     "too long": ({"max_tokens": 127}, openai.BadRequestError, "shorten the prompt"),
     "empty": ({"prompt": ""}, openai.BadRequestError, "empty"),
+    "no prompt": ({"prompt": []}, openai.BadRequestError, "no prompt"),
+    "no prompt, streamed": ({"prompt": [], "stream": True}, openai.BadRequestError, "no prompt"),
     "empty stop": ({"stop": ""}, openai.BadRequestError, "stop"),
     "not a token": ({"prompt": [5, 4000]}, openai.BadRequestError, "not below"),
     "too many": ({"n": 40, "prompt": ["a", "b"]}, openai.BadRequestError, "choices"),

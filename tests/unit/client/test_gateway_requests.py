@@ -102,6 +102,14 @@ def test_choices_of_every_prompt_follow_each_other_with_seeds_of_their_own():
     assert {(c.stop, c.settings.num_logprobs, c.settings.stop_tokens) for c in made} == {(("x",), 2, (2,))}
 
 
+@pytest.mark.parametrize("prompt", ["", [], [""], [[]]])
+def test_request_without_a_prompt_is_refused(prompt):
+    body = text(prompt=prompt)
+    with pytest.raises(RequestError, match="at least one") as refused:
+        choices(body, *body.prompts)
+    assert refused.value.param == "prompt"
+
+
 def test_length_is_what_was_asked_for_or_what_there_is_room_for():
     assert choices(chat(), (5,) * 80)[0].settings.max_new_tokens == 20
     assert choices(chat(), (5,) * 10)[0].settings.max_new_tokens == 50

@@ -205,8 +205,10 @@ def choices_of(
         stop_tokens: Ids that end an answer.
 
     Raises:
-        RequestError: A prompt is empty, or prompt and answer are too long.
+        RequestError: There is no prompt, one is empty, or prompt and answer are too long.
     """
+    if not prompts:
+        raise RequestError("There is no prompt: give at least one.", param="prompt")
     if len(prompts) * body.n > MOST_CHOICES:
         raise RequestError(f"More than {MOST_CHOICES} choices were asked for: send several requests.", param="n")
     stop = (body.stop,) if isinstance(body.stop, str) else tuple(body.stop)
