@@ -14,6 +14,7 @@ import torch
 from fedsea.client.decoding import SplitDecoder
 from fedsea.client.results import status
 from fedsea.errors import CapacityError, ConfigError, FedseaError, NonFiniteError, ProtocolError, TransportError
+from fedsea.model.decoding import TrunkDecoder
 from fedsea.wire import messages as m
 from tests.support.decoding import alone, answer, central, decoding, prompt_of
 from tests.support.federation import Federation, assert_same_bits
@@ -199,6 +200,27 @@ def test_hidden_states_that_are_not_finite_never_leave_their_client(watched):
     decoder, _ = watched
     with pytest.raises(NonFiniteError):
         raw(decoder, torch.full((1, 32), float("nan")))
+
+
+def test_an_output_that_the_codec_cannot_carry_ends_its_session_alone(federation, monkeypatch):
+    original = TrunkDecoder.run
+
+    def run(self, turns):
+        results = original(self, turns)
+        pairs = zip(turns, results, strict=True)
+        return [torch.full_like(result, 1e6) if turn.memory.max_tokens == 9 else result for turn, result in pairs]
+
+    monkeypatch.setattr(TrunkDecoder, "run", run)
+    fed = federation("a", wire={"hidden": "fp16"})
+    fed.start_server(exit_when_finished=False)
+    with decoding(fed) as decoder, decoder.open(12) as good, decoder.open(9) as bad:
+        good.extend([[5, 6]])
+        with pytest.raises(NonFiniteError, match="65504"):
+            bad.extend([[5]])
+        good.extend([[7]])
+        assert good.session.num_replays == 0, "the stream is the same one"
+        assert comes_back_to(fed, (1, 1, held(fed)[2]))
+        assert answer(decoder, [5], 2), "and others may be opened"
 
 
 def test_client_that_closes_in_the_middle_of_an_answer_leaves_nothing(watched):

@@ -11,7 +11,7 @@ from functools import partial
 from typing import Any
 
 import fedsea
-from fedsea.errors import AuthError, ConfigError, FedseaError, ProtocolError
+from fedsea.errors import AuthError, ConfigError, FedseaError, NonFiniteError, ProtocolError
 from fedsea.federation.secure import Verifier
 from fedsea.model.decoding import TrunkDecoder
 from fedsea.plan import FederationPlan, backward_channel, server_statement
@@ -40,10 +40,15 @@ _PATIENCE_BOUNDED_S = 20.0
 
 
 class _Link:
-    """One stream's outgoing queue, emptied by a task of its own."""
+    """One stream's outgoing queue, emptied by a task of its own.
+
+    Attributes:
+        fail_session: Ends a decoding session of the stream, by its number, whose output the codec cannot carry.
+    """
 
     def __init__(self, session: PeerSession) -> None:
         self.session = session
+        self.fail_session: Callable[[int, NonFiniteError], None] | None = None
         self._queue: asyncio.Queue[tuple[m.Message, bool]] = asyncio.Queue(_MOST_WAITING)
         self._questions = asyncio.Semaphore(_MOST_QUESTIONS)
 
@@ -66,7 +71,12 @@ class _Link:
         """Send until cancelled."""
         while True:
             message, answers = await self._queue.get()
-            await self.session.send(message)
+            try:
+                await self.session.send(message)
+            except NonFiniteError as error:  # of the encoder: nothing was sent, and the stream is sound
+                if self.fail_session is None or not isinstance(message, m.SessionOutput):
+                    raise
+                self.fail_session(message.session, error)
             if answers:
                 self._questions.release()
 
@@ -225,6 +235,7 @@ class Service:
 
     async def _observe(self, link: _Link) -> None:
         owners: dict[int, int] = {}
+        link.fail_session = partial(self.sessions.fail, link.session.peer.name, owners)
         async for message in link.session:
             match message:
                 case m.Finished():

@@ -233,6 +233,12 @@ class Sessions:
 
     # --- ends -------------------------------------------------------------------------------------------------------
 
+    def fail(self, client: str, owners: Owners, number: int, error: FedseaError) -> None:
+        """End a session whose output cannot be sent, and say why on its stream; the client's others go on."""
+        if (session := self._of(client, owners, number)) is not None:
+            session.answer(_failure(number, error))
+            self._end(session)
+
     def _end(self, session: Session) -> None:
         if session.closed:
             return

@@ -10,6 +10,7 @@ import pytest
 
 from fedsea.errors import FedseaError, NonFiniteError, ProtocolError
 from fedsea.server.service import _MOST_QUESTIONS, _MOST_WAITING, Service, _Link
+from fedsea.types import Reply
 from fedsea.wire import messages as m
 
 ANSWER = m.Failure("PROTOCOL", "", 0.0, -1, False)
@@ -100,6 +101,28 @@ def test_an_answer_that_cannot_be_sent_ends_the_stream(raised, kind, sentence):
     asyncio.run(work())
 
 
+def test_an_output_that_the_codec_cannot_carry_ends_its_session_and_not_the_stream():
+    async def work() -> None:
+        link, session = make(NonFiniteError("beyond 65504"))
+        failed = []
+
+        def fail_session(number: int, error: NonFiniteError) -> None:
+            failed.append((number, error.message))
+            session.error = None  # what follows can be carried
+
+        link.fail_session = fail_session
+        pump = pumped(link)
+        link.put(m.SessionOutput(5, 0, Reply({})))
+        link.put(ANSWER)
+        await asyncio.wait_for(session.has_sent.wait(), 5.0)
+        assert failed == [(5, "beyond 65504")]
+        assert session.sent == [ANSWER]
+        assert not session.ended.done()
+        pump.cancel()
+
+    asyncio.run(work())
+
+
 def test_stream_is_not_read_on_before_the_sessions_have_room():
     async def work() -> None:
         room, received = asyncio.Event(), []
@@ -113,6 +136,7 @@ def test_stream_is_not_read_on_before_the_sessions_have_room():
             receive=lambda client, owners, message, answer: received.append(message.session),
             room=lambda client: room.wait(),
             leave=lambda owners: received.append("left"),
+            fail=lambda client, owners, number, error: None,
         )
 
         class Incoming:

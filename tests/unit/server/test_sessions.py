@@ -7,6 +7,7 @@ import asyncio
 import pytest
 import torch
 
+from fedsea.errors import NonFiniteError
 from fedsea.types import BlockRange
 from fedsea.wire import messages as m
 from tests.unit.server.session_world import SIZE, TOKEN_BYTES, Stream, World, rows
@@ -90,6 +91,27 @@ def test_session_that_can_never_fit_is_refused_for_good():
     refused(stream.open(max_tokens=(1 << 20) + 1), "PROTOCOL", "inference.max_tokens is")
     refused(stream.open(num_sequences=5), "PROTOCOL", "inference.max_sequences is")
     assert world.used == (0, 0, 0)
+
+
+def test_session_whose_output_cannot_be_sent_ends_alone():
+    world = World()
+    stream, other = Stream(world, "a"), Stream(world, "b")
+    for number in (0, 1):
+        stream.open(number)
+        stream.forward(number, 0, rows(2))
+    other.open(0)
+    world.run()
+    stream.answers.clear()
+    for owners, number in ((stream.owners, 0), (stream.owners, 0), (other.owners, 0)):  # the second: gone already
+        world.sessions.fail("a", owners, number, NonFiniteError("beyond 65504"))
+    (answer,) = stream.answers
+    refused(answer, "NON_FINITE", "beyond 65504")
+    assert answer.session == 0
+    stream.answers.clear()
+    stream.forward(1, 1, rows(1), 2)
+    world.run()
+    assert stream.outputs().keys() == {(1, 1)}
+    assert world.used[2] == 2
 
 
 def test_client_has_so_many_sequences_and_others_have_theirs():
