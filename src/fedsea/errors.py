@@ -42,6 +42,12 @@ class DataError(ConfigError):
     exit_code = 3
 
 
+class SessionTooLarge(ConfigError):  # noqa: N818 (said of a session)
+    """A session needs more memory than the server ever has for one: a shorter one may fit."""
+
+    code = "SESSION_TOO_LARGE"
+
+
 class StorageError(FedseaError):
     """The disk refused: full, read-only, or a damaged file."""
 

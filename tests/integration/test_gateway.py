@@ -337,6 +337,22 @@ def test_server_without_room_is_told_as_429(bench):
 
 
 @pytest.mark.parametrize("streams", [True, False], ids=["streamed", "whole"])
+def test_a_request_for_which_the_server_never_has_room_is_refused_as_too_long(bench, monkeypatch, streams):
+    original = TrunkDecoder.bytes_for
+
+    def bytes_for(self, num_sequences: int, max_tokens: int) -> int:
+        return 1 << 40 if max_tokens > 30 else original(self, num_sequences, max_tokens)
+
+    monkeypatch.setattr(TrunkDecoder, "bytes_for", bytes_for)
+    client = bench().client()
+    asked = {"model": "test", "prompt": "a", "stream": streams}
+    with pytest.raises(openai.BadRequestError, match=r"inference\.kv_memory_mb") as refused:
+        client.completions.create(**asked, max_tokens=40)
+    assert refused.value.body["code"] == "context_length_exceeded"
+    assert client.completions.create(**(asked | {"stream": False}), max_tokens=2).choices
+
+
+@pytest.mark.parametrize("streams", [True, False], ids=["streamed", "whole"])
 def test_a_server_that_is_there_and_does_not_answer_holds_no_thread_for_ever(bench, monkeypatch, streams):
     at = bench(answer_within_s=0.4)
     client, original = at.client(at.gateway(most_running=1)), TrunkDecoder.run

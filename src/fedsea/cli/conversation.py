@@ -15,10 +15,13 @@ from fedsea.client.decoding import Sequences
 from fedsea.client.generation import GenerationSettings
 from fedsea.client.inference import OpenedDecoder
 from fedsea.client.pseudonyms import Prompt
-from fedsea.errors import ConfigError, SessionLost
+from fedsea.errors import ConfigError, SessionLost, SessionTooLarge
 
 _LEAST_TOKENS = 1024
-"""Memory is set aside for so many at least, and for twice as many as are needed whenever it has to be more."""
+"""Memory is set aside for so many at least, and for twice as many as are needed whenever it has to be more.
+
+Where the server can never have so much, it is set aside for as many as are needed.
+"""
 
 
 class Conversation:
@@ -48,6 +51,7 @@ class Conversation:
         self._messages = list(self._first)
         self._prompts = opened.prompts
         self._sequences: Sequences | None = None
+        self._too_many = opened.decoder.max_tokens + 1  # tokens; the server has no room for so many, now or later
         self.answers: list[Answer] = []
 
     def say(self, text: str) -> Answer:
@@ -74,13 +78,26 @@ class Conversation:
         return found
 
     def _answer(self, prompt: Prompt, shown: threading.Event) -> Answer:
-        """One try at an answer; `shown` is set when something of it is on the screen."""
+        """One try at an answer, in as much room as the server can have; `shown`: see `_answer_in`."""
+        settings = self._fitting(len(prompt.ids))
+        sequences = self._room(len(prompt.ids))
+        try:
+            return self._answer_in(sequences, prompt, settings, shown)
+        except SessionTooLarge:
+            if shown.is_set() or sequences.max_tokens == self._needed(len(prompt.ids)):
+                raise
+            self._too_many = sequences.max_tokens
+        return self._answer_in(self._room(len(prompt.ids)), prompt, settings, shown)
+
+    def _answer_in(
+        self, sequences: Sequences, prompt: Prompt, settings: GenerationSettings, shown: threading.Event
+    ) -> Answer:
+        """The answer; `shown` is set when something of it is on the screen."""
 
         def show(piece: str) -> None:
             shown.set()
             a.show(piece)
 
-        settings = self._fitting(len(prompt.ids))
         try:
             with _interruptible() as interrupted:
                 return a.answer(
@@ -89,7 +106,7 @@ class Conversation:
                     settings,
                     show,
                     drafter=self._drafter,
-                    sequences=self._room(len(prompt.ids)),
+                    sequences=sequences,
                     stop=self._stop,
                     ended=interrupted.is_set,
                 )
@@ -122,13 +139,17 @@ class Conversation:
             )
         return replace(self._settings, max_new_tokens=min(self._settings.max_new_tokens, left))
 
+    def _needed(self, num_prompt: int) -> int:
+        """Tokens that a turn may take, its answer and all before it."""
+        return min(num_prompt + self._settings.max_new_tokens, self._opened.decoder.max_tokens)
+
     def _room(self, num_prompt: int) -> Sequences:
         """The sequence to go on with; a larger one where the answer might not fit."""
-        decoder = self._opened.decoder
-        needed = min(num_prompt + self._settings.max_new_tokens, decoder.max_tokens)
+        decoder, needed = self._opened.decoder, self._needed(num_prompt)
         if self._sequences is None or self._sequences.max_tokens < needed:
             self.close()
-            self._sequences = decoder.open(min(max(_LEAST_TOKENS, 2 * needed), decoder.max_tokens))
+            ample = min(max(_LEAST_TOKENS, 2 * needed), decoder.max_tokens)
+            self._sequences = decoder.open(ample if ample < self._too_many else needed)
         return self._sequences
 
 

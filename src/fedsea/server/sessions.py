@@ -12,12 +12,13 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 from collections import Counter
 from typing import Any
 
 import torch
 
-from fedsea.errors import CapacityError, ConfigError, FedseaError, ProtocolError, SessionLost
+from fedsea.errors import CapacityError, ConfigError, FedseaError, ProtocolError, SessionLost, SessionTooLarge
 from fedsea.model.cache import Frozen
 from fedsea.model.decoding import TrunkDecoder
 from fedsea.plan import InferenceSection
@@ -161,11 +162,11 @@ class Sessions:
         if not self._decoder.trunk.caches:
             raise ConfigError("Models of this family cannot decode with a cache; training and evaluation work.")
         num_bytes = self._decoder.bytes_for(message.num_sequences, message.max_tokens)
-        room = settings.kv_memory_mb << 20
-        if num_bytes > room:
-            raise ProtocolError(
-                f"A session would need {num_bytes >> 20} MB for keys and values, and the server has {room >> 20} MB in "
-                "all: ask for fewer or shorter sequences, or raise inference.kv_memory_mb in the plan."
+        if num_bytes > settings.kv_memory_mb << 20:
+            raise SessionTooLarge(
+                f"A session would need {math.ceil(num_bytes / 2**20)} MB for keys and values, and the server has "
+                f"{settings.kv_memory_mb} MB in all: shorten prompt or answer, ask for fewer sequences, or raise "
+                "inference.kv_memory_mb in the plan."
             )
         version, frozen = self._published
         memory = self._decoder.open(message.num_sequences, message.max_tokens, message.blocks, frozen)

@@ -48,6 +48,7 @@ TABLE: dict[str, Row] = {
     "FEDSEA": Row(grpc.StatusCode.INTERNAL, _INTERNAL),
     "CONFIG": Row(grpc.StatusCode.FAILED_PRECONDITION),
     "DATA": Row(grpc.StatusCode.FAILED_PRECONDITION, _INTERNAL),
+    "SESSION_TOO_LARGE": Row(grpc.StatusCode.FAILED_PRECONDITION),
     "STORAGE": Row(grpc.StatusCode.INTERNAL, _STORAGE),
     "PROTOCOL": Row(grpc.StatusCode.INVALID_ARGUMENT),
     "AUTH": Row(grpc.StatusCode.UNAUTHENTICATED),

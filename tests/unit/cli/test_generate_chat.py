@@ -21,7 +21,8 @@ from fedsea.client import inference
 from fedsea.client.decoding import Sequences
 from fedsea.client.generation import GenerationSettings, generate
 from fedsea.client.inference import OpenedDecoder
-from fedsea.errors import CapacityError, ConfigError, SessionLost, TransportError
+from fedsea.client.local_trunk import LocalTrunk
+from fedsea.errors import CapacityError, ConfigError, SessionLost, SessionTooLarge, TransportError
 from tests.support.opened import open_local, pages
 
 TEMPLATE = (
@@ -220,6 +221,45 @@ def test_a_full_server_ends_the_turn_and_a_lost_one_the_program(
     told = [line for line in shown.err.splitlines() if line.startswith("Error")]
     assert told == ["Error: The server's memory is full.", "Error: The server is lost."]
     assert pages(opened) == [0, 0, 0]
+
+
+@pytest.fixture
+def small_server(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """The server never has room for more than 40 tokens; the lengths of sessions that it was asked for."""
+    asked, original = [], LocalTrunk.open_session
+
+    def open_session(self: LocalTrunk, max_tokens: int, num_sequences: int = 1) -> Any:
+        session = original(self, max_tokens, num_sequences)
+        asked.append(max_tokens)
+        if max_tokens > 40:
+            refused = Future[torch.Tensor]()
+            refused.set_exception(SessionTooLarge("There is no room for this."))
+            session.extend = lambda *_: refused  # type: ignore[method-assign]
+        return session
+
+    monkeypatch.setattr(LocalTrunk, "open_session", open_session)
+    return asked
+
+
+def test_where_there_is_no_room_to_spare_a_turn_takes_what_it_needs(
+    opened: OpenedDecoder, small_server: list[int]
+) -> None:
+    with contextlib.closing(Conversation(opened, settings(opened))) as conversation:
+        first = conversation.say("hi")
+        second = conversation.say("and")
+    assert second.text == alone(opened, f"<u>hi<a>{first.text}<u>and<a>")
+    needed = [found.stats.prompt_tokens + 6 for found in (first, second)]
+    assert small_server[:3] == [opened.decoder.max_tokens, *needed], "and no more is asked for again"
+    assert pages(opened) == [0, 0, 0]
+
+
+def test_a_turn_for_which_the_server_has_no_room_is_told_and_the_conversation_goes_on(
+    opened: OpenedDecoder, talk: Any, small_server: list[int], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert talk("x" * 60, "hi") == 0
+    shown = capsys.readouterr()
+    assert shown.err.count("Error: There is no room for this.") == 1
+    assert shown.out == f"{alone(opened, '<u>hi<a>')}\n"
 
 
 def test_a_turn_whose_session_is_lost_before_its_answer_begins_is_computed_again(

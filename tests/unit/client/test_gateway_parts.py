@@ -21,6 +21,7 @@ from fedsea.data.prompts import PromptMaker
     ("error", "status", "code"),
     [
         (errors.ConfigError("no"), 400, "CONFIG"),
+        (errors.SessionTooLarge("no"), 400, "context_length_exceeded"),
         (errors.AuthError("no"), 403, "AUTH"),
         (errors.CapacityError("no", 2.3), 429, "CAPACITY"),
         (errors.TransportError("no"), 503, "TRANSPORT"),

@@ -87,7 +87,8 @@ def test_memory_that_was_made_is_within_the_bound_when_sessions_of_one_length_le
 def test_session_that_can_never_fit_is_refused_for_good():
     world = World(kv_memory_mb=1, max_tokens=1 << 20, max_sequences=4)
     stream = Stream(world, "a")
-    refused(stream.open(max_tokens=1 << 16), "PROTOCOL", "inference.kv_memory_mb")
+    room = (1 << 20) // TOKEN_BYTES
+    refused(stream.open(max_tokens=room + 1), "SESSION_TOO_LARGE", "need 2 MB for keys and values, and the server has ")
     refused(stream.open(max_tokens=(1 << 20) + 1), "PROTOCOL", "inference.max_tokens is")
     refused(stream.open(num_sequences=5), "PROTOCOL", "inference.max_sequences is")
     assert world.used == (0, 0, 0)

@@ -18,6 +18,7 @@ from fedsea.errors import (
     PrivacyError,
     ProtocolError,
     SessionLost,
+    SessionTooLarge,
     TransportError,
 )
 
@@ -61,7 +62,8 @@ def document(error: FedseaError) -> dict[str, Any]:
     if isinstance(error, RequestError):
         kind = "authentication_error" if error.status == 401 else "invalid_request_error"
         return _document(error.message, kind, error.param, error.reason)
-    return _document(error.message, _kind(error)[1], None, error.code)
+    code = "context_length_exceeded" if isinstance(error, SessionTooLarge) else error.code
+    return _document(error.message, _kind(error)[1], None, code)
 
 
 def response(error: FedseaError) -> JSONResponse:
