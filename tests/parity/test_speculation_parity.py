@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import itertools
+import json
+import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -179,3 +182,31 @@ def test_a_draft_model_that_cannot_draft_says_so(tmp_path, zoo, small):
     with pytest.raises(ConfigError, match="No draft model"):
         ModelDrafter(tmp_path)
     assert ModelDrafter(small).most == 8
+
+
+def _cut(folder: Path) -> None:
+    path = folder / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:-100])
+
+
+def _configure(folder: Path, **changes: object) -> None:
+    path = folder / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+DAMAGES = {
+    "cut weights": _cut,
+    "no weights": lambda folder: (folder / "model.safetensors").write_bytes(b"junk" * 9),
+    "other sizes": lambda folder: _configure(folder, vocab_size=53),
+    "a size that is none": lambda folder: _configure(folder, hidden_size="wide"),
+    "no heads": lambda folder: _configure(folder, num_attention_heads=0),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_draft_model_that_is_damaged_says_so(tmp_path, small, damage):
+    folder = tmp_path / "small"
+    shutil.copytree(small, folder)
+    DAMAGES[damage](folder)
+    with pytest.raises(ConfigError, match="No draft model could be loaded"):
+        ModelDrafter(folder)

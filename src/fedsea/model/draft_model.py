@@ -39,10 +39,10 @@ class DraftModel:
             model: Any = AutoModelForCausalLM.from_pretrained(
                 path, revision=revision, dtype=dtype, use_safetensors=True, trust_remote_code=False
             )
-        except (OSError, ValueError) as error:
+        except Exception as error:  # noqa: BLE001 (transformers' own, of many kinds, for files that are damaged)
             raise ConfigError(
-                f"No draft model could be loaded from {path} ({type(error).__name__}): give the folder of a Hugging "
-                "Face causal language model with safetensors."
+                f"No draft model could be loaded from {path} ({type(error).__name__}): give the folder of a whole "
+                "Hugging Face causal language model with safetensors."
             ) from None
         self._model = model.to(device).eval().requires_grad_(False)
         self.device = torch.device(device)
