@@ -10,6 +10,8 @@ from fedsea.model.sampling import Sampling
 
 _LEAST_TEMPERATURE = 1e-4
 """Below it logits overflow before they are compared."""
+LEAST_PENALTY, MOST_PENALTY = 0.01, 100.0
+"""Of repetition: far beyond them logits overflow, or all tokens that occurred become alike."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,7 +24,7 @@ class GenerationSettings:
         top_k: Draw among so many of the likeliest; 0: among all.
         top_p: Draw among the likeliest that have so much probability together.
         min_p: Draw among those with at least this share of the likeliest one's probability.
-        repetition_penalty: Over 1 makes tokens that occurred, in prompt or answer, less likely.
+        repetition_penalty: Over 1 makes tokens that occurred, in prompt or answer, less likely; from 0.01 to 100.
         seed: The same one gives the same answer, whatever is drafted; None: another answer each time.
         stop_tokens: Ids that end the answer; they are not part of it.
         num_logprobs: -1: none; 0: the chosen token's; n: and those of the n likeliest. They are the model's own, before
@@ -43,7 +45,7 @@ class GenerationSettings:
     num_logprobs: int = -1
 
     def __post_init__(self) -> None:
-        temperature, penalty = self.temperature, self.repetition_penalty
+        temperature = self.temperature
         allowed = (
             ("max_new_tokens", self.max_new_tokens >= 1, "at least 1"),
             (
@@ -54,7 +56,11 @@ class GenerationSettings:
             ("top_k", self.top_k >= 0, "0 (off) or more"),
             ("top_p", 0 < self.top_p <= 1, "over 0 and at most 1 (off)"),
             ("min_p", 0 <= self.min_p <= 1, "from 0 (off) to 1"),
-            ("repetition_penalty", math.isfinite(penalty) and penalty > 0, "over 0; 1 is off"),
+            (
+                "repetition_penalty",
+                LEAST_PENALTY <= self.repetition_penalty <= MOST_PENALTY,
+                f"from {LEAST_PENALTY:g} to {MOST_PENALTY:g}; 1 is off",
+            ),
             ("seed", self.seed is None or -(2**63) <= self.seed < 2**64, "an integer of 64 bits"),
             ("num_logprobs", self.num_logprobs >= -1, "-1 (none) or more"),
         )

@@ -49,6 +49,8 @@ def test_fields_that_change_nothing_are_passed_over_and_null_is_as_if_left_out()
         ({"messages": [{"role": "assistant", "content": SECRET, "tool_calls": [{}]}]}, "messages.0.tool_calls"),
         ({"temperature": -1}, "temperature"),
         ({"top_p": 0}, "top_p"),
+        ({"repetition_penalty": 1e-300}, "repetition_penalty"),
+        ({"repetition_penalty": 1e300}, "repetition_penalty"),
         ({"n": 0}, "n"),
         ({"max_tokens": 0}, "max_tokens"),
         ({"stop": [SECRET] * 17}, "stop"),

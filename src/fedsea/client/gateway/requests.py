@@ -9,6 +9,7 @@ from typing import Annotated, Any, ClassVar, Literal
 import pydantic_core
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from fedsea.client.answer import LEAST_PENALTY, MOST_PENALTY
 from fedsea.client.gateway.errors import RequestError
 from fedsea.client.generation import GenerationSettings
 from fedsea.client.pseudonyms import Prompt
@@ -82,7 +83,7 @@ class _Body(BaseModel):
     top_p: _Share = 1.0
     top_k: int = Field(0, ge=0)
     min_p: float = Field(0.0, ge=0, le=1, allow_inf_nan=False)
-    repetition_penalty: float = Field(1.0, gt=0, allow_inf_nan=False)
+    repetition_penalty: float = Field(1.0, ge=LEAST_PENALTY, le=MOST_PENALTY, allow_inf_nan=False)
     seed: int | None = Field(None, ge=-(2**63), lt=2**63)
     stop: _Stop | Annotated[list[_Stop], Field(max_length=_MOST_STOPS)] = []
 
