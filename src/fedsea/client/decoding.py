@@ -122,7 +122,11 @@ class Sequences:
         with decoder.lock:
             self._inputs = [segments.input_blocks.open_cache(max_tokens) for _ in self.lengths]
             self._outputs = [segments.output_blocks.open_cache(max_tokens) for _ in self.lengths]
-        self.session: TrunkSession = decoder.trunk.open_session(max_tokens, num_sequences)
+        try:
+            self.session: TrunkSession = decoder.trunk.open_session(max_tokens, num_sequences)
+        except BaseException:
+            self._close_caches()
+            raise
 
     def extend(self, tokens: Sequence[Sequence[int]], wanted: Sequence[int] | None = None) -> torch.Tensor:
         """Logits [R, V] in float32 after new tokens.
@@ -248,6 +252,9 @@ class Sequences:
     def close(self) -> None:
         """Give all memory back, here and there; may be called twice, and from any thread to end an answer early."""
         self.session.close()
+        self._close_caches()
+
+    def _close_caches(self) -> None:
         with self._decoder.lock:
             self._closed = True
             for cache in (*self._inputs, *self._outputs):
