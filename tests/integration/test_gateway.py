@@ -193,6 +193,23 @@ def test_logprobs_are_of_the_tokens_that_came_and_streamed_ones_are_the_same(ben
     assert all(0 < len(top) <= 2 for top in logprobs.top_logprobs)
 
 
+def test_logprobs_of_completions_hold_the_chosen_token_and_its_place_in_the_text(bench):
+    client = bench().client()
+    asked = {"model": "test", "prompt": PROMPT, "max_tokens": 60, "temperature": 2, "seed": 1, "logprobs": 1}
+    choice = client.completions.create(**asked).choices[0]
+    found = choice.logprobs
+    chosen = list(zip(found.tokens, found.token_logprobs, found.top_logprobs, strict=True))
+    assert all(top[token] == logprob for token, logprob, top in chosen)
+    assert max(len(top) for *_, top in chosen) == 2, "not only the likeliest ones were chosen"
+    assert any(len(token) > 1 for token in found.tokens), "there are tokens with a part of a character alone"
+    places = itertools.pairwise(zip(found.tokens, found.text_offset, strict=True))
+    whole = [(token, at) for (before, _), (token, at) in places if len(before) == len(token) == 1]
+    assert whole
+    assert all(choice.text[at] == token for token, at in whole)
+    streamed = [piece.choices[0].logprobs for piece in client.completions.create(**asked, stream=True)]
+    assert [at for piece in streamed if piece for at in piece.text_offset] == found.text_offset
+
+
 def test_choices_are_each_their_own_and_a_seed_gives_them_again(bench):
     client = bench().client()
     asked = {"model": "test", "prompt": [PROMPT, "dog"], "max_tokens": 12, "n": 2, "seed": 7}

@@ -43,6 +43,7 @@ class TextStream:
 
     Attributes:
         stopped: A stop string was found.
+        length: Letters of the text so far, with those that may be the beginning of a stop string.
 
     Raises:
         ConfigError: A stop string is empty.
@@ -57,6 +58,7 @@ class TextStream:
         change: TextFilter | None = None,
     ) -> None:
         self.stopped = False
+        self.length = 0
         self._change = change
         self._tokenizer = tokenizer
         self._stop = (stop,) if isinstance(stop, str) else tuple(stop)
@@ -98,10 +100,13 @@ class TextStream:
 
     def _release(self, new: str) -> str:
         text = self._held + new
+        begins = self.length - len(self._held)
+        self.length += len(new)
         self._held = ""
         found = [at for at in map(text.find, self._stop) if at >= 0]
         if found:
             self.stopped = True
+            self.length = begins + min(found)
             return text[: min(found)]
         length = max((_overlap(text, stop) for stop in self._stop), default=0)
         if length:

@@ -129,3 +129,6 @@ def test_logprobs_are_off_unless_asked_for():
     assert chat(logprobs=True, top_logprobs=3).num_logprobs == 3
     assert text().num_logprobs == -1
     assert text(logprobs=0).num_logprobs == 0
+    for value in (True, False):
+        with pytest.raises(RequestError, match="valid integer"):
+            text(logprobs=value)

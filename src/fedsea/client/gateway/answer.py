@@ -79,8 +79,7 @@ class Answer:
 
     def _piece(self, event: Event) -> str:
         assert not isinstance(event, FedseaError)
-        gathered = self._choices[event.index]
-        piece = self._form.delta(event, gathered.offset) if isinstance(event, Delta) else self._form.last(event)
+        piece = self._form.delta(event) if isinstance(event, Delta) else self._form.last(event)
         self._note(event)
         return forms.event(piece)
 
@@ -92,4 +91,3 @@ class Answer:
             return
         gathered.text.append(event.text)
         gathered.tokens += event.tokens
-        gathered.offset += sum(len(token.text) for token in event.tokens)

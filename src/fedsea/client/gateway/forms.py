@@ -14,11 +14,17 @@ Json = dict[str, Any]
 
 @dataclass(frozen=True, slots=True)
 class Token:
-    """One token with its log-probability, and the likeliest ones in its place."""
+    """One token with its log-probability, and the likeliest ones in its place.
+
+    Attributes:
+        offset: Where its letters begin in the choice's text; tokens of one character share its place, and so does what
+            follows bytes that turn out to be none.
+    """
 
     text: str
     data: bytes
     logprob: float
+    offset: int
     top: tuple[tuple[str, bytes, float], ...] = ()
 
 
@@ -51,7 +57,6 @@ class Gathered:
 
     text: list[str] = field(default_factory=list)
     tokens: list[Token] = field(default_factory=list)
-    offset: int = 0
     end: End | None = None
 
 
@@ -66,8 +71,8 @@ class Form(Protocol):
         """What a stream says first of a choice."""
         ...
 
-    def delta(self, delta: Delta, offset: int) -> Json:
-        """More text; the choice's tokens so far have `offset` letters."""
+    def delta(self, delta: Delta) -> Json:
+        """More text."""
         ...
 
     def last(self, end: End) -> Json:
@@ -126,7 +131,7 @@ class ChatForm(_Base):
         """See `Form`."""
         return [self._piece(index, {"role": "assistant", "content": ""}, None, None)]
 
-    def delta(self, delta: Delta, offset: int) -> Json:  # noqa: ARG002 (the other form's)
+    def delta(self, delta: Delta) -> Json:
         """See `Form`."""
         return self._piece(delta.index, {"content": delta.text}, self._log(delta.tokens), None)
 
@@ -159,7 +164,7 @@ class TextForm(_Base):
     def whole(self, choices: Sequence[Gathered], usage: Json) -> Json:
         """See `Form`."""
         written = [
-            self._choice(index, "".join(choice.text), choice.tokens, 0, choice.end.reason if choice.end else None)
+            self._choice(index, "".join(choice.text), choice.tokens, choice.end.reason if choice.end else None)
             for index, choice in enumerate(choices)
         ]
         return self._whole(written, usage)
@@ -168,29 +173,28 @@ class TextForm(_Base):
         """See `Form`."""
         return []
 
-    def delta(self, delta: Delta, offset: int) -> Json:
+    def delta(self, delta: Delta) -> Json:
         """See `Form`."""
-        return self._chunk(self._choice(delta.index, delta.text, delta.tokens, offset, None))
+        return self._chunk(self._choice(delta.index, delta.text, delta.tokens, None))
 
     def last(self, end: End) -> Json:
         """See `Form`."""
         return self._chunk({"index": end.index, "text": "", "logprobs": None, "finish_reason": end.reason})
 
-    def _choice(self, index: int, text: str, tokens: Sequence[Token], offset: int, reason: str | None) -> Json:
-        return {"index": index, "text": text, "logprobs": self._log(tokens, offset), "finish_reason": reason}
+    def _choice(self, index: int, text: str, tokens: Sequence[Token], reason: str | None) -> Json:
+        return {"index": index, "text": text, "logprobs": self._log(tokens), "finish_reason": reason}
 
-    def _log(self, tokens: Sequence[Token], offset: int) -> Json | None:
+    def _log(self, tokens: Sequence[Token]) -> Json | None:
+        """The chosen token is among the likeliest, too: so OpenAI has it."""
         if not self._logprobs:
             return None
-        offsets = []
-        for token in tokens:
-            offsets.append(offset)
-            offset += len(token.text)
         return {
             "tokens": [token.text for token in tokens],
             "token_logprobs": [token.logprob for token in tokens],
-            "top_logprobs": [{text: logprob for text, _, logprob in token.top} for token in tokens],
-            "text_offset": offsets,
+            "top_logprobs": [
+                {text: logprob for text, _, logprob in token.top} | {token.text: token.logprob} for token in tokens
+            ],
+            "text_offset": [token.offset for token in tokens],
         }
 
 

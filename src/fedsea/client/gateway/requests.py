@@ -124,7 +124,7 @@ class TextBody(_Body):
     """`POST /v1/completions`."""
 
     prompt: str | list[int] | list[str] | list[list[int]]
-    logprobs: int = Field(-1, ge=0, le=20)
+    logprobs: int = Field(-1, ge=0, le=20, strict=True)  # chat's is a boolean, and would pass for 0 or 1
 
     most: ClassVar[int | None] = 16
 

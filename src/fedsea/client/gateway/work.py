@@ -254,14 +254,14 @@ class _Running:
                 if self._cancelled:
                     return
                 if token.logprob is not None:
-                    held.append(_entry(means.pieces, token))
+                    held.append(_entry(means.pieces, token, text.length))
                 if new := text.push(token.id):
-                    self._deliver(Delta(choice.index, new, _behind(held, new) if text.stopped else _all(held)))
+                    self._deliver(Delta(choice.index, new, _behind(held, text.length) if text.stopped else _all(held)))
                 if text.stopped:
                     break
             rest = text.finish()
             if rest or (held and not text.stopped):
-                self._deliver(Delta(choice.index, rest, _behind(held, rest) if text.stopped else _all(held)))
+                self._deliver(Delta(choice.index, rest, _behind(held, text.length) if text.stopped else _all(held)))
             self._end(means, generation, text.stopped)
 
     def _end(self, means: Means, generation: Generation, stopped: bool) -> None:
@@ -273,10 +273,10 @@ class _Running:
         self._deliver(End(self._choice.index, reason, len(self._choice.prompt), stats.new_tokens))
 
 
-def _entry(pieces: Pieces, token: GeneratedToken) -> Token:
+def _entry(pieces: Pieces, token: GeneratedToken, offset: int) -> Token:
     top = tuple((pieces.text(other), pieces.bytes(other), logprob) for other, logprob in token.top)
     assert token.logprob is not None
-    return Token(pieces.text(token.id), pieces.bytes(token.id), token.logprob, top)
+    return Token(pieces.text(token.id), pieces.bytes(token.id), token.logprob, offset, top)
 
 
 def _all(held: list[Token]) -> tuple[Token, ...]:
@@ -285,11 +285,6 @@ def _all(held: list[Token]) -> tuple[Token, ...]:
     return taken
 
 
-def _behind(held: list[Token], text: str) -> tuple[Token, ...]:
-    """The tokens that the last text before a stop string comes from."""
-    taken: list[Token] = []
-    length = 0
-    while held and length < len(text):
-        taken.append(held.pop(0))
-        length += len(taken[-1].text)
-    return tuple(taken)
+def _behind(held: list[Token], length: int) -> tuple[Token, ...]:
+    """The tokens that the last text before a stop string comes from; it ends after so many letters."""
+    return tuple(token for token in held if token.offset < length)
