@@ -15,6 +15,7 @@ from fedsea.audit.report import write_report
 from fedsea.audit.run import audit
 from fedsea.audit.settings import AuditOptions
 from fedsea.audit.subject import open_subject
+from fedsea.audit.verdict import Verdict
 from fedsea.client.run import train_alone
 from fedsea.client.setup import ClientOptions
 from fedsea.errors import ConfigError
@@ -41,6 +42,8 @@ def test_a_run_is_audited_with_the_trained_segments(tmp_path: Path, monkeypatch:
     assert subject.trunk is not None  # it trained alone, so its folder has the trunk
     assert any(float(tensor.abs().max()) > 0 for name, tensor in subject.trunk.items() if "lora_B" in name)
     found = audit(AuditOptions(run, quick=True, attacks=("A1",)))
+    assert found.self_check >= 0.99
+    assert found.verdict is not Verdict.BROKEN
     assert found.about["audited"] == "the client's trained segments, with the trained trunk"
     assert found.claim.startswith("DP claim: epsilon = ")
     (spent,) = found.to_json()["ledgers"]

@@ -28,13 +28,19 @@ _OF_CUTS = 0.5
 
 
 def attacker_of(
-    subject: Subject, partition: Partition, noise_std: dict[Channel, float], texts: Texts, options: AuditOptions
+    subject: Subject,
+    partition: Partition,
+    noise_std: dict[Channel, float],
+    texts: Texts,
+    options: AuditOptions,
+    plan: FederationPlan | None = None,
 ) -> Attacker:
-    """The server as an attacker of a cut, with what the plan tells it."""
-    wire = subject.plan.wire
+    """The server as an attacker of a cut, with what the plan tells it: the one whose bytes it sees; None: the run's."""
+    plan = plan or subject.plan
+    wire = plan.wire
     return Attacker(
         BaseModel(subject.checkpoint, partition, options.device),
-        subject.plan,
+        plan,
         noise_std,
         {Channel.HIDDEN: wire.hidden, Channel.GRADIENT: wire.gradient},
         texts.beginning,
@@ -125,7 +131,7 @@ def noise_curve(
         )
         tap.observe(sent)
         cost = perplexity(subject, plain_texts, options, plan)
-        attacker = replace(plain, noise_std={Channel.HIDDEN: std} if std else {})
+        attacker = replace(plain, plan=plan, noise_std={Channel.HIDDEN: std} if std else {})
         watch = _within(progress, number, total)
         found = _forward(attacker, sent, texts, options.seed, watch, noised=std > 0)
         points.append({"rho": rho, "std": round(std, 6), **_point(found), "perplexity": round(cost, 4)})
@@ -165,11 +171,11 @@ def cut_curves(
         Tap(
             plan, subject.checkpoint, subject.name, key=options.key("cut", axis, number), device=options.device
         ).observe(sent)
-        attacker = attacker_of(subject, partition, std, texts, options)
+        attacker = attacker_of(subject, partition, std, texts, options, plan)
         if axis == "k":
             found = _forward(attacker, sent, texts, options.seed, watch, noised=Channel.HIDDEN in std)
         else:
-            answers = a5_labels.run(replace(attacker, plan=plan), sent, watch)
+            answers = a5_labels.run(attacker, sent, watch)
             found = score(sent, answers, guesses_of(attacker, sent), texts.decode, options.seed)
         blocks = partition.input_blocks if axis == "k" else partition.output_blocks
         points.setdefault(axis, []).append({axis: blocks, **_point(found)})

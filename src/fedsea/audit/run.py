@@ -84,8 +84,8 @@ class _Audit:
         self._subject, self._options, self._clock = subject, options, clock
         self._scale = options.scale
         self._texts = Texts(subject.tokenizer, subject.plan, self._scale.tokens)
-        self._attacker = drawn.attacker_of(subject, subject.partition, subject.noise_std(), self._texts, options)
-        self._attacker.plan = variant(subject.plan, subject.name)
+        plan = variant(subject.plan, subject.name)
+        self._attacker = drawn.attacker_of(subject, subject.partition, subject.noise_std(), self._texts, options, plan)
         self._boundary, self._change, self._member = boundary, change, member
         self._seconds: dict[str, float] = {}
 
@@ -156,8 +156,7 @@ class _Audit:
         plan = variant(subject.plan, subject.name, partition=cut, hidden_std=0.0, plain_wire=True)
         sent = drawn.fresh(targets[:_SELF_CHECK_SEQUENCES], _SELF_CHECK_TOKENS)
         Tap(plan, subject.checkpoint, subject.name, device=self._options.device).observe(sent)
-        attacker = drawn.attacker_of(subject, cut, {}, self._texts, self._options)
-        attacker.codecs = {}
+        attacker = drawn.attacker_of(subject, cut, {}, self._texts, self._options, plan)
         progress = self._clock.watch("self-check")
         try:
             answers = a1_nearest.run(attacker, sent, progress)
