@@ -87,6 +87,18 @@ def test_clipped_and_noised_rows_are_found_to_be_so(tmp_path: Path) -> None:
     assert _findings(noised_plan(tmp_path, extra=clips)) == []
 
 
+@pytest.mark.parametrize("unit", ["sequence", "token"])
+def test_a_clipped_and_noised_update_is_found_to_be_so(tmp_path: Path, unit: str) -> None:
+    file = noised_plan(tmp_path, extra=f'update_std = 0.05\nupdate_clip = 0.5\nunit = "{unit}"\n')
+    text = file.read_text().replace("[adapter]", '[adapter]\ninput = "frozen"\ntrunk = "frozen"')
+    file.write_text(text.replace("input_blocks = 1", "input_blocks = 0"))  # what a plan by tokens has to be
+    subject = open_subject(file)
+    tapped = Tap(variant(subject.plan, subject.name), subject.checkpoint, key=b"t" * 32).tap_update()
+    assert tapped is not None
+    assert float(tapped.raw_TH.norm()) > 0.5  # the clip binds
+    assert check_taps(subject, {Channel.UPDATE: [tapped]}, CODECS) == []
+
+
 def test_noise_that_is_configured_but_not_applied_is_reported(tmp_path: Path) -> None:
     file = noised_plan(tmp_path)
     found = audit(

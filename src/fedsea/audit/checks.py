@@ -98,11 +98,11 @@ def _check_noise(channel: Channel, releases: Sequence[Tapped], noise: NoiseSecti
 
 
 def _clipped(raw_TH: torch.Tensor, channel: Channel, noise: NoiseSection) -> torch.Tensor:
-    """What noise is added to."""
+    """What noise is added to; an update is clipped as one block, whatever the unit is."""
     clip = noise.clip(channel)
     if not clip:
         return raw_TH
-    if noise.unit == "token":
+    if noise.unit == "token" and channel is not Channel.UPDATE:
         return clip_rows(raw_TH, clip)
     return clip_sequences(raw_TH, (len(raw_TH),), clip)
 
