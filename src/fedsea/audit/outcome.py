@@ -122,18 +122,24 @@ class AuditReport:
         return missing + [f"anything on the {channel} channel" for channel in Channel if channel in unasked]
 
     @property
+    def unasked(self) -> list[str]:
+        """Attacks that have something to look at and were not asked for."""
+        return [f"{o.attack.id} (not asked for)" for o in self.outcomes if o.status == "not asked for"]
+
+    @property
     def verdict(self) -> Verdict:
-        """The worst channel's."""
+        """The worst channel's; that nothing was recovered is said only if all that applies was run."""
         found = [o.verdict for o in self.outcomes if o.verdict is not None]
         found += [finding.verdict for finding in self.findings]
         if self.skipped:
             found.append(Verdict.INCONCLUSIVE)
-        return worst(found)
+        verdict = worst(found)
+        return Verdict.INCONCLUSIVE if verdict is Verdict.NOT_RECOVERED and self.unasked else verdict
 
     @property
     def sentences(self) -> list[str]:
         """What goes with the verdict."""
-        said = sentences(self.verdict, self.findings, self.skipped)
+        said = sentences(self.verdict, self.findings, self.unasked + self.skipped)
         return [*said, self.curves_missing] if self.curves_missing else said
 
     def by_attack(self) -> dict[str, dict[str, Any]]:

@@ -7,6 +7,7 @@
 - A8 tells which texts were trained on, and recovers none: PARTIAL at most.
 - A9 refutes a claim of the noise: EXPOSED if it does.
 - What should have run and did not: INCONCLUSIVE, unless something worse was found.
+- What has something to look at and was not asked for: INCONCLUSIVE, unless anything was found.
 """
 
 from __future__ import annotations
@@ -113,7 +114,7 @@ def sentences(verdict: Verdict, findings: Sequence[Finding], skipped: Sequence[s
         case Verdict.NOT_RECOVERED:
             said.append("These attacks did not reconstruct the text. Others may: this is no proof.")
         case Verdict.INCONCLUSIVE:
-            said.append("Not all attacks came to an end, or one's candidates missed the truth too often.")
+            said.append("Not all attacks were run to their end, or one's candidates missed the truth too often.")
         case Verdict.BROKEN:
             said.append(
                 "Something is broken that has to work: the audit's own check, or a part of fedsea, as it stands above. "

@@ -126,7 +126,7 @@ def _show(report: AuditReport) -> None:
 
 
 def _left_out(outcomes: Sequence[Outcome]) -> list[str]:
-    """Attacks that had no reason to run, by reason; what should have run and did not is in the report's sentences."""
+    """Attacks that had no reason to run, by reason; the report's sentences name all others that did not run."""
     reasons: dict[str, list[str]] = {}
     for outcome in outcomes:
         if outcome.status in ("not needed", "not applicable"):
