@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from fedsea.audit import settings
+from fedsea.audit import curves, settings
 from fedsea.audit.canaries import Texts
 from fedsea.audit.curves import Point, noise_curve
+from fedsea.audit.observe import Tap
 from fedsea.audit.settings import AuditOptions
 from fedsea.audit.subject import open_subject
 from fedsea.audit.targets import unheard
@@ -30,3 +32,18 @@ def test_the_curve_of_noise_does_not_depend_on_the_plans_clip(tmp_path: Path, mo
     clipped = _curve(AuditOptions(noised_plan(tmp_path, extra="hidden_clip = 2.0\n"), quick=True))
     assert clipped[0]["recovery"] >= 0.99
     assert clipped == _curve(AuditOptions(PLAN, quick=True))
+
+
+def test_the_curve_of_noise_is_tapped_on_the_device_that_was_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(settings, "QUICK", replace(TINY, rhos=(0.0,)))
+    devices: list[str] = []
+
+    class Recorded(Tap):
+        def __init__(self, *args: Any, device: str = "cpu", **more: Any) -> None:
+            devices.append(device)
+            super().__init__(*args, device=device, **more)
+
+    monkeypatch.setattr(curves, "Tap", Recorded)
+    _curve(AuditOptions(PLAN, quick=True, device="cpu:0"))
+    assert devices
+    assert set(devices) == {"cpu:0"}

@@ -128,6 +128,7 @@ def noise_curve(
             subject.parameters,
             trunk=subject.trunk,
             key=options.key("curve", rho),
+            device=options.device,
         )
         tap.observe(sent)
         cost = perplexity(subject, plain_texts, options, plan)
