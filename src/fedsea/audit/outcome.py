@@ -14,6 +14,8 @@ from fedsea.types import Channel
 
 Status = Literal["run", "skipped", "not needed", "not applicable", "not asked for"]
 
+_FIGURES = ("recovery", "prior", "excess")
+
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
@@ -44,8 +46,8 @@ class Outcome:
             values["verdict"] = self.verdict.value
         if self.score is not None:
             values |= self.score.to_json()
-        if self.own is not None:
-            values |= self.own
+        if self.own is not None:  # an attack that names no token has null for the figures that all have
+            values |= dict.fromkeys(_FIGURES) | dict(self.own)
         return values
 
 
@@ -79,7 +81,7 @@ def _best(plain: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     if not withs:
         return {}
     best = max(withs, key=lambda values: values["excess"])
-    return {key: best[key] for key in ("recovery", "prior", "excess") if key in best}
+    return {key: best[key] for key in _FIGURES if key in best}
 
 
 @dataclass(frozen=True)

@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import pytest
 
+from fedsea.audit.attacks.a7_update import UpdateInversion, UpdateReport
+from fedsea.audit.attacks.a8_membership import MembershipReport
+from fedsea.audit.attacks.a9_mechanism import MechanismReport
 from fedsea.audit.catalogue import ATTACKS
-from fedsea.audit.outcome import AuditReport, Outcome, Status
+from fedsea.audit.outcome import AuditReport, Outcome, Status, own
+from fedsea.audit.report import row_of
 from fedsea.audit.verdict import Verdict
 
 Rest = dict[str, Status]
@@ -35,3 +39,20 @@ def test_what_was_found_stays_found_whatever_else_was_not_asked_for(found: Verdi
 def test_attacks_that_had_no_reason_to_run_leave_the_verdict() -> None:
     report = _report(Verdict.NOT_RECOVERED, {"A4": "not needed", "A5": "not applicable"})
     assert report.verdict is Verdict.NOT_RECOVERED
+
+
+def test_every_attack_that_ran_has_recovery_prior_and_excess_in_the_json() -> None:
+    weak = UpdateInversion("gradient", 3, 1, 1, 40, 0.2, 0.5, 0.1, 0.0, "sparse", 0.29, 0.2)
+    clear = UpdateInversion("gradient", 1, 1, 1, 40, 0.9, 1.0, 0.25, 1.0, "span", 0.95, 0.3)
+    results = {
+        "A7": UpdateReport((weak, clear)),
+        "A8": MembershipReport(None, 0.0, "all", reason="too few"),
+        "A9": MechanismReport(()),
+    }
+    found = {attack.id: own(attack, results[attack.id]) for attack in ATTACKS if attack.id in results}
+    figures = {
+        name: [outcome.to_json()[key] for key in ("recovery", "prior", "excess")] for name, outcome in found.items()
+    }
+    assert figures == {"A7": [0.9, 0.25, 0.65], "A8": [None] * 3, "A9": [None] * 3}
+    assert row_of(found["A7"])[2:5] == ["90.0 %", "25.0 %", "65.0 %"]
+    assert row_of(found["A8"])[2:5] == [""] * 3

@@ -103,8 +103,12 @@ class UpdateReport:
         )
 
     def to_json(self) -> dict[str, Any]:
-        """Plain values."""
-        return {"cases": [asdict(case) for case in self.cases], "sentence": self.sentence}
+        """Plain values; of the worst update its recall, that of guessing, and the difference, as other attacks have."""
+        values = {"cases": [asdict(case) for case in self.cases], "sentence": self.sentence}
+        if (worst := self.worst) is None:
+            return values
+        figures = {"recovery": worst.recall, "prior": worst.guess, "excess": worst.recall - worst.guess}
+        return {name: round(value, 6) for name, value in figures.items()} | values
 
 
 def run(attacker: Attacker, targets: Sequence[Target], progress: Progress = unheard) -> UpdateReport:
