@@ -110,6 +110,15 @@ def test_noise_that_is_configured_but_not_applied_is_reported(tmp_path: Path) ->
     assert any("configured but not applied" in sentence for sentence in found.sentences)
 
 
+def test_a_boundary_that_does_not_clip_is_refuted_by_the_test_of_the_noise(tmp_path: Path) -> None:
+    file = noised_plan(tmp_path, 4.0, 4.0, "hidden_clip = 2.0\ngradient_clip = 2.0\n")
+    (tmp_path / "loose").mkdir()
+    loose = Boundary.of(open_subject(noised_plan(tmp_path / "loose", 4.0, 4.0)).plan, "clinic")
+    found = audit(AuditOptions(file, quick=True, attacks=("A9",)), boundary=loose)
+    tests = found.by_attack()["A9"]["hidden"]["tests"]
+    assert [(test["channel"], test["holds"]) for test in tests] == [("hidden", False), ("gradient", False)]
+
+
 def test_a_channel_that_was_forgotten_is_reported_and_attacked(tmp_path: Path) -> None:
     found = audit(AuditOptions(noised_plan(tmp_path, hidden_std=8.0, gradient_std=0.0), quick=True, attacks=("A5",)))
     assert any("forgotten: hidden states get noise, but gradients" in f.sentence for f in found.findings)

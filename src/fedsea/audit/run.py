@@ -242,7 +242,8 @@ class _Audit:
             return Outcome(attack, "skipped", reason="this version does not have it")
         watch = self._clock.watch(f"{attack.id} {attack.title}", attack.share)
         try:
-            answers = module.run(self._attacker, self._aims(attack, targets), watch)
+            planted = {"boundary": self._boundary} if attack.id == "A9" else {}
+            answers = module.run(self._attacker, self._aims(attack, targets), watch, **planted)
         except OutOfTime:
             return Outcome(attack, "skipped", reason="its time was up")
         if attack.answers == "own":
