@@ -1,4 +1,6 @@
-"""What the attacker has: the server, with the public base model and the plan, and nothing of the client's own.
+"""What the attacker has: the server, with the public base model and the plan.
+
+Nothing of the client's own, but for what was sent to the server: see `audit.knowing`.
 
 S  sequences, C  candidates, T  tokens, H  hidden size, V  vocabulary size
 """
@@ -24,7 +26,7 @@ from fedsea.types import Channel, Partition
 _PROFILED, _PROFILED_TOKENS = 24, 64
 """Texts, and their length, that show how large rows are."""
 
-_Part = TypeVar("_Part", InputBlocks, Trunk, OutputBlocks)
+Part = TypeVar("Part", InputBlocks, Trunk, OutputBlocks)
 
 
 class BaseModel:
@@ -44,30 +46,29 @@ class BaseModel:
     @functools.cached_property
     def input_blocks(self) -> InputBlocks:
         """The client's input blocks as the public weights have them."""
-        return _loaded(load_input_blocks, self.checkpoint, self.partition, self.device)
+        return self._load(load_input_blocks, self.partition)
 
     @functools.cached_property
     def trunk(self) -> Trunk:
         """The server's own blocks."""
         blocks = self.partition.trunk(self.checkpoint.num_blocks)
-        return _loaded(load_trunk, self.checkpoint, blocks, self.device)
+        return self._load(load_trunk, blocks)
 
     @functools.cached_property
     def output_blocks(self) -> OutputBlocks:
         """The client's output blocks as the public weights have them."""
-        return _loaded(load_output_blocks, self.checkpoint, self.partition, self.device)
+        return self._load(load_output_blocks, self.partition)
 
     @property
     def vocab_size(self) -> int:
         """V."""
         return int(self.checkpoint.config.get_text_config(decoder=True).vocab_size)
 
-
-def _loaded(load: Callable[..., _Part], checkpoint: Checkpoint, where: object, device: torch.device) -> _Part:
-    with torch.inference_mode(False):  # whoever asks first may be a search; gradients are taken through it later
-        segment = load(checkpoint, where, dtype=torch.float32, device=device)
-    segment.model.requires_grad_(False)
-    return segment
+    def _load(self, load: Callable[..., Part], where: object) -> Part:
+        with torch.inference_mode(False):  # whoever asks first may be a search; gradients are taken through it later
+            segment = load(self.checkpoint, where, dtype=torch.float32, device=self.device)
+        segment.model.requires_grad_(False)
+        return segment
 
 
 class Reader:
@@ -101,7 +102,7 @@ class Attacker:
     """What the server knows and wants.
 
     Attributes:
-        base: The public model.
+        base: The public model, or one with what was sent.
         plan: The federation's plan: partition, codecs and noise are in it.
         noise_std: Channel to standard deviation of the noise on every value, as the plan says.
         codecs: Channel to codec.

@@ -12,6 +12,7 @@ import torch
 from fedsea.audit.attacker import Attacker, BaseModel
 from fedsea.audit.attacks import a1_nearest, a2_likelihood, a5_labels
 from fedsea.audit.canaries import Texts
+from fedsea.audit.knowing import model_of
 from fedsea.audit.observe import Tap
 from fedsea.audit.scoring import Score, score
 from fedsea.audit.settings import AuditOptions, Clock
@@ -100,7 +101,7 @@ def noise_curve(
     progress: Progress,
     points: list[Point],
 ) -> None:
-    """A2 (A1 without noise) on the targets, and perplexity on plain texts, at rising noise; at the plan's own cut.
+    """A2 (A1 without noise) by who has what was sent, and perplexity on plain texts, at rising noise; at the plan's cut.
 
     Args:
         subject: The client.
@@ -112,6 +113,7 @@ def noise_curve(
         points: Added to, so that what is done when the time is up is kept.
     """
     plain = attacker_of(subject, subject.partition, {}, texts, options)
+    base = model_of(subject, options.device)
     targets = fresh(targets, options.scale.curve_tokens)
     width = subject.checkpoint.hidden_size
     norm = norm_of(plain, targets)
@@ -132,9 +134,10 @@ def noise_curve(
         )
         tap.observe(sent)
         cost = perplexity(subject, plain_texts, options, plan)
-        attacker = replace(plain, plan=plan, noise_std={Channel.HIDDEN: std} if std else {})
+        attacker = replace(plain, base=base, plan=plan, noise_std={Channel.HIDDEN: std} if std else {})
         watch = _within(progress, number, total)
-        found = _forward(attacker, sent, texts, options.seed, watch, noised=std > 0)
+        answers = (a2_likelihood if std else a1_nearest).run(attacker, sent, watch)
+        found = score(sent, answers, guesses_of(plain, sent), texts.decode, options.seed)
         points.append({"rho": rho, "std": round(std, 6), **_point(found), "perplexity": round(cost, 4)})
     progress(total, total)
 
@@ -173,11 +176,9 @@ def cut_curves(
             plan, subject.checkpoint, subject.name, key=options.key("cut", axis, number), device=options.device
         ).observe(sent)
         attacker = attacker_of(subject, partition, std, texts, options, plan)
-        if axis == "k":
-            found = _forward(attacker, sent, texts, options.seed, watch, noised=Channel.HIDDEN in std)
-        else:
-            answers = a5_labels.run(attacker, sent, watch)
-            found = score(sent, answers, guesses_of(attacker, sent), texts.decode, options.seed)
+        forward = a2_likelihood if Channel.HIDDEN in std else a1_nearest
+        answers = (forward if axis == "k" else a5_labels).run(attacker, sent, watch)
+        found = score(sent, answers, guesses_of(attacker, sent), texts.decode, options.seed)
         blocks = partition.input_blocks if axis == "k" else partition.output_blocks
         points.setdefault(axis, []).append({axis: blocks, **_point(found)})
     progress(len(jobs), len(jobs))
@@ -186,14 +187,6 @@ def cut_curves(
 def _within(progress: Progress, number: int, total: int) -> Progress:
     """For the work of one point: shows nothing new, and ends when the time is up."""
     return lambda _done, _all: progress(number, total)
-
-
-def _forward(
-    attacker: Attacker, targets: Sequence[Target], texts: Texts, seed: int, progress: Progress, *, noised: bool
-) -> Score:
-    """A2 against noise; without noise A1 is enough."""
-    answers = (a2_likelihood if noised else a1_nearest).run(attacker, targets, progress)
-    return score(targets, answers, guesses_of(attacker, targets), texts.decode, seed)
 
 
 def _point(found: Score) -> Point:

@@ -6,14 +6,17 @@ import logging
 import math
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 from fedsea.audit import curves as drawn
+from fedsea.audit.attacker import Attacker
 from fedsea.audit.attacks import a1_nearest
 from fedsea.audit.canaries import Texts
 from fedsea.audit.catalogue import ATTACKS, Attack
 from fedsea.audit.checks import check_taps
 from fedsea.audit.claimed import claimed
+from fedsea.audit.knowing import model_of
 from fedsea.audit.masking import MakeMember, check_masks
 from fedsea.audit.observe import Change, Tap, Tapped
 from fedsea.audit.outcome import AuditReport, Outcome, own, scored
@@ -40,6 +43,8 @@ _UNTIL_IT_STOPS = 0.7
 """Of an attack's time, after which one that trains stops and answers with what it has learned."""
 _MEMBERS = 32
 """Texts of the membership attack, half of which are trained on."""
+_PUBLIC = "public weights"
+_SENT = "public weights and the adapters that were sent to the server"
 
 
 def audit(
@@ -86,6 +91,7 @@ class _Audit:
         self._texts = Texts(subject.tokenizer, subject.plan, self._scale.tokens)
         plan = variant(subject.plan, subject.name)
         self._attacker = drawn.attacker_of(subject, subject.partition, subject.noise_std(), self._texts, options, plan)
+        self._knowing = model_of(subject, options.device)
         self._boundary, self._change, self._member = boundary, change, member
         self._seconds: dict[str, float] = {}
 
@@ -243,13 +249,19 @@ class _Audit:
         watch = self._clock.watch(f"{attack.id} {attack.title}", attack.share)
         try:
             planted = {"boundary": self._boundary} if attack.id == "A9" else {}
-            answers = module.run(self._attacker, self._aims(attack, targets), watch, **planted)
+            answers = module.run(self._who(attack), self._aims(attack, targets), watch, **planted)
         except OutOfTime:
             return Outcome(attack, "skipped", reason="its time was up")
         if attack.answers == "own":
             return own(attack, answers)
         guesses = drawn.guesses_of(self._attacker, targets)
         return scored(attack, score(targets, answers, guesses, self._texts.decode, self._options.seed), answers)
+
+    def _who(self, attack: Attack) -> Attacker:
+        """Text is recovered by who has what was sent; the prior is public, and other attacks train from the start."""
+        if attack.id == "A0" or attack.answers == "own" or not self._subject.sent:
+            return self._attacker
+        return replace(self._attacker, base=self._knowing)
 
     def _aims(self, attack: Attack, targets: Sequence[Target]) -> Sequence[Target]:
         """What an attack is run on; membership needs more texts, all made in the same way, and none that was seen."""
@@ -291,6 +303,7 @@ class _Audit:
             "trained": subject.parameters is not None,
             "trained_trunk": subject.trunk is not None,
             "audited": subject.states,
+            "attacker_model": _SENT if subject.sent else _PUBLIC,
             "trust_mode": plan.trust.mode,
             "noise_std": {channel.value: std for channel, std in subject.noise_std().items()},
             "codecs": {channel.value: codec for channel, codec in self._attacker.codecs.items()},

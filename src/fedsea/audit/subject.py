@@ -13,7 +13,15 @@ from fedsea.data.tokenizer import load_tokenizer
 from fedsea.errors import ConfigError
 from fedsea.model import adapters
 from fedsea.model.checkpoint import Checkpoint, open_checkpoint
-from fedsea.plan import ClientEntry, FederationPlan, NoiseSection, PartitionSection, TrustSection, load_plan
+from fedsea.plan import (
+    ClientEntry,
+    FederationPlan,
+    NoiseSection,
+    PartitionSection,
+    TrustSection,
+    load_plan,
+    open_channels,
+)
 from fedsea.plan.loading import parse_plan_json
 from fedsea.storage import CheckpointStore
 from fedsea.types import Channel, Partition, SegmentKind
@@ -62,6 +70,15 @@ class Subject:
         if self.trunk is None:
             return f"{own}, with the base model's trunk: this folder does not have the trained one"
         return f"{own}, with the trained trunk"
+
+    @property
+    def sent(self) -> Mapping[str, torch.Tensor]:
+        """Trained parameters that the server has: the client's, if they leave it and not in a sum alone; its trunk's.
+
+        After a round all have the same ones, so those of the run are those that the server has.
+        """
+        leaves = Channel.UPDATE in open_channels(self.plan, self.name) and not self.plan.aggregation.secure
+        return {**self.parameters, **(self.trunk or {})} if leaves and self.parameters is not None else {}
 
     def noise_std(self) -> dict[Channel, float]:
         """Channel to the standard deviation that the plan promises."""

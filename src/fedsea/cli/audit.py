@@ -118,6 +118,7 @@ def _show(report: AuditReport) -> None:
     for line in (
         report.statement,
         f"Audited: {report.about['audited']}.",
+        f"The attacker has: {report.about['attacker_model']}.",
         report.claim,
         f"Verdict: {report.verdict.value}",
         *report.sentences,

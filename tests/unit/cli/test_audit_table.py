@@ -26,7 +26,7 @@ def test_the_table_has_what_ran_and_the_others_are_said_by_reason(capsys: pytest
     ]
     perplexity = {"without_defence": 4.5, "with_defence": 5.25, "client_alone": 121.0}
     said = {
-        "about": {"audited": "segments"},
+        "about": {"audited": "segments", "attacker_model": "public weights"},
         "statement": "Trust.",
         "claim": "no DP claim: none",
         "verdict": Verdict.PARTIAL,
@@ -39,5 +39,6 @@ def test_the_table_has_what_ran_and_the_others_are_said_by_reason(capsys: pytest
     assert "A9: words of its own" in shown
     assert f"A4, A3 not needed: {why}." in shown
     assert "A5 not applicable." in shown
+    assert "The attacker has: public weights." in shown
     assert "5.25" in shown
     assert "Verdict: PARTIAL" in shown
