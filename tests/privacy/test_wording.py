@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from fedsea.plan import FederationPlan, parse_plan, server_statement, trust_statement
-from fedsea.privacy.claims import Claim, NoClaim
+from fedsea.plan import FederationPlan, backward_channel, parse_plan, server_statement, trust_statement
+from fedsea.privacy.claims import Claim, NoClaim, report_of
 
 ROOT = Path(__file__).parents[2]
 PAGES = ("README.md", "SECURITY.md", "CONTRIBUTING.md", "CHANGELOG.md")
@@ -104,6 +104,38 @@ def test_what_is_said_at_a_start_promises_nothing():
             assert said.startswith(f"Trust mode: {plan.trust.mode}.")
             assert re.search("CAN reconstruct|can still reconstruct text", said)
             assert not promising.search(said)
+
+
+PARAMETERS = "no gradients leave, but this client's trained parameters do in every round"
+STEP, ROUND, MASKED, PERSONAL = ({"sync": "step"}, {"sync": "round"}, {"secure": True}, {"sync": "personal"})
+
+
+@pytest.mark.parametrize(
+    ("aggregation", "state", "leaves"),
+    [
+        (STEP, "closed at the cut", "gradients of this client's own segments leave in every step"),
+        (ROUND, "closed", PARAMETERS),
+        (MASKED, "closed", f"{PARAMETERS}, in a masked sum"),
+        (PERSONAL, "closed", "no gradients leave"),
+    ],
+)
+@pytest.mark.parametrize("noise", [{}, {"hidden_std": 1.0, "update_std": 1.0}], ids=["trusted", "noised"])
+def test_a_closed_backward_channel_says_what_leaves_beside_it(aggregation, state, leaves, noise):
+    plan = parse_plan(
+        {
+            "model": {"path": "x"},
+            "clients": [{"name": "a"}, {"name": "b"}],
+            "adapter": {"input": "frozen", "trunk": "frozen", "output": "full"},
+            "aggregation": aggregation,
+            "trust": {"mode": "noised" if noise else "trusted-server"},
+            "noise": noise,
+        }
+    )
+    said = f" backward channel: {state} ({leaves}; the forward channel still gives text away)."
+    assert backward_channel(plan, "a") == backward_channel(plan) == state
+    assert trust_statement(plan, "a").endswith(said)
+    assert server_statement(plan).endswith(said.replace("this client's", "the clients'"))
+    assert report_of(plan, "a", None)["backward_channel"] == state
 
 
 def test_the_sentence_of_a_claim_says_what_it_is_about_and_that_of_none_says_why():

@@ -42,8 +42,7 @@ def _show(report: dict[str, Any]) -> None:
     facts = Table.grid(padding=(0, 2))
     facts.add_row("client", f"{report['client']} (plan {report['plan']}, {report['plan_sha256'][:12]})")
     facts.add_row("trust mode", report["trust_mode"])
-    closed = "gradient" not in report["open_channels"]
-    facts.add_row("backward channel", "closed" if closed else "open")
+    facts.add_row("backward channel", report["backward_channel"])
     facts.add_row("budget", _budget(report))
     rows = Table("channel", "purpose", "releases", "mu", f"epsilon at delta = {report['delta']:g}", "unit")
     for row in report["rows"]:

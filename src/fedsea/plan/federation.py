@@ -109,7 +109,7 @@ class FederationPlan(Section):
         return self.adapter.input == "full"
 
     def sends_gradients(self, name: str) -> bool:
-        """Whether gradients leave this client at all: not if only its output side is trained."""
+        """Whether gradients leave this client at the cut: not if only its output side is trained."""
         return self.adapter.trunk != "frozen" or self.trains_below_cut(name)
 
     @property

@@ -155,12 +155,33 @@ def trust_statement(plan: FederationPlan, name: str = "", noise: NoiseSection | 
 
 
 def _closed(plan: FederationPlan, name: str) -> str:
-    names = (name,) if name else plan.client_names
-    if any(plan.sends_gradients(one) for one in names):
+    state = backward_channel(plan, name)
+    if state == "open":
         return ""
-    return " backward channel: closed (no gradients leave; the forward channel still gives text away)."
+    whose = "this client's" if name else "the clients'"
+    if not _shares(plan, name):
+        leaves = "no gradients leave"
+    elif plan.aggregation.sync == "step":
+        leaves = f"gradients of {whose} own segments leave in every step"
+    elif plan.aggregation.secure:
+        leaves = f"no gradients leave, but {whose} trained parameters do in every round, in a masked sum"
+    else:
+        leaves = f"no gradients leave, but {whose} trained parameters do in every round"
+    return f" backward channel: {state} ({leaves}; the forward channel still gives text away)."
+
+
+def _shares(plan: FederationPlan, name: str) -> bool:
+    """Whether trained parameters of a client (or of any) leave it, or gradients of them."""
+    return any(Channel.UPDATE in open_channels(plan, one) for one in ((name,) if name else plan.client_names))
 
 
 def backward_channel(plan: FederationPlan, name: str = "") -> str:
-    """Says "closed" if no gradient leaves a client (or any client) under a plan, else "open"."""
-    return "closed" if _closed(plan, name) else "open"
+    """What is known of the gradients of a client, or of all clients.
+
+    Returns:
+        "closed" if no gradient leaves under the plan; "closed at the cut" if none leaves at the trunk's output, but
+        those of the client's own segments do; else "open".
+    """
+    if any(plan.sends_gradients(one) for one in ((name,) if name else plan.client_names)):
+        return "open"
+    return "closed at the cut" if plan.aggregation.sync == "step" and _shares(plan, name) else "closed"

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from fedsea.plan import FederationPlan, NoiseSection, no_claim_reason, open_channels
+from fedsea.plan import FederationPlan, NoiseSection, backward_channel, no_claim_reason, open_channels
 from fedsea.plan.trust import trains_output
 from fedsea.privacy.accountant import delta_of, epsilon_of
 from fedsea.privacy.pricing import pooled
@@ -120,6 +120,7 @@ def report_of(
         "trust_mode": plan.trust.mode,
         "unit": noise.unit,
         "delta": noise.delta,
+        "backward_channel": backward_channel(plan, name),
         "open_channels": [channel.value for channel in open_channels(plan, name)],
         "pooled": [channel.value for channel, every in pooled(plan, name).items() if every],
         "rows": rows,
