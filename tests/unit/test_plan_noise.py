@@ -27,6 +27,8 @@ OUTPUT_ONLY = {"input": "frozen", "trunk": "frozen", "output": "adapter"}
     ("noise", "sections", "sentence"),
     [
         ({}, {}, "needs noise"),
+        ({"gradient_std": 1.0}, {"adapter": OUTPUT_ONLY}, "leaves client a: set noise.hidden_std or noise.update_std"),
+        ({"update_std": 1.0}, {}, "leaves client a: set noise.hidden_std or noise.gradient_std above 0"),
         ({"hidden_clip": 1.0, "gradient_std": 1.0}, {}, "noise.hidden_clip bounds nothing"),
         ({"hidden_std": -1.0}, {}, "noise.hidden_std"),
         ({"hidden_std": 1.0, "hidden_clip": -2.0}, {}, "noise.hidden_clip"),

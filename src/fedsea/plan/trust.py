@@ -86,11 +86,13 @@ def check_noise(plan: FederationPlan) -> None:
                 '[noise] needs trust.mode = "noised"; under "trusted-server" nothing is clipped and no noise is added'
             )
         return
-    if not any(noise.std(channel) for channel in Channel):
-        raise ValueError(
-            'trust.mode = "noised" needs noise: set noise.hidden_std (and noise.gradient_std, noise.update_std) above '
-            '0, or trust.mode = "trusted-server"'
-        )
+    for name in plan.client_names:
+        opened = open_channels(plan, name)
+        if not any(noise.std(channel) for channel in opened):
+            raise ValueError(
+                f'trust.mode = "noised" needs noise on something that leaves client {name}: set '
+                f'{" or ".join(f"noise.{channel}_std" for channel in opened)} above 0, or trust.mode = "trusted-server"'
+            )
     for channel in Channel:
         if noise.clip(channel) and not noise.std(channel):
             raise ValueError(f"noise.{channel}_clip bounds nothing without noise: set noise.{channel}_std above 0 too")

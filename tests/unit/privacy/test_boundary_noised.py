@@ -106,7 +106,7 @@ def test_an_update_is_clipped_as_the_difference_to_what_the_server_knows():
 
 
 def test_an_update_is_noised_in_every_value():
-    plan = noised({"update_std": 0.5})
+    plan = noised({"update_std": 0.5}, adapter={"input": "frozen", "output": "adapter"})
     tensors = {"a": torch.zeros(300, 200), "b": torch.zeros(50_000)}
     sent = Boundary.of(plan).update(tensors).take()
     whole = torch.cat([tensor.flatten() for tensor in sent.values()])
