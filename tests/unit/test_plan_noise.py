@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from fedsea.plan import (
     server_statement,
     trust_statement,
 )
+from fedsea.plan.sections import MAGNITUDES
 from fedsea.types import Channel
 from tests.unit.privacy.plans import CLAIMED, FROZEN, noised
 
@@ -46,6 +48,25 @@ OUTPUT_ONLY = {"input": "frozen", "trunk": "frozen", "output": "adapter"}
 def test_noise_that_cannot_work_is_refused_with_the_reason(noise, sections, sentence):
     with pytest.raises(ConfigError, match=sentence):
         noised(noise, **sections)
+
+
+@pytest.mark.parametrize("key", MAGNITUDES)
+@pytest.mark.parametrize("value", [1e-300, 1e-40, 9e-13, 2e12, 1e38, 1e300])
+def test_noise_and_clips_that_float32_cannot_hold_are_refused(tmp_path, key, value):
+    sentence = re.escape(f"noise.{key}: {value:g} is out of range; give 1e-12 to 1e+12")
+    both = {"hidden_std": 1.0, "gradient_std": 1.0, "update_std": 1.0}
+    with pytest.raises(ConfigError, match=sentence):
+        noised({**both, key: value})
+    with pytest.raises(ConfigError, match=sentence):
+        settings(tmp_path, **{key: value})
+
+
+@pytest.mark.parametrize("key", MAGNITUDES)
+@pytest.mark.parametrize("value", [1e-12, 1e12])
+def test_the_bounds_of_noise_and_clips_are_allowed(tmp_path, key, value):
+    both = {"hidden_std": 1.0, "gradient_std": 1.0, "update_std": 1.0}
+    assert getattr(noised({**both, key: value}).noise, key) == value
+    assert getattr(settings(tmp_path, **{key: value}), key) == value
 
 
 def test_noise_without_its_trust_mode_is_refused():

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from typing import Literal
 
-from pydantic import Field
+from pydantic import Field, field_validator
 
 from fedsea.errors import ConfigError
 from fedsea.plan.federation import FederationPlan
 from fedsea.plan.pseudonyms import PseudonymSettings
-from fedsea.plan.sections import CodecName, NoiseSection, Section
+from fedsea.plan.sections import MAGNITUDES, CodecName, NoiseSection, Section, computable
 from fedsea.plan.trust import no_claim_reason
 from fedsea.types import Channel
 
@@ -89,6 +89,8 @@ class ClientNoise(Section):
     gradient_clip: float | None = Field(None, gt=0, allow_inf_nan=False)
     update_clip: float | None = Field(None, gt=0, allow_inf_nan=False)
     epsilon: float | None = Field(None, gt=0, allow_inf_nan=False)
+
+    _computable = field_validator(*MAGNITUDES)(computable)
 
     def over(self, plan: FederationPlan, name: str) -> NoiseSection:
         """The noise of this client: the plan's, or this where it is stricter.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, WrapValidator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, WrapValidator, field_validator
 
 from fedsea.types import Channel, Partition
 
@@ -239,6 +239,24 @@ class TrustSection(Section):
     mode: Literal["trusted-server", "noised"] = "trusted-server"
 
 
+SMALLEST, LARGEST = 1e-12, 1e12
+"""Noise and clips beyond would vanish in float32, or overflow it, where they meet the values."""
+
+MAGNITUDES = tuple(f"{channel}_{key}" for channel in Channel for key in ("std", "clip"))
+"""Keys of the standard deviations and clips."""
+
+
+def computable(value: float | None) -> float | None:
+    """Refuse a standard deviation or clip that float32 cannot hold; 0 and None mean that there is none.
+
+    Raises:
+        ValueError: Says which are possible.
+    """
+    if value and not SMALLEST <= value <= LARGEST:
+        raise ValueError(f"{value:g} is out of range; give {SMALLEST:g} to {LARGEST:g}")
+    return value
+
+
 class NoiseSection(Section):
     """Gaussian noise on what leaves the clients, with trust.mode = "noised". Clients may be stricter, never laxer.
 
@@ -269,6 +287,8 @@ class NoiseSection(Section):
     unit: Literal["token", "sequence", "document"] = "sequence"
     delta: float = Field(1e-5, gt=0, lt=1)
     epsilon: float = Field(0.0, ge=0, allow_inf_nan=False)
+
+    _computable = field_validator(*MAGNITUDES)(computable)
 
     def std(self, channel: Channel) -> float:
         """Standard deviation of a channel."""

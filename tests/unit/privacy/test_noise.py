@@ -8,6 +8,7 @@ import os
 import pytest
 import torch
 
+from fedsea.plan.sections import LARGEST, SMALLEST
 from fedsea.privacy.noise import GaussianNoise
 
 KEY = bytes(range(32))
@@ -30,6 +31,13 @@ def test_values_are_standard_normal_by_moments_and_quantiles(drawn):
     exact = 0.5 * torch.erfc(-ordered / math.sqrt(2))
     steps = torch.arange(1, MANY + 1, dtype=torch.float64) / MANY
     assert (exact - steps).abs().max() < 2.0 * error  # Kolmogorov-Smirnov; passed by 99.9 % of right generators
+
+
+@pytest.mark.parametrize("std", [SMALLEST, LARGEST])
+def test_the_least_and_the_most_noise_of_a_plan_have_their_standard_deviation(std):
+    noised = GaussianNoise(KEY).add(torch.zeros(1 << 16), std)
+    assert float(noised.double().std()) == pytest.approx(std, rel=0.02)
+    assert GaussianNoise(KEY).add(torch.tensor([-1e4, 1e4]), std).isfinite().all()
 
 
 def test_neighbours_and_pairs_are_uncorrelated(drawn):
