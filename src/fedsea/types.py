@@ -15,7 +15,7 @@ import enum
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NoReturn
 
 from fedsea.errors import ConfigError, UnprotectedRelease
 
@@ -167,6 +167,18 @@ class Release:
             raise UnprotectedRelease(f"A release was made in {maker}; only the privacy boundary may make one.")
         self._tensors: Mapping[str, torch.Tensor] | None = dict(tensors)
         self.channel = channel
+
+    def __init_subclass__(cls, **_: object) -> None:
+        raise UnprotectedRelease(f"{cls.__name__} would be a release that the privacy boundary did not make.")
+
+    def __copy__(self) -> NoReturn:
+        raise UnprotectedRelease("A release was about to be copied; it is taken once, and its bytes are kept instead.")
+
+    def __deepcopy__(self, memo: object) -> NoReturn:
+        self.__copy__()
+
+    def __reduce__(self) -> NoReturn:
+        self.__copy__()
 
     def take(self) -> Mapping[str, torch.Tensor]:
         """Hand the tensors to the encoder.

@@ -134,14 +134,16 @@ class Encoder:
         """Take a release's tensors once, in the form in which every sending will have them.
 
         Raises:
-            UnprotectedRelease: The release was taken before.
+            UnprotectedRelease: It is no release, or was taken before.
             NonFiniteError: A value does not fit the codec.
         """
+        if type(release) is not Release:
+            raise UnprotectedRelease("What was about to be sealed does not come from the privacy boundary.")
         return self._pack(release.channel, release.take())
 
     def _seal(self, kind: Kind, channel: Channel, value: object) -> Sealed:
         if self.role == "client":
-            if not isinstance(value, Release):
+            if type(value) is not Release:  # what only looks like one may give its tensors twice
                 raise UnprotectedRelease(f"The tensors of a {kind.name} do not come from the privacy boundary.")
             if value.channel is not channel:
                 raise UnprotectedRelease(f"A release made for {value.channel} was put into a {kind.name}.")

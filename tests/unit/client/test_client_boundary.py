@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
 import subprocess
 import sys
 
@@ -10,7 +12,9 @@ import torch
 
 from fedsea.errors import NonFiniteError, UnprotectedRelease
 from fedsea.privacy.boundary import Boundary
-from fedsea.types import Channel, Release
+from fedsea.types import BlockRange, Channel, Release
+from fedsea.wire.encoding import Encoder
+from fedsea.wire.messages import Forward
 
 BOUNDARY = Boundary("trusted-server")
 
@@ -44,6 +48,39 @@ def test_a_release_is_taken_once():
 def test_a_release_made_elsewhere_is_refused():
     with pytest.raises(UnprotectedRelease, match="only the privacy boundary"):
         Release({"": torch.ones(1)}, Channel.HIDDEN)
+
+
+@pytest.mark.parametrize("copied", [copy.copy, copy.deepcopy, pickle.dumps])
+def test_a_release_cannot_be_copied_to_be_taken_twice(copied):
+    with pytest.raises(UnprotectedRelease, match="copied"):
+        copied(BOUNDARY.update({"x": torch.ones(1)}))
+
+
+def test_a_release_has_no_subclass_with_rules_of_its_own():
+    with pytest.raises(UnprotectedRelease, match="privacy boundary did not make"):
+
+        class Twice(Release):
+            pass
+
+
+class _Disguised:
+    """Says that it is a release, and gives its tensors as often as asked."""
+
+    __class__ = Release
+    channel = Channel.HIDDEN
+
+    def take(self):
+        return {"": torch.ones(2, 3)}
+
+
+def test_what_only_claims_to_be_a_release_is_not_encoded():
+    disguised = _Disguised()
+    assert isinstance(disguised, Release)
+    encoder = Encoder("client", {Channel.HIDDEN: "fp32"})
+    with pytest.raises(UnprotectedRelease, match="privacy boundary"):
+        encoder.seal(disguised)
+    with pytest.raises(UnprotectedRelease, match="privacy boundary"):
+        encoder.encode(Forward(0, 0, 0, 1, BlockRange(1, 2), (2,), 2, False, disguised))
 
 
 def test_a_release_carries_no_graph():
