@@ -16,6 +16,9 @@ from fedsea.storage import storage_error
 FILE, ANCHOR = "ledger.jsonl", "ledger.anchor"
 """Names of a ledger's two files."""
 
+VERSION = 1
+"""Of the lines; a ledger of another one is refused."""
+
 
 class Book:
     """The lines of a ledger, read and added up.
@@ -59,7 +62,7 @@ class Book:
         except OSError as error:
             raise storage_error("read", folder / FILE, error) from None
         book.read(raw)
-        book.check({})
+        book.check({"version": VERSION})
         return book
 
     @property

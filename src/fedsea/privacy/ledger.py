@@ -28,12 +28,11 @@ from typing import Any, Self
 
 from fedsea.errors import BudgetExhausted
 from fedsea.plan import FederationPlan, NoiseSection
-from fedsea.privacy.book import ANCHOR, FILE, Book, refused
+from fedsea.privacy.book import ANCHOR, FILE, VERSION, Book, refused
 from fedsea.privacy.pricing import Charge
 from fedsea.privacy.spent import Spent
 from fedsea.storage import storage_error, write_bytes_atomic
 
-_VERSION = 1
 _ANCHOR_EVERY_S = 1.0
 
 
@@ -56,7 +55,7 @@ class Ledger:
     ) -> None:
         self.folder = folder
         self._path = folder / FILE
-        self._about = {"version": _VERSION, "plan_sha256": plan.sha256(), "client": client}
+        self._about = {"version": VERSION, "plan_sha256": plan.sha256(), "client": client}
         self._thread_lock = threading.Lock()
         self._anchored = (0, 0.0)
         try:

@@ -15,7 +15,7 @@ import torch
 
 from fedsea.errors import BudgetExhausted, StorageError
 from fedsea.privacy.accountant import epsilon_of
-from fedsea.privacy.book import ANCHOR, FILE, Book
+from fedsea.privacy.book import ANCHOR, FILE, VERSION, Book
 from fedsea.privacy.boundary import Boundary
 from fedsea.privacy.ledger import Ledger
 from fedsea.privacy.pricing import Charge
@@ -202,6 +202,13 @@ def test_another_plans_ledger_is_refused(tmp_path):
     filled(tmp_path)
     with pytest.raises(StorageError, match="another plan"):
         Ledger(tmp_path, noised({**CLAIMED, "hidden_std": 5.0}), "a")
+
+
+@pytest.mark.parametrize("version", [VERSION + 1, None])
+def test_a_ledger_of_another_version_is_refused(tmp_path, version):
+    about = {"version": version, "plan_sha256": PLAN.sha256(), "client": "a", "plan": PLAN.to_json(), "salt": "00"}
+    (tmp_path / FILE).write_bytes(Book(tmp_path).line_of({"about": about}))
+    refused(tmp_path, "another version of fedsea")
 
 
 def test_another_clients_ledger_is_refused(tmp_path):
