@@ -1,15 +1,18 @@
 """Where a client's releases are charged: one ledger for all that is done with an identity under a plan.
 
 Training, evaluation and every use of the model add up, whatever their run folders, so the ledger is in the identity's
-folder: `ledger/<beginning of the plan's hash>/`. A run folder says in `ledger.json` where its ledger is; a run that
-was trained alone, where nothing leaves, has one of its own in `ledger/`.
+folder: `ledger/<beginning of the plan's hash>/`. A run folder says in `ledger.json` where its ledger is, and how far it
+was a moment ago: an older copy is refused, unless the run folder was put back with it. A run that was trained alone,
+where nothing leaves, has a ledger of its own in `ledger/`.
 """
 
 from __future__ import annotations
 
 import contextlib
 import json
+import os
 from collections.abc import Iterator
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -65,22 +68,41 @@ def open_boundary(
     folder = ledger_folder(plan, run_id, identity, run)
     before = None if run_id == ALONE else _charged_before(plan, name, run)
     if before is not None and not (folder / FILE).is_file():
-        raise _not_here(before["folder"], folder)
-    with Ledger(folder, plan, name, run_id, noise.over(plan, name)) as ledger:
-        if before is not None and before["mark"] != ledger.mark:
-            raise _not_here(before["folder"], folder)
-        if run_id != ALONE and own_run:
-            whose = {"plan_sha256": plan.sha256(), "client": name, "mark": ledger.mark}
-            write_bytes_atomic(run / POINTER, json.dumps({"folder": str(folder.resolve())} | whose).encode())
+        raise _not_here(before.folder, folder)
+
+    def note(count: int, last: str) -> None:
+        kept = _Note(plan.sha256(), name, str(folder.resolve()), count, last)
+        write_bytes_atomic(run / POINTER, json.dumps(asdict(kept)).encode())
+
+    notes = run_id != ALONE and (own_run or (before is not None and os.access(run, os.W_OK)))
+    noted = None if before is None else (before.count, before.hash)
+    own = noise.over(plan, name)
+    with Ledger(folder, plan, name, run_id, own, noted=noted, note=note if notes else None) as ledger:
         yield Boundary.of(plan, name, ledger, noise)
 
 
-def _charged_before(plan: FederationPlan, name: str, run: Path) -> dict[str, str] | None:
+@dataclass(frozen=True, slots=True)
+class _Note:
+    """What a run folder says of its ledger: whose it is, where, its lines of late, and the hash of the last of them."""
+
+    plan_sha256: str
+    client: str
+    folder: str
+    count: int
+    hash: str
+
+
+def _charged_before(plan: FederationPlan, name: str, run: Path) -> _Note | None:
     """What a run folder says of its ledger, if it is of this client and plan."""
+    note = _note_of(run)
+    return note if note is not None and (note.plan_sha256, note.client) == (plan.sha256(), name) else None
+
+
+def _note_of(run: Path) -> _Note | None:
     try:
-        pointer = json.loads((run / POINTER).read_text(encoding="utf-8"))
-        same = (pointer["plan_sha256"], pointer["client"]) == (plan.sha256(), name)
-        return {"folder": str(pointer["folder"]), "mark": str(pointer["mark"])} if same else None
+        values = json.loads((run / POINTER).read_text(encoding="utf-8"))
+        plan_sha256, client, folder, last = (str(values[key]) for key in ("plan_sha256", "client", "folder", "hash"))
+        return _Note(plan_sha256, client, folder, int(values["count"]), last)
     except FileNotFoundError:
         return None
     except (OSError, ValueError, KeyError, TypeError):
@@ -104,7 +126,8 @@ def reports(path: Path) -> list[dict[str, Any]]:
     """
     found = []
     for folder in find_ledgers(path):
-        book = Book.open(folder)
+        note = None if folder in (path, path / FOLDER) else _note_of(path)
+        book = Book.open(folder, None if note is None else (note.count, note.hash))
         client = str(book.about["client"])
         about = {"folder": str(folder), "plan": book.plan.name, "plan_sha256": book.about["plan_sha256"]}
         found.append(about | report_of(book.plan, client, book.spent, book.noise))

@@ -25,6 +25,7 @@ class Book:
 
     Args:
         folder: Where the ledger is; its anchor is read at once, so that lines which come later cannot be missed.
+        noted: How many lines it had once, and the hash of the last of them, as somebody else noted; None: nobody did.
 
     Raises:
         StorageError: The anchor cannot be read.
@@ -38,7 +39,7 @@ class Book:
         runs: The server's runs that were charged, in order, and the client's noise in each.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, noted: tuple[int, str] | None = None) -> None:
         self._path = folder / FILE
         self.anchor = _read_anchor(folder / ANCHOR)
         self.count = 0
@@ -47,16 +48,17 @@ class Book:
         self.about: dict[str, Any] = {}
         self.runs: list[tuple[str, NoiseSection]] = []
         self.spent = Spent()
-        self._at_anchor = ""
+        self._noted = noted
+        self._met: set[tuple[int, str] | None] = {None}
 
     @classmethod
-    def open(cls, folder: Path) -> Book:
-        """Read a ledger without charging it.
+    def open(cls, folder: Path, noted: tuple[int, str] | None = None) -> Book:
+        """Read a ledger without charging it; see `Book`.
 
         Raises:
             StorageError: It is not there, damaged or truncated.
         """
-        book = cls(folder)
+        book = cls(folder, noted)
         try:
             raw = (folder / FILE).read_bytes()
         except OSError as error:
@@ -100,8 +102,8 @@ class Book:
             self.hash = tail[:-2].decode()
             self.count += 1
             self.num_bytes += len(line) + 1
-            if self.anchor is not None and self.count == self.anchor[0]:
-                self._at_anchor = self.hash
+            if (here := (self.count, self.hash)) in (self.anchor, self._noted):
+                self._met.add(here)
             self._take(entry)
 
     def _take(self, entry: Mapping[str, Any]) -> None:
@@ -128,10 +130,16 @@ class Book:
         if self.anchor is None:
             if self.count > 1:
                 raise refused(self._path, f"its {ANCHOR} is missing")
-        elif self._at_anchor != self.anchor[1]:
+        elif self.anchor not in self._met:
             raise refused(
                 self._path,
                 f"it had {self.anchor[0]} lines and now has {self.count}, or others: it was truncated or replaced",
+            )
+        if self._noted not in self._met:
+            raise refused(
+                self._path,
+                f"it had {self._noted[0] if self._noted else 0} lines when this run was last charged to it and now has "
+                f"{self.count}, or others: it is another ledger, or an old copy was put back",
             )
         if not self.about:
             raise refused(self._path, "it has no first line")

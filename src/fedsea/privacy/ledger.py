@@ -6,7 +6,8 @@
 The first line names the plan and the client. A process that is killed while it writes leaves at most a torn last line,
 for which nothing was sent: it is cut off. A charge that is complete counts, whether or not its release was sent. The
 anchor lags behind, never ahead: a ledger with fewer lines than it says was truncated or put back from an old copy, and
-is refused. Chain and anchor find accidents and restored copies; who may write both files can forge them.
+is refused. A copy of both files that was put back is found by what a run folder noted (see `client.accounts`), if that
+is not old itself. This finds accidents and restored copies; who may write all of these files can forge them.
 
 Several processes of one client (training and a gateway, say) may charge the same ledger: each takes the file's lock for
 the moment of a charge, and reads what the others have appended.
@@ -16,13 +17,12 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
-import hashlib
 import json
 import os
 import secrets
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Self
 
@@ -45,19 +45,30 @@ class Ledger:
         client: The client.
         run_id: The server's run that is charged from now on; noted, and spending goes on over several.
         noise: The client's noise, if it is stricter than the plan's; noted too.
+        noted: How many lines it had, and the hash of the last one, when it was used before; None if nobody knows.
+        note: Told the same whenever the anchor is written.
 
     Raises:
         StorageError: The ledger is damaged, truncated, or of another plan or client; or the disk refused.
     """
 
     def __init__(
-        self, folder: Path, plan: FederationPlan, client: str, run_id: str = "", noise: NoiseSection | None = None
+        self,
+        folder: Path,
+        plan: FederationPlan,
+        client: str,
+        run_id: str = "",
+        noise: NoiseSection | None = None,
+        *,
+        noted: tuple[int, str] | None = None,
+        note: Callable[[int, str], None] | None = None,
     ) -> None:
         self.folder = folder
         self._path = folder / FILE
         self._about = {"version": VERSION, "plan_sha256": plan.sha256(), "client": client}
         self._thread_lock = threading.Lock()
         self._anchored = (0, 0.0)
+        self._note = note
         try:
             folder.mkdir(parents=True, exist_ok=True)
             self._file = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o600)
@@ -65,9 +76,9 @@ class Ledger:
             raise storage_error("open", self._path, error) from None
         try:
             with self._held():
-                self._book = Book(folder)
+                self._book = Book(folder, noted)
                 self._catch_up()
-                self._begin(plan)
+                self._begin(plan, new=noted is None)
                 now = (run_id, plan.noise if noise is None else noise)
                 if self._book.runs[-1:] != [now]:
                     self._append({"run": run_id, "noise": now[1].model_dump(mode="json")})
@@ -79,11 +90,6 @@ class Ledger:
     def spent(self) -> Spent:
         """What was spent, as far as this process has read."""
         return self._book.spent
-
-    @property
-    def mark(self) -> str:
-        """Tells this ledger and its copies from every other one."""
-        return hashlib.sha256(self._book.spent.salt).hexdigest()[:32]
 
     def charge(self, charge: Charge, limit: float = float("inf")) -> None:
         """Make a charge durable; when this returns, the release may be sent.
@@ -155,8 +161,8 @@ class Ledger:
         except OSError as error:
             raise storage_error("read", self._path, error) from None
 
-    def _begin(self, plan: FederationPlan) -> None:
-        if not self._book.count and self._book.anchor is None:
+    def _begin(self, plan: FederationPlan, *, new: bool) -> None:
+        if new and not self._book.count and self._book.anchor is None:
             about = {**self._about, "plan": plan.to_json(), "salt": secrets.token_hex(16)}
             self._append({"about": about})
             self._sync_folders()
@@ -188,6 +194,8 @@ class Ledger:
             raise storage_error("write", self._path, error) from None
         text = json.dumps({"count": self._book.count, "hash": self._book.hash})
         write_bytes_atomic(self.folder / ANCHOR, text.encode())
+        if self._note is not None:
+            self._note(self._book.count, self._book.hash)
         self._anchored = (self._book.count, time.monotonic())
 
     def _sync_folders(self) -> None:

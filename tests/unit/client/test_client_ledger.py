@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from fedsea.client.accounts import POINTER, find_ledgers, open_boundary
+from fedsea.client.accounts import POINTER, find_ledgers, open_boundary, reports
 from fedsea.errors import StorageError
 from fedsea.privacy.book import ANCHOR, FILE, Book
 from fedsea.types import Origin, Purpose
@@ -54,7 +54,7 @@ def test_another_ledger_of_the_same_client_and_plan_does_not_stand_in(tmp_path, 
     other = tmp_path / "other"
     other.mkdir()
     release(tmp_path / "new", other)
-    with pytest.raises(StorageError, match="missing or another"):
+    with pytest.raises(StorageError, match="another ledger, or an old copy"):
         release(tmp_path / "new", run)
     assert Book.open(find_ledgers(tmp_path / "new")[0]).spent.total == Book.open(find_ledgers(run)[0]).spent.total
 
@@ -64,3 +64,22 @@ def test_a_run_of_another_client_says_nothing_and_one_that_cannot_be_read_stops(
     (run / POINTER).write_text("{")
     with pytest.raises(StorageError, match="cannot be read"):
         release(tmp_path / "old", run)
+
+
+def test_an_old_copy_of_the_whole_ledger_is_refused_by_a_run_that_was_charged_since(tmp_path, run):
+    identity = tmp_path / "old"
+    shutil.copytree(identity, tmp_path / "backup")
+    release(identity, run, own_run=False)
+    shutil.rmtree(identity)
+    shutil.copytree(tmp_path / "backup", identity)
+    for again in (lambda: release(identity, run), lambda: reports(run)):
+        with pytest.raises(StorageError, match="an old copy was put back"):
+            again()
+
+
+def test_a_ledger_that_went_on_without_a_run_is_no_old_copy(tmp_path, run):
+    other = tmp_path / "other"
+    other.mkdir()
+    release(tmp_path / "old", other, run_id="s")
+    release(tmp_path / "old", run)
+    assert len(reports(run)) == 1
