@@ -11,7 +11,7 @@ import pytest
 import typer
 
 from fedsea.cli.main import app
-from fedsea.plan import ClientLimits, FederationPlan
+from fedsea.plan import ClientLimits, FederationPlan, no_claim_reason, parse_plan
 from scripts import make_reference
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -177,6 +177,23 @@ def test_python_and_toml_in_the_documents_can_be_parsed(page):
     if page.name != "python.md":  # signatures, not statements
         for body in fenced(page, "python"):
             ast.parse(body)
+
+
+def test_the_examples_of_noise_fit_the_plan_that_is_shipped():
+    shipped = tomllib.loads((ROOT / "src" / "fedsea" / "assets" / "plan.toml").read_text(encoding="utf-8"))
+    papers, accounted = fenced(ROOT / "docs" / "how-to" / "noise-and-audit.md", "toml")
+    for example in (papers, accounted):
+        changes = tomllib.loads(example)
+        plan = parse_plan(shipped | {table: shipped.get(table, {}) | keys for table, keys in changes.items()})
+        assert plan.trust.mode == "noised"
+    assert plan.noise.epsilon
+    assert not any(no_claim_reason(plan, name) for name in plan.client_names)
+
+
+def test_the_threat_model_does_not_say_that_adapters_stay_where_they_are_shared():
+    server = (ROOT / "docs" / "explanation" / "threat-model.md").read_text(encoding="utf-8").split("## ")[1]
+    assert re.search(r"does not know the\s+client's text, tokens, labels and losses;", server)
+    assert 'its adapters neither, with `aggregation.sync = "personal"`' in server
 
 
 def test_the_generated_pages_are_up_to_date():
