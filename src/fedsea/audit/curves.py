@@ -101,7 +101,7 @@ def noise_curve(
     progress: Progress,
     points: list[Point],
 ) -> None:
-    """A2 (A1 without noise) by who has what was sent, and perplexity on plain texts, at rising noise; at the plan's cut.
+    """A2 (A1 without noise) by who has what was sent, and perplexity on plain texts, at rising noise at the plan's cut.
 
     Args:
         subject: The client.
