@@ -45,8 +45,9 @@ def test_personal_parameters_stay_different(federation):
     assert "rounds" not in durable
 
 
-def test_training_alone_gives_the_bits_of_a_federation_of_one(federation):
-    fed = federation("a")
+@pytest.mark.parametrize("sync", ["round", "step"])
+def test_training_alone_gives_the_bits_of_a_federation_of_one(federation, sync):
+    fed = federation("a", aggregation={"sync": sync}, optimizer={"max_norm": 0.05})  # which clips every step
     fed.train()
     options = fed.client_options("a", run=fed.folder / "alone")
     client_run.train_alone(fed.plan_file, "a", options)

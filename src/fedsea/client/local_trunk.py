@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
@@ -195,7 +195,9 @@ class LocalTrunk:
             return  # the trunk has lost its half of the step: the next event opens it again
         scale, settings = 1.0 / num_target_tokens, self.plan.optimizer
         total = self._optimizer.squared_norm(scale)
-        if settings.clip_scope == "global":
+        if self.plan.aggregation.sync == "step":  # as a server does that is sent the gradients themselves
+            total = _squares([*self._optimizer.gradients().values(), *dict(gradients).values()]) * scale * scale
+        elif settings.clip_scope == "global":
             total += squared_norm
         clip = clip_coefficient(total, settings.max_norm) if settings.max_norm > 0 else 1.0
         self._optimizer.step(step, scale, clip)
@@ -234,3 +236,7 @@ class LocalTrunk:
         """Release the folder."""
         if self._store is not None:
             self._store.close()
+
+
+def _squares(tensors: Iterable[torch.Tensor]) -> float:
+    return float(sum(tensor.double().square().sum() for tensor in tensors))
