@@ -7,6 +7,8 @@ these to the sum as they arrive.
 from __future__ import annotations
 
 import enum
+import itertools
+import math
 import random
 from collections.abc import Callable, Collection, Iterator, Mapping
 
@@ -27,8 +29,8 @@ from fedsea.federation.secure.messages import (
     roster_digest,
 )
 
-_MOST_TRIES = 64
-"""Sets of shares that are tried when several are wrong."""
+_MOST_TRIES = 256
+"""Sets of shares that are tried when several are wrong: all, if these are not more."""
 _ANY = random.SystemRandom()
 
 
@@ -273,6 +275,9 @@ class Aggregator:
             return
         for left_out in names:
             yield tuple(name for name in names if name != left_out)[:count]
+        if math.comb(len(names), count) <= _MOST_TRIES:
+            yield from itertools.combinations(names, count)
+            return
         for _ in range(_MOST_TRIES):
             yield tuple(_ANY.sample(names, count))
 
