@@ -68,6 +68,7 @@ class Product:
         served = weight_OH.device.type == "cpu" and weight_OH.dtype is torch.float32
         self._product: Callable[..., Any] | None = _onednn() if served else None
         self._streams = weight_OH.numel() * weight_OH.element_size() > _OWN_CACHE_BYTES
+        self._is_wide = self._streams and 2 * weight_OH.shape[0] >= 3 * weight_OH.shape[1]
         self._packed: torch.Tensor | None = None
         self._transposed_HO: torch.Tensor | None = None
 
@@ -80,14 +81,13 @@ class Product:
         if trained or versions != self._versions:
             self._packed = self._transposed_HO = None
             self._versions = versions
-        if not trained and (self._packed if rows > 1 else self._transposed_HO) is None:
-            self._copy(rows)
-
-    def _copy(self, rows: int) -> None:
-        with torch.inference_mode(False), torch.no_grad():
-            if rows > 1:
+        if trained:
+            return
+        if rows > 1 and self._packed is None:
+            with torch.inference_mode(False), torch.no_grad():
                 self._packed = torch.ops.mkldnn._reorder_linear_weight(self.weight_OH, _PACKED_FOR_ROWS)
-            elif self._streams and 2 * self.weight_OH.shape[0] >= 3 * self.weight_OH.shape[1] and _likes_columns():
+        elif rows == 1 and self._transposed_HO is None and self._is_wide and _likes_columns():
+            with torch.inference_mode(False), torch.no_grad():
                 self._transposed_HO = self.weight_OH.t().contiguous()
 
     def __call__(self, x_TH: torch.Tensor) -> torch.Tensor:
