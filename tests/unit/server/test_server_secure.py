@@ -255,13 +255,19 @@ def test_after_a_restart_a_sum_that_may_have_been_revealed_is_asked_of_the_same_
     assert o.world.to("d", m.RoundOpen) == []
 
 
-def test_a_restarted_server_does_not_give_up_while_clients_may_still_be_seeking_it(office):
-    o = office(**{"training": {**WAIT["training"], "wait": 1.0}})
+def restarted(office: Any) -> Office:
+    """A server that was started again at a round's end; of its clients, one has found it."""
+    o: Office = office(**{"training": {**WAIT["training"], "wait": 1.0}})
     o.train()
     assert o.hand_over(until=m.SecureRoster)
     o.world = o.start()
     o.clients = {name: o.client(name) for name in o.names}
     o.back("a")
+    return o
+
+
+def test_a_restarted_server_does_not_give_up_while_clients_may_still_be_seeking_it(office):
+    o = restarted(office)
     o.hand_over()
     for _ in range(6):  # six times as long as anybody waits for a client that is slow
         o.world.pass_time(2.0)
@@ -274,12 +280,7 @@ def test_a_restarted_server_does_not_give_up_while_clients_may_still_be_seeking_
 
 
 def test_a_restarted_server_does_not_wait_for_ever_for_those_who_do_not_come(office):
-    o = office(**{"training": {**WAIT["training"], "wait": 1.0}})
-    o.train()
-    assert o.hand_over(until=m.SecureRoster)
-    o.world = o.start()
-    o.clients = {name: o.client(name) for name in o.names}
-    o.back("a")
+    o = restarted(office)
     for _ in range(11):
         o.hand_over()
         o.world.pass_time(2.0)
