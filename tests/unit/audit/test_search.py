@@ -26,15 +26,15 @@ def test_hypotheses_are_all_different(shortlist: bool, monkeypatch: pytest.Monke
 
 
 def test_more_hypotheses_read_more_of_the_text_under_noise() -> None:
-    audited = observe(rho=4.0, count=6, tokens=24)
+    audited = observe(rho=4.0, count=4, tokens=20)
     found = []
-    for beam in (1, 32):
+    for beam in (1, 8):
         audited.attacker = replace(audited.attacker, beam=beam)
         found.append(audited.score(a2_likelihood).recovery.value)
     assert found[1] > found[0] + 0.03
 
 
 def test_more_hypotheses_than_tokens_in_the_vocabulary() -> None:
-    audited = observe(rho=0.5, count=1, tokens=4)
+    audited = observe(rho=0.5, count=1, tokens=3)
     audited.attacker = replace(audited.attacker, beam=audited.attacker.vocab_size + 1)
     assert audited.score(a2_likelihood).recovery.value > 0.5
