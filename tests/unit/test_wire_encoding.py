@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
+from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -12,9 +15,9 @@ from fedsea.errors import ConfigError, NonFiniteError, ProtocolError, Unprotecte
 from fedsea.privacy.boundary import Boundary
 from fedsea.types import BlockRange, Channel, Reply
 from fedsea.wire import messages as m
-from fedsea.wire.encoding import Decoder, Encoded, Encoder
+from fedsea.wire.encoding import Decoder, Encoded, Encoder, Sealed
 from fedsea.wire.errors import NonFiniteMessage
-from fedsea.wire.frames import KINDS, PREFIX, Role
+from fedsea.wire.frames import KINDS, PREFIX, Role, TensorSpec
 from fedsea.wire.limits import CHUNK_BYTES, HANDSHAKE, MAX_HEADER_BYTES
 from tests.fault import frames
 
@@ -135,6 +138,50 @@ def test_a_message_with_a_bad_field_does_not_use_up_its_release() -> None:
 def test_a_client_sends_nothing_but_releases(value: object) -> None:
     with pytest.raises(UnprotectedRelease, match="privacy boundary"):
         Encoder("client", frames.codecs("fp32")).encode(frames.forward(value))
+
+
+def payload() -> Sealed:
+    return Encoder("client", frames.codecs("fp32")).seal(boundary().hidden(frames.hidden()))
+
+
+MADE_ELSEWHERE: dict[str, Callable[[], object]] = {
+    "made": lambda: Sealed(Channel.HIDDEN, (TensorSpec("", "fp32", (1, 1)),), (np.zeros(4, np.uint8),)),
+    "replaced": lambda: dataclasses.replace(payload(), pieces=(np.zeros(4, np.uint8),)),
+    "copied": lambda: copy.copy(payload()),
+    "deeply copied": lambda: copy.deepcopy(payload()),
+    "pickled": lambda: payload().__reduce_ex__(4),
+    "subclassed": lambda: type("Mine", (Sealed,), {}),
+}
+
+
+@pytest.mark.parametrize("make", MADE_ELSEWHERE.values(), ids=MADE_ELSEWHERE)
+def test_a_payload_that_no_encoder_made_is_refused(make: Callable[[], object]) -> None:
+    with pytest.raises(UnprotectedRelease, match=r"only an encoder|no encoder made|was about to be copied"):
+        make()
+
+
+def test_a_payload_cannot_be_changed_and_its_rows_can_be_cut_and_joined() -> None:
+    whole = payload()
+    joined = whole.head(3).followed_by(whole.head(2))
+    for one in (whole, joined):
+        with pytest.raises(ValueError, match="read-only"):
+            one.pieces[0][:] = 0
+        with pytest.raises(dataclasses.FrozenInstanceError):
+            one.channel = Channel.GRADIENT  # type: ignore[misc]
+    assert joined.num_rows == 5
+    assert joined.pieces[0].tobytes() == whole.head(3).pieces[0].tobytes() + whole.head(2).pieces[0].tobytes()
+
+
+def test_what_only_looks_like_a_payload_is_not_sent() -> None:
+    class Looks:
+        channel, specs, pieces = Channel.HIDDEN, payload().specs, payload().pieces
+
+        @property
+        def __class__(self) -> type:
+            return Sealed
+
+    with pytest.raises(UnprotectedRelease, match="privacy boundary"):
+        Encoder("client", frames.codecs("fp32")).encode(frames.forward(Looks()))
 
 
 def test_a_release_for_one_channel_does_not_go_out_on_another() -> None:

@@ -6,9 +6,10 @@ decoder belongs to one stream, assembles one message at a time, and allocates on
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, cast
+from typing import Any, NoReturn, cast
 
 import numpy as np
 import torch
@@ -46,15 +47,36 @@ class Encoded:
 class Sealed:
     """A release in the form of a payload: it may be put into several messages, and is always the same bytes.
 
+    Only an encoder makes one, and at a client only out of a release: it is sent without being asked where it is from.
+
     Attributes:
         channel: What the release was made for.
         specs: Name, codec and shape of its tensors.
-        pieces: Their encoded bytes.
+        pieces: Their encoded bytes; they cannot be written to.
     """
 
     channel: Channel
     specs: tuple[TensorSpec, ...]
     pieces: tuple[np.ndarray, ...]
+
+    def __post_init__(self) -> None:
+        maker = sys._getframe(2).f_globals.get("__name__", "")  # behind the generated __init__
+        if maker != __name__:
+            raise UnprotectedRelease(f"A payload was made in {maker}; only an encoder may make one.")
+        for piece in self.pieces:
+            piece.setflags(write=False)
+
+    def __init_subclass__(cls, **_: object) -> None:
+        raise UnprotectedRelease(f"{cls.__name__} would be a payload that no encoder made.")
+
+    def __copy__(self) -> NoReturn:
+        raise UnprotectedRelease("A payload was about to be copied; put the same one into every message instead.")
+
+    def __deepcopy__(self, memo: object) -> NoReturn:
+        self.__copy__()
+
+    def __reduce__(self) -> NoReturn:
+        self.__copy__()
 
     @property
     def num_rows(self) -> int:
@@ -123,7 +145,7 @@ class Encoder:
 
     def _sealed(self, kind: Kind, channel: Channel, value: object, fields: Mapping[str, Any]) -> Sealed:
         try:
-            sealed = value if isinstance(value, Sealed) else self._seal(kind, channel, value)
+            sealed = value if type(value) is Sealed else self._seal(kind, channel, value)
         except NonFiniteError as error:
             raise NonFiniteMessage(f"{kind.name}: {error.message}", kind.name, **place(fields)) from None
         if sealed.channel is not channel:
