@@ -77,6 +77,11 @@ class Book:
         """The client's noise of late."""
         return self.runs[-1][1] if self.runs else self.plan.noise
 
+    @property
+    def end(self) -> bytes:
+        """The last bytes of what was read: those that no other line ends with."""
+        return f'"hash":"{self.hash}"}}\n'.encode() if self.count else b""
+
     def line_of(self, entry: Mapping[str, Any]) -> bytes:
         """The next line, with its hash."""
         text = json.dumps(entry, separators=(",", ":"))

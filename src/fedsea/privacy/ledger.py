@@ -10,7 +10,8 @@ is refused. A copy of both files that was put back is found by what a run folder
 is not old itself. This finds accidents and restored copies; who may write all of these files can forge them.
 
 Several processes of one client (training and a gateway, say) may charge the same ledger: each takes the file's lock for
-the moment of a charge, and reads what the others have appended.
+the moment of a charge, and reads what the others have appended. A file that is not where it was opened any more, or
+whose lines are not those that were read, is not charged: the next process would not find the charge.
 """
 
 from __future__ import annotations
@@ -150,9 +151,14 @@ class Ledger:
 
     def _catch_up(self) -> None:
         try:
-            size = os.fstat(self._file).st_size
+            opened = os.fstat(self._file)
+            if not _is_at(self._path, opened):
+                raise refused(self._path, "it was removed or replaced while it was in use")
+            size, end = opened.st_size, self._book.end
             if size < self._book.num_bytes:
                 raise refused(self._path, "it has become shorter while it was in use")
+            if _read(self._file, self._book.num_bytes - len(end), self._book.num_bytes) != end:
+                raise refused(self._path, "its lines are others than those that were there before")
             if size > self._book.num_bytes:
                 self._book.read(_read(self._file, self._book.num_bytes, size))
                 if size > self._book.num_bytes:  # torn by a kill or a full disk: nothing was sent for it
@@ -209,6 +215,15 @@ class Ledger:
                     os.close(descriptor)
             except OSError as error:
                 raise storage_error("write", folder, error) from None
+
+
+def _is_at(path: Path, opened: os.stat_result) -> bool:
+    """Whether the file that is open is still the one that the next process will find."""
+    try:
+        found = path.stat()
+    except FileNotFoundError:
+        return False
+    return os.path.samestat(found, opened)
 
 
 def _read(descriptor: int, start: int, stop: int) -> bytes:

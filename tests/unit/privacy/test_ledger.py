@@ -222,15 +222,44 @@ def test_a_file_that_is_no_ledger_is_refused(tmp_path):
     refused(tmp_path, "not what was written")
 
 
-def test_a_ledger_that_shrinks_while_it_is_in_use_is_refused(tmp_path):
-    with Ledger(tmp_path, PLAN, "a") as ledger:
-        ledger.charge(charge(0.25, "x"))
-        size = (tmp_path / FILE).stat().st_size
-        os.truncate(tmp_path / FILE, 100)
-        with pytest.raises(StorageError, match="shorter"):
-            ledger.charge(charge(0.25, "x"))
-        os.truncate(tmp_path / FILE, size)
-        (tmp_path / FILE).unlink()
+def exchange(path: Path) -> None:
+    """Another file of the same bytes takes its place."""
+    shutil.copy(path, path.with_suffix(".copy"))
+    path.with_suffix(".copy").replace(path)
+
+
+def put_back(path: Path) -> None:
+    """An old copy is written into the very file, and the anchor with it; another process charges that on."""
+    shutil.copy(path.parent / "old" / ANCHOR, path.parent / ANCHOR)
+    path.write_bytes((path.parent / "old" / FILE).read_bytes())
+    with Ledger(path.parent, PLAN, "a") as other:
+        other.charge(charge(0.25, "z"))
+
+
+DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
+    "removed": (lambda path: path.unlink(), "removed or replaced"),
+    "its folder moved": (lambda path: path.parent.rename(path.parent.with_name("moved")), "removed or replaced"),
+    "replaced": (exchange, "removed or replaced"),
+    "truncated": (lambda path: os.truncate(path, 100), "shorter"),
+    "old lines, and as many": (put_back, "its lines are others"),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_nothing_is_released_when_the_ledger_was_exchanged_or_cut_while_it_is_in_use(tmp_path, damage):
+    change, reason = DAMAGES[damage]
+    folder = tmp_path / "ledger"
+    with Ledger(folder, PLAN, "a") as ledger:
+        boundary = Boundary.of(PLAN, "a", ledger)
+        shutil.copytree(folder, folder / "old")
+        boundary.hidden(torch.randn(3, 8), Origin(Purpose.TRAINING, (3,), ("d",), (0,)))
+        change(folder / FILE)
+        for _ in range(2):
+            with pytest.raises(StorageError, match=reason):
+                boundary.hidden(torch.randn(3, 8), Origin(Purpose.TRAINING, (3,), ("d",), (0,)))
+        assert ledger.spent.total == pytest.approx(0.25)
+        with pytest.raises(StorageError, match=reason):
+            ledger.close()
 
 
 # --- a disk that refuses ----------------------------------------------------------------------------------------------
