@@ -93,6 +93,18 @@ def write_bytes_atomic(path: Path, data: bytes) -> None:
         temporary.write_bytes(data)
 
 
+def sync_folder(folder: Path) -> None:
+    """Make the names in a folder durable.
+
+    Raises:
+        StorageError: The disk refused.
+    """
+    try:
+        _sync(folder, os.O_RDONLY | os.O_DIRECTORY)
+    except OSError as error:
+        raise storage_error("write", folder, error) from None
+
+
 def remove_durably(path: Path) -> None:
     """Remove the file at `path`, if it is there, so that no crash brings it back.
 

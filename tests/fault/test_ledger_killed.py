@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import fcntl
 import os
-import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -16,6 +13,7 @@ from fedsea.privacy.book import FILE, Book
 from fedsea.privacy.ledger import Ledger
 from fedsea.privacy.pricing import Charge
 from fedsea.types import Channel, Purpose
+from tests.fault.killer import Killer, in_a_process
 from tests.unit.privacy.plans import noised
 
 PLAN = noised()
@@ -23,44 +21,10 @@ CHARGES = 3
 MOST_CALLS = 400
 
 
-class Killer:
-    """Ends this process at the nth call of what a ledger asks the system for.
-
-    Args:
-        at: Which call.
-        when: "before" it, "after" it, or in the "middle" of a write.
-    """
-
-    def __init__(self, at: int, when: str) -> None:
-        self.left, self.when = at, when
-
-    def install(self) -> None:
-        calls = [(os, name) for name in ("write", "fsync", "open", "replace", "ftruncate")]
-        for module, name in (*calls, (fcntl, "flock")):
-            setattr(module, name, self.around(getattr(module, name), name))
-
-    def around(self, call: Callable[..., Any], name: str) -> Callable[..., Any]:
-        def watched(*args: Any, **kwargs: Any) -> Any:
-            self.left -= 1
-            if self.left:
-                return call(*args, **kwargs)
-            if self.when == "after":
-                call(*args, **kwargs)
-            elif self.when == "middle" and name == "write":
-                call(args[0], args[1][: len(args[1]) * 2 // 3])
-            os.kill(os.getpid(), signal.SIGKILL)
-            raise AssertionError("still alive")
-
-        return watched
-
-
 def client(folder: Path, sent: Path, killer: Killer, *, anchors: bool) -> bool:
     """Charge and send in a process of its own; whether it was killed."""
-    pid = os.fork()
-    if pid:
-        return os.WIFSIGNALED(os.waitpid(pid, 0)[1])
-    code = 1
-    try:
+
+    def charge() -> None:
         send, out = os.write, os.open(sent, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
         if anchors:
             ledger_module._ANCHOR_EVERY_S = 0.0
@@ -69,9 +33,8 @@ def client(folder: Path, sent: Path, killer: Killer, *, anchors: bool) -> bool:
             for _ in range(CHARGES):
                 ledger.charge(Charge(Channel.HIDDEN, Purpose.TRAINING, 1, (("x", 0.25),)))
                 send(out, b"x")
-        code = 0
-    finally:
-        os._exit(code)
+
+    return in_a_process(charge)
 
 
 def sizes(folder: Path, sent: Path) -> tuple[int, int]:

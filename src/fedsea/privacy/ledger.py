@@ -32,7 +32,7 @@ from fedsea.plan import FederationPlan, NoiseSection
 from fedsea.privacy.book import ANCHOR, FILE, VERSION, Book, refused
 from fedsea.privacy.pricing import Charge
 from fedsea.privacy.spent import Spent
-from fedsea.storage import storage_error, write_bytes_atomic
+from fedsea.storage import storage_error, sync_folder, write_bytes_atomic
 
 _ANCHOR_EVERY_S = 1.0
 
@@ -207,14 +207,7 @@ class Ledger:
     def _sync_folders(self) -> None:
         """Make the names of file and folder durable, too."""
         for folder in (self.folder, self.folder.parent, self.folder.parent.parent):
-            try:
-                descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-                try:
-                    os.fsync(descriptor)
-                finally:
-                    os.close(descriptor)
-            except OSError as error:
-                raise storage_error("write", folder, error) from None
+            sync_folder(folder)
 
 
 def _is_at(path: Path, opened: os.stat_result) -> bool:

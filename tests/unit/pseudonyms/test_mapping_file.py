@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ from fedsea.plan.pseudonyms import PseudonymSettings
 from fedsea.privacy.pseudonyms import open_pseudonyms
 from fedsea.privacy.pseudonyms.keys import KeyFile, Passphrase
 from fedsea.privacy.pseudonyms.vault import Vault
+from tests.fault.killer import Killer, in_a_process
 
 PHRASE = "correct horse battery"
 
@@ -62,6 +64,41 @@ def test_a_mapping_that_was_lost_is_not_begun_anew_beside_its_key(made, opened):
     with pytest.raises(ConfigError, match="restore the mapping from a backup"):
         opened()
     assert not made.exists()
+
+
+@pytest.mark.parametrize("when", ["before", "middle", "after"])
+def test_a_mapping_whose_beginning_was_killed_anywhere_is_begun_at_the_next_start(tmp_path, when):
+    states = set()
+    for at in range(1, 100):
+        path, key = tmp_path / str(at) / "map", tmp_path / str(at) / "key"
+
+        def begin(killer: Killer, path: Path = path, key: Path = key) -> None:
+            killer.install()
+            Vault(path, KeyFile(key)).open()
+
+        killed = in_a_process(partial(begin, Killer(at, when)))
+        states.add((key.exists() and len(key.read_bytes()), path.exists()))
+        secret = Vault(path, KeyFile(key)).open().secret
+        assert Vault(path, KeyFile(key)).open().secret == secret
+        path.unlink()
+        with pytest.raises(ConfigError, match="restore the mapping from a backup"):
+            Vault(path, KeyFile(key)).open()
+        if not killed:
+            break
+    assert states >= {(False, False), (0, False), (69, False), (69, True), (65, True)}
+
+
+def test_two_mappings_that_are_begun_with_one_key_are_both_opened_with_it(tmp_path):
+    key = tmp_path / "key"
+
+    class Between(KeyFile):
+        def settle(self) -> None:
+            secrets.append(Vault(tmp_path / "other", KeyFile(key)).open().secret)
+            super().settle()
+
+    secrets: list[bytes] = []
+    secrets.append(Vault(tmp_path / "map", Between(key)).open().secret)
+    assert [Vault(tmp_path / name, KeyFile(key)).open().secret for name in ("other", "map")] == secrets
 
 
 def test_another_clients_mapping_is_refused(made, opened):

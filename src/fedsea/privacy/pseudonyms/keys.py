@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -10,7 +12,7 @@ from typing import Any, Protocol
 from cryptography.hazmat.primitives.kdf.scrypt import Scrypt
 
 from fedsea.errors import ConfigError
-from fedsea.storage import storage_error
+from fedsea.storage import storage_error, sync_folder, write_bytes_atomic
 
 PASSPHRASE_VARIABLE = "FEDSEA_PSEUDONYMS_PASSPHRASE"  # noqa: S105 (the name of a variable)
 
@@ -36,6 +38,14 @@ class KeySource(Protocol):
         """The key of a mapping whose file says `how`."""
         ...
 
+    def settle(self) -> None:
+        """The mapping is on disk: from now on a key without it means that it was lost."""
+        ...
+
+
+_NEW = "new "
+"""Stands before a key until its mapping is on disk: a process that ends in between leaves nothing that was used."""
+
 
 class KeyFile:
     """32 random bytes in a file that only its owner can read.
@@ -49,28 +59,60 @@ class KeyFile:
         self.advice = f"put the key that belongs to it back to {path}, or its backup's."
 
     def make(self, mapping: Path) -> tuple[bytes, dict[str, Any]]:
-        """Make the file.
+        """Make the file, or take the one of a process that ended before it had written a mapping.
 
         Raises:
-            ConfigError: It is there, and so its mapping must have been lost.
+            ConfigError: The key had a mapping, which must have been lost.
             StorageError: The disk refuses.
         """
-        key = os.urandom(32)
         try:
+            if self.path.exists() and not os.access(self.path, os.W_OK):  # finished, and put under lock by its owner
+                raise self._without(mapping)
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            descriptor = os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
-            with os.fdopen(descriptor, "w") as file:
-                file.write(key.hex() + "\n")
-                file.flush()
-                os.fsync(file.fileno())
-        except FileExistsError:
-            raise ConfigError(
-                f"There is a key {self.path}, but no mapping {mapping}: restore the mapping from a backup, or, to "
-                "begin one with other surrogates, move the key away."
-            ) from None
+            descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX)  # two mappings may be begun with one key
+                key = self._made(descriptor, mapping)
+            finally:
+                os.close(descriptor)
         except OSError as error:
             raise storage_error("write", self.path, error) from None
+        sync_folder(self.path.parent)
         return key, {"kind": "file"}
+
+    def _made(self, descriptor: int, mapping: Path) -> bytes:
+        held = os.read(descriptor, 200).decode(errors="replace")
+        if not (held.startswith(_NEW) or _NEW.startswith(held)):
+            raise self._without(mapping)
+        if held.endswith("\n") and (begun := _key_of(held)):
+            return begun
+        key = os.urandom(32)
+        os.fchmod(descriptor, 0o600)
+        os.ftruncate(descriptor, 0)
+        line = f"{_NEW}{key.hex()}\n".encode()
+        if os.pwrite(descriptor, line, 0) < len(line):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        os.fsync(descriptor)
+        return key
+
+    def _without(self, mapping: Path) -> ConfigError:
+        return ConfigError(
+            f"There is a key {self.path}, but no mapping {mapping}: restore the mapping from a backup, or, to "
+            "begin one with other surrogates, move the key away."
+        )
+
+    def settle(self) -> None:
+        """Strike out that it is new.
+
+        Raises:
+            StorageError: The disk refuses.
+        """
+        try:
+            held = self.path.read_text(encoding="ascii")
+        except OSError as error:
+            raise storage_error("read", self.path, error) from None
+        if held.startswith(_NEW):
+            write_bytes_atomic(self.path, held.removeprefix(_NEW).encode())
 
     def find(self, mapping: Path, how: Mapping[str, Any]) -> bytes:
         """Read the file.
@@ -84,20 +126,25 @@ class KeyFile:
             )
         try:
             mode = self.path.stat().st_mode
-            text = self.path.read_text(encoding="ascii").strip()
+            text = self.path.read_text(encoding="ascii")
         except FileNotFoundError:
             raise ConfigError(f"There is no key {self.path} for the mapping {mapping}: {self.advice}") from None
         except (OSError, UnicodeDecodeError):
             raise ConfigError(f"The key {self.path} cannot be read: {self.advice}") from None
         if mode & 0o077:
             raise ConfigError(f"The key {self.path} can be read by others: chmod 600 {self.path}")
-        try:
-            key = bytes.fromhex(text)
-        except ValueError:
-            key = b""
-        if len(key) != 32:
+        if not (key := _key_of(text)):
             raise ConfigError(f"{self.path} is no key of a mapping: {self.advice}")
         return key
+
+
+def _key_of(text: str) -> bytes:
+    """The key that a file holds; empty if it holds none."""
+    try:
+        key = bytes.fromhex(text.removeprefix(_NEW).strip())
+    except ValueError:
+        return b""
+    return key if len(key) == 32 else b""
 
 
 class Passphrase:
@@ -144,6 +191,9 @@ class Passphrase:
             return self._derive(salt, cost)
         except (KeyError, TypeError, ValueError):
             raise ConfigError(f"The mapping {mapping} was altered: restore a backup of it.") from None
+
+    def settle(self) -> None:
+        """Nothing is kept of a passphrase."""
 
     def _derive(self, salt: bytes, cost: Mapping[str, int]) -> bytes:
         return Scrypt(salt=salt, length=32, **cost).derive(self._passphrase)

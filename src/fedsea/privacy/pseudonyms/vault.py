@@ -150,6 +150,7 @@ class Vault:
         self._header = {"owner": self._owner, "key": how, "key_id": _key_id(self._key)}
         contents = Contents(os.urandom(32), [])
         self.write(contents)
+        self._source.settle()
         return contents
 
     def _read(self) -> Contents:
@@ -174,6 +175,8 @@ class Vault:
             body = json.loads(AESGCM(key).decrypt(bytes.fromhex(header["nonce"]), sealed, line))
         except InvalidTag:
             raise self._damaged("was altered") from None
+        if not self._key:
+            self._source.settle()
         self._key, self._header, self._stamp = key, header, stamp
         entries = [Entry(*values) for values in body["entries"]]
         return Contents(bytes.fromhex(body["secret"]), entries)

@@ -1,0 +1,54 @@
+"""SIGKILL at a chosen call of the system, in a process made for it."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import signal
+from collections.abc import Callable
+from typing import Any
+
+
+class Killer:
+    """Ends this process at the nth call of what durable state asks the system for.
+
+    Args:
+        at: Which call.
+        when: "before" it, "after" it, or in the "middle" of a write.
+    """
+
+    def __init__(self, at: int, when: str) -> None:
+        self.left, self.when = at, when
+
+    def install(self) -> None:
+        """Watch this process from now on."""
+        calls = [(os, name) for name in ("write", "pwrite", "fsync", "open", "replace", "ftruncate")]
+        for module, name in (*calls, (fcntl, "flock")):
+            setattr(module, name, self._around(getattr(module, name), name))
+
+    def _around(self, call: Callable[..., Any], name: str) -> Callable[..., Any]:
+        def watched(*args: Any, **kwargs: Any) -> Any:
+            self.left -= 1
+            if self.left:
+                return call(*args, **kwargs)
+            if self.when == "after":
+                call(*args, **kwargs)
+            elif self.when == "middle" and name in ("write", "pwrite"):
+                call(args[0], args[1][: len(args[1]) * 2 // 3], *args[2:])
+            os.kill(os.getpid(), signal.SIGKILL)
+            raise AssertionError("still alive")
+
+        return watched
+
+
+def in_a_process(work: Callable[[], object]) -> bool:
+    """Do it in a process of its own; whether that was killed."""
+    pid = os.fork()
+    if pid:
+        return os.WIFSIGNALED(os.waitpid(pid, 0)[1])
+    code = 1
+    try:
+        work()
+        code = 0
+    finally:
+        os._exit(code)
