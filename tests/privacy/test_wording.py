@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ast
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,63 +10,20 @@ import pytest
 
 from fedsea.plan import FederationPlan, backward_channel, parse_plan, server_statement, trust_statement
 from fedsea.privacy.claims import Claim, NoClaim, report_of
+from tests.support.wording import claims_in, files, texts
 
 ROOT = Path(__file__).parents[2]
-PAGES = ("README.md", "SECURITY.md", "CONTRIBUTING.md", "CHANGELOG.md")
-
-CLAIMING = re.compile(r"\b(?:private\w*|privately|anonym\w*|pseudo-?anonym\w*)\b", re.IGNORECASE)
-ALLOWED = re.compile(
-    "|".join(
-        (
-            r"private[ _-]keys?(?:_pem|_bytes)?\b",  # of a certificate, of a key exchange
-            r"\bPrivate(?:Format|Key)\w*",
-            r"\bprivate modes\b",  # of files: their owner alone may read them
-            r"\bPrivateTmp=",  # systemd's
-            r"\breport a vulnerability privately\b",
-            r"\bprivate (?:adapters?|LoRA)\b",  # trained parameters that the server does not know
-            r"\b(?:no|not|never|nothing|nor)\b[^.;:]{0,60}\b(?:private|anonymous|anonymity)\b",  # said that it is not
-            r'"private" and "dp" are kept for\b',
-        )
-    ),
-    re.IGNORECASE,
-)
-DP = re.compile(r"\bDP\b")
-DP_ALLOWED = re.compile(
-    r'no DP claim|DP claim: epsilon|\(epsilon, delta\)-DP|is no DP\b|"private" and "dp" are kept for', re.IGNORECASE
-)
 
 
-def texts() -> Iterator[tuple[str, str]]:
-    """Where, and what: every string of the package, docstrings too, and every page, page by page."""
-    for path in sorted((ROOT / "src").rglob("*.py")):
-        if path.name.endswith("_pb2.py"):
-            continue
-        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-            if isinstance(node, ast.Constant) and isinstance(node.value, str):
-                yield f"{path.relative_to(ROOT)}:{node.lineno}", node.value
-    pages = [ROOT / name for name in PAGES]
-    pages += sorted(path for ending in ("*.md", "*.j2", "*.html") for path in (ROOT / "docs").rglob(ending))
-    pages += sorted(path for ending in ("*.md", "*.j2", "*.html") for path in (ROOT / "src").rglob(ending))
-    for path in pages:
-        if path.exists():
-            yield str(path.relative_to(ROOT)), path.read_text(encoding="utf-8")
-
-
-def claims_in(text: str, claiming: re.Pattern[str], allowed: re.Pattern[str]) -> list[str]:
-    """Matches that are no part of an allowed phrase."""
-    flat = re.sub(r"\s+", " ", text)
-    spans = [match.span() for match in allowed.finditer(flat)]
-    return [
-        flat[max(0, found.start() - 40) : found.end() + 40]
-        for found in claiming.finditer(flat)
-        if not any(start <= found.start() and found.end() <= stop for start, stop in spans)
-    ]
-
-
-@pytest.mark.parametrize(("claiming", "allowed"), [(CLAIMING, ALLOWED), (DP, DP_ALLOWED)], ids=["words", "DP"])
-def test_nothing_is_called_private_anonymous_or_dp(claiming, allowed):
-    found = {where: hits for where, text in texts() if (hits := claims_in(text, claiming, allowed))}
+def test_nothing_is_called_private_anonymous_or_dp():
+    found = {where: hits for where, text in texts(ROOT) if (hits := claims_in(text))}
     assert not found
+
+
+def test_every_kind_of_file_of_the_package_and_its_pages_is_read():
+    read = {path.relative_to(ROOT) for path in files(ROOT)}
+    assert {path.suffix for path in read} >= {".py", ".pyi", ".md", ".j2", ".toml", ".json", ".jsonl", ".proto"}
+    assert {Path("README.md"), Path("pyproject.toml"), Path("src/fedsea/assets/plan.toml")} <= read
 
 
 @pytest.mark.parametrize(
@@ -79,15 +35,76 @@ def test_nothing_is_called_private_anonymous_or_dp(claiming, allowed):
         "fedsea anonymises names.",
         "A private federation",
         "No key leaves. Your text is private.",
+        "No key ever leaves this machine and so your text is private.",
+        "PRIVATE training",
+        "Privatised text",
+        "semi-private, semiprivate",
+        "Your text is pri-\nvate.",
+        "> Your text is pri-\n> vate.",
+        "pri\u00advate",
+        "pri&shy;vate",
+        "pri\u200bvate",
+        "\uff50\uff52\uff49\uff56\uff41\uff54\uff45",
+        "priv\u00e1te",
+        "<b>pri</b>vate",
+        '<img alt="private training">',
+        "**pri**vate, and _private_",
+        "pri{# a comment #}vate",
+        "pri{{ nothing }}vate",
+        "pseudo\u2010anonymous",
+        "de-identified notes, unidentifiable people",
+        "Differential Privacy",
+        "differentially\nprivate",
+        "with dp-SGD",
+        "two DPs",
+        "D.P. training",
+        "privacy-\npreserving",
+        "It preserves all of your privacy.",
+        "Full privacy",
     ],
 )
 def test_the_search_finds_what_it_is_for(claim):
-    assert claims_in(claim, CLAIMING, ALLOWED)
+    assert claims_in(claim)
 
 
-@pytest.mark.parametrize("fine", ["The private key never travels.", "fedsea calls no run private.", "private_key.pem"])
+@pytest.mark.parametrize(
+    "fine",
+    [
+        "The private key never travels.",
+        "**private** key",
+        "fedsea calls no\nrun private.",
+        "private_key.pem",
+        "no DP claim: no clip",
+        "A pseudonym is\n# no anonymity.",
+        "the privacy boundary",
+    ],
+)
 def test_the_search_leaves_what_is_meant_otherwise(fine):
-    assert not claims_in(fine, CLAIMING, ALLOWED)
+    assert not claims_in(fine)
+
+
+PLANTED = {
+    "README.md": "# Private\n",
+    "pyproject.toml": 'description = "private training"\n',
+    "src/fedsea/a.py": 'SAID = "Your text is pri" + "vate."\n',
+    "src/fedsea/b.py": "def f(x):\n    return f'{x} is ' 'pri' f'vate {x}'\n",
+    "src/fedsea/c.py": "x = 1  # no key leaves, and text is\n# private\n",
+    "src/fedsea/d.py": 'def f(x):\n    """It is pri-\n    vate."""\n',
+    "src/fedsea/audit/report.html.j2": "<p>pri<b>vate</b></p>",
+    "src/fedsea/assets/plan.toml": "a = 1  # private\n",
+    "src/fedsea/assets/silos/x.jsonl": '{"prompt": "anonymous"}\n',
+    "src/fedsea/wire/proto/messages.proto": "// anonym\n",
+    "docs/how-to/x.md": "| DP | private |\n",
+    "examples/x.py": "print('private')\n",
+}
+
+
+def test_a_claim_is_found_in_whatever_file_it_stands(tmp_path):
+    for name, text in PLANTED.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(text, encoding="utf-8")
+    found = {where.partition(":")[0].removesuffix(" (comments)") for where, text in texts(tmp_path) if claims_in(text)}
+    assert found == set(PLANTED)
 
 
 def plans() -> Iterator[FederationPlan]:
