@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import json
+import re
 import tomllib
 import typing
 from pathlib import Path
@@ -100,11 +101,19 @@ def _read_toml(path: Path) -> dict[str, Any]:
     except FileNotFoundError:
         raise ConfigError(f"There is no file {path}; `fedsea init` writes an example federation.") from None
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path} is not valid TOML: {error}") from None
+        raise ConfigError(f"{path} is not valid TOML: {_twice(str(error))}") from None
     except IsADirectoryError:
         raise ConfigError(f"{path} is a folder: give the TOML file in it.") from None
     except OSError as error:
         raise ConfigError(f"{path} cannot be read ({error.strerror}): check its permissions.") from None
+
+
+def _twice(said: str) -> str:
+    """What tomllib says; of a table that comes a second time, what to do about it."""
+    found = re.fullmatch(r"Cannot declare \('(.*)',\) twice (\(.*\))", said)
+    return (
+        said if found is None else f"the table [{found[1]}] comes twice {found[2]}; change the lines of the first one"
+    )
 
 
 def load_plan(path: Path) -> FederationPlan:
