@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from transformers import PreTrainedTokenizerFast, Trainer, TrainingArguments
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from fedsea.client.causal_lm import SplitCausalLM
 from fedsea.errors import ConfigError
@@ -98,7 +99,7 @@ def test_large_batch_travels_in_several_messages_and_activations_may_be_recomput
     whole, parameters, split, held = _pair(
         zoo, tmp_path, data={"max_tokens": WIDTH}, training={"micro_batch_sequences": 2}, inference={"max_sequences": 2}
     )
-    split.gradient_checkpointing_enable()
+    split.activation_checkpointing_enable()
     split.train()
     batch = _batch("right", lengths=(12, 12, 11, 12, 10, 12))
     asked = []
@@ -108,6 +109,22 @@ def test_large_batch_travels_in_several_messages_and_activations_may_be_recomput
         model(**batch).loss.backward()
     assert len(asked) > 1
     _close(held, parameters)
+
+
+def test_what_a_trainer_says_of_recomputing_is_heeded(zoo, tmp_path):
+    split = _pair(zoo, tmp_path / "base", partition={"input_blocks": 2, "output_blocks": 1})[2]
+    asked = {"every_n_layers": 2, "offload": True, "preserve_rng_state": False}
+    _trainer(
+        split, tmp_path / "out", activation_checkpointing=True, activation_checkpointing_kwargs=asked, max_steps=1
+    ).train()
+    blocks = [module for module in split.modules() if isinstance(module, GradientCheckpointingLayer)]
+    assert [block.gradient_checkpointing for block in blocks] == [True, False, True]
+    told = {"offload": True, "settings": {"preserve_rng_state": False}}
+    assert all(block._gradient_checkpointing_func.keywords == told for block in blocks)
+    with pytest.raises(ConfigError, match="use_reentrant"):
+        split.activation_checkpointing_enable({"use_reentrant": True})
+    split.activation_checkpointing_disable()
+    assert not split.is_activation_checkpointing
 
 
 def test_nothing_is_asked_back_where_nothing_below_the_trunk_trains(zoo, tmp_path):

@@ -5,11 +5,12 @@ import threading
 import pytest
 import torch
 from peft import LoraConfig, inject_adapter_in_model
+from torch.autograd.graph import save_on_cpu
 from torch.nn import functional as F
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from fedsea.errors import ConfigError
-from fedsea.model import head
+from fedsea.model import attention, head
 from fedsea.model.checkpoint import open_checkpoint
 from fedsea.model.loading import load_input_blocks, load_output_blocks, load_trunk
 from fedsea.model.packing import packing, run
@@ -112,6 +113,43 @@ def test_activation_checkpointing_recomputes_with_the_same_gradients(checkpoint,
     assert found[0].keys() == found[1].keys()
     for name, gradient in found[0].items():
         torch.testing.assert_close(found[1][name], gradient)
+
+
+@pytest.mark.parametrize("offload", [False, True])
+@pytest.mark.parametrize("every", [1, 2, 3])
+def test_every_nth_block_recomputes_and_what_it_starts_from_may_be_kept_in_the_hosts_memory(
+    checkpoint, hidden, every, offload, monkeypatch
+):
+    kept, calls, found = [], [], []
+
+    def watched(**settings):
+        kept.append(settings)
+        return save_on_cpu(**settings)
+
+    monkeypatch.setattr(attention, "save_on_cpu", watched)
+    for recompute in (False, True):
+        trunk = load_trunk(checkpoint, RANGE, dtype=F32)
+        if recompute:
+            attention.checkpoint_activations(trunk.model.train(), every, offload=offload)
+            for block in trunk.blocks:
+                norm = trunk.model.get_submodule(f"model.layers.{block}.input_layernorm")
+                norm.register_forward_hook(lambda *_, block=block: calls.append(block))
+        entered = hidden.clone().requires_grad_()
+        trunk(entered, LENGTHS).square().sum().backward()
+        found.append({"": entered.grad, **gradients(trunk)})
+    expected = [2 if number % every == 0 else 1 for number in range(len(trunk.blocks))]
+    assert [calls.count(block) for block in trunk.blocks] == expected
+    assert len(kept) == (expected.count(2) if offload else 0)
+    for name, gradient in found[0].items():
+        torch.testing.assert_close(found[1][name], gradient)
+
+
+@pytest.mark.parametrize(
+    ("asked", "says"), [({"every_n_layers": 0}, "give 1 or more"), ({"settings": {"use_reentrant": True}}, "reentran")]
+)
+def test_what_recomputation_cannot_do_is_refused(checkpoint, asked, says):
+    with pytest.raises(ConfigError, match=says):
+        attention.checkpoint_activations(load_trunk(checkpoint, RANGE, dtype=F32).model, **asked)
 
 
 def test_the_padded_fallback_equals_the_packed_path(checkpoint, hidden):

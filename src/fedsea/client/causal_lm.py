@@ -269,11 +269,26 @@ class SplitCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[misc]
     def tie_weights(self, *_: Any, **__: Any) -> None:
         """Nothing to do: the segments are loaded as they are."""
 
-    def gradient_checkpointing_enable(self, *_: Any, **__: Any) -> None:
-        """Recompute the activations of the client's blocks in the backward pass; the trunk is asked once either way."""
+    def gradient_checkpointing_enable(  # transformers' activation_checkpointing_enable comes here, and so do trainers
+        self,
+        gradient_checkpointing_kwargs: Mapping[str, Any] | None = None,
+        every_n_layers: int = 1,
+        offload: bool = False,
+    ) -> None:
+        """Recompute the activations of the client's blocks in the backward pass; the trunk is asked once either way.
+
+        Args:
+            gradient_checkpointing_kwargs: Settings of `torch.utils.checkpoint.checkpoint`.
+            every_n_layers: Only those of every n-th block, counted in each of the two segments.
+            offload: Keep what they are recomputed from in the host's memory.
+
+        Raises:
+            ConfigError: It is asked for in a way that the blocks cannot.
+        """
         for segment in (self.decoder.segments.input_blocks, self.decoder.segments.output_blocks):
             if len(segment.blocks):
-                checkpoint_activations(segment.model)
+                settings = gradient_checkpointing_kwargs
+                checkpoint_activations(segment.model, every_n_layers, offload=offload, settings=settings)
 
     def to(self, *args: Any, **kwargs: Any) -> SplitCausalLM:
         """Only to where it is: the device is chosen when the model is opened.

@@ -11,13 +11,15 @@ from __future__ import annotations
 
 import contextlib
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextvars import ContextVar
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, TypeAlias
 
 import torch
 from torch import nn
+from torch.autograd.graph import save_on_cpu
 from torch.utils.checkpoint import checkpoint
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
@@ -223,7 +225,7 @@ AttentionMaskInterface.register(SDPA, _sdpa_corner)
 AttentionMaskInterface.register(EAGER, _eager_corner)
 
 
-def _recompute(function: Callable[..., Any], *args: Any) -> Any:
+def _recompute(function: Callable[..., Any], *args: Any, offload: bool, settings: Mapping[str, Any]) -> Any:
     # The backward pass recomputes in a thread of autograd's own, where the caller's context is not set.
     segments = _CURRENT.get()
 
@@ -231,18 +233,33 @@ def _recompute(function: Callable[..., Any], *args: Any) -> Any:
         with attend_within(segments):
             return function(*inputs)
 
-    return checkpoint(again, *args, use_reentrant=False)
+    kept = save_on_cpu(pin_memory=torch.cuda.is_available()) if offload else contextlib.nullcontext()
+    with kept:
+        return checkpoint(again, *args, **{"use_reentrant": False, **settings})
 
 
-def checkpoint_activations(model: nn.Module) -> None:
-    """Recompute the activations of every block in the backward pass, when the model is in training mode.
+def checkpoint_activations(
+    model: nn.Module, every_n_layers: int = 1, *, offload: bool = False, settings: Mapping[str, Any] | None = None
+) -> None:
+    """Recompute the activations of blocks in the backward pass, when the model is in training mode.
+
+    Args:
+        model: Whose blocks.
+        every_n_layers: Only of the first of so many blocks; 1: of all.
+        offload: Keep the blocks' inputs, from which they are recomputed, in the host's memory.
+        settings: More of `torch.utils.checkpoint.checkpoint`.
 
     Raises:
-        ConfigError: The family's blocks cannot do so.
+        ConfigError: The family's blocks cannot do so, or it is asked for in a way that they cannot.
     """
     blocks = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
     if not blocks:
         raise ConfigError("Blocks of this family cannot recompute activations; set activation_checkpointing = false.")
-    for block in blocks:
-        block.gradient_checkpointing = True
-        block._gradient_checkpointing_func = _recompute
+    if every_n_layers < 1:
+        raise ConfigError("Activations of every_n_layers blocks are recomputed: give 1 or more.")
+    if (settings := settings or {}).get("use_reentrant"):
+        raise ConfigError("Blocks recompute their activations without reentrance: leave use_reentrant out.")
+    function = partial(_recompute, offload=offload, settings=settings)
+    for index, block in enumerate(blocks):
+        block.gradient_checkpointing = index % every_n_layers == 0
+        block._gradient_checkpointing_func = function
