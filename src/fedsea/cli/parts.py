@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+from collections.abc import Callable
 from types import TracebackType
 from typing import TYPE_CHECKING, Self
 
@@ -14,9 +16,14 @@ _MOST_LINES = 10
 
 
 class Parts:
-    """How far each part is: bars on a terminal, else a line every few steps and one when a part is done."""
+    """How far each part is: bars on a terminal, else a line every few steps and one when a part is done.
 
-    def __init__(self, silent: bool) -> None:
+    Args:
+        silent: Show nothing.
+        clock: Monotonic seconds.
+    """
+
+    def __init__(self, silent: bool, clock: Callable[[], float] = time.monotonic) -> None:
         from rich.console import Console
         from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
@@ -24,6 +31,8 @@ class Parts:
         self._lines = not silent and not console.is_terminal
         self._console = console
         self._tasks: dict[str, TaskID] = {}
+        self._clock = clock
+        self._began: dict[str, tuple[float, int]] = {}
         self._told: dict[str, int] = {}
         columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
         self._bars = Progress(*columns, console=console, disable=silent or not console.is_terminal)
@@ -50,8 +59,14 @@ class Parts:
             self._line(what, done, total)
 
     def _line(self, what: str, done: int, total: int) -> None:
+        now = self._clock()
+        began, first = self._began.setdefault(what, (now, done))
         told, every = self._told.get(what), max(_LINE_EVERY, total // _MOST_LINES)
         if told is None or done // every > told // every or told < done == total:
             self._told[what] = done
-            state = "done" if done == total else "under way"
-            self._console.print(f"{what}: {done} of {total}, {state}", markup=False, highlight=False, soft_wrap=True)
+            said = [f"{what}: {done} of {total}", "done" if done == total else "under way"]
+            if (gone := done - first) > 0:
+                said.append(f"{now - began:.0f} s")
+                if done < total:
+                    said.append(f"about {(now - began) / gone * (total - done):.0f} s left")
+            self._console.print(", ".join(said), markup=False, highlight=False, soft_wrap=True)

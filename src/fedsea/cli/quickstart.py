@@ -44,7 +44,9 @@ def quickstart(
     with Parts(silent) as parts:
         if as_json:
             result = run(QuickstartOptions(folder, steps), parts)
-            output.result(json.loads(result.to_json()) | {"audit": [row.to_json() for row in _audited(folder)]})
+            rows, left_out = _audited(folder)
+            audit = {"audit": [row.to_json() for row in rows], "audit_left_out": [" ".join(row) for row in left_out]}
+            output.result(json.loads(result.to_json()) | audit)
             return
 
         def present(found: QuickstartResult) -> None:
@@ -57,12 +59,20 @@ def quickstart(
     output.say(f"Try next: look into {folder}/plan.toml, then `fedsea init my-federation` for one of your own.")
 
 
-def _audited(folder: Path) -> list[TableRow]:
-    """What this server could have read of notes with planted identifiers, had a client sent them."""
+def _audited(folder: Path) -> tuple[list[TableRow], list[tuple[str, str]]]:
+    """What this server could have read of notes with planted identifiers, had a client sent them.
+
+    Returns:
+        The rows of the table, and defence and channel of those that there was no time for.
+    """
     from fedsea.audit.quick import quick_table
     from fedsea.plan import load_plan
 
-    return quick_table(load_plan(folder / "plan.toml"), folder / "model")
+    plan = load_plan(folder / "plan.toml")
+    rows = quick_table(plan, folder / "model")
+    channels = ("hidden", "gradient") if plan.sends_gradients(plan.client_names[0]) else ("hidden",)
+    asked = [(defence, channel) for defence in ("trusted-server", "Gaussian noise") for channel in channels]
+    return rows, asked[len(rows) :]
 
 
 def _show_audit(folder: Path) -> None:
@@ -71,9 +81,12 @@ def _show_audit(folder: Path) -> None:
 
     columns = ("defence", "channel", "tokens recovered", "by guessing", "identifiers")
     table = Table(*columns, title="What the server could have read: planted notes, sent as the clinic sends")
-    for row in _audited(folder):
+    rows, left_out = _audited(folder)
+    for row in rows:
         shares = (f"{100 * value:.0f} %" for value in (row.recovery, row.prior, row.identifiers))
         table.add_row(row.defence, f"{row.channel} ({row.attack})", *shares)
+    for defence, channel in left_out:
+        table.add_row(defence, channel, "left out: no time")
     output.say("\n")
     Console().print(table)
     output.say(f"The whole audit: fedsea audit {folder}/plan.toml --quick")

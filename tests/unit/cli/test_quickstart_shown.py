@@ -1,0 +1,56 @@
+"""What a quickstart says beside its figures: how long it takes, and what it had no time for."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from fedsea.audit import quick
+from fedsea.audit.quick import TableRow
+from fedsea.cli import main
+from fedsea.cli import quickstart as cli_quickstart
+from fedsea.cli.parts import Parts
+from fedsea.evaluation import quickstart
+
+PLAN = Path(quickstart.__file__).parents[1] / "assets" / "plan.toml"
+
+
+@pytest.mark.parametrize("ran", [0, 1, 3, 4])
+def test_quickstart_says_which_rows_of_its_audit_there_was_no_time_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], ran: int
+) -> None:
+    folder = tmp_path / "new"
+
+    def run(*_: Any) -> SimpleNamespace:
+        folder.mkdir()
+        shutil.copy(PLAN, folder)
+        return SimpleNamespace(to_json=lambda: "{}")
+
+    monkeypatch.setattr(quick, "quick_table", lambda *_: [row] * ran)
+    row = TableRow("some defence", "hidden", "A1", 1.0, 0.25, 0.5, 7.0)
+    monkeypatch.setattr(quickstart, "run", run)
+    expected = ["trusted-server hidden", "trusted-server gradient", "Gaussian noise hidden", "Gaussian noise gradient"]
+    assert main.run(["quickstart", "--folder", str(folder), "--json"]) == 0
+    result = json.loads(capsys.readouterr().out)
+    assert (len(result["audit"]), result["audit_left_out"]) == (ran, expected[ran:])
+    cli_quickstart._show_audit(folder)
+    lines = [line for line in capsys.readouterr().out.splitlines() if "left out: no time" in line]
+    assert [" ".join(line.replace("│", " ").split()[:-4]) for line in lines] == expected[ran:]
+
+
+def test_lines_about_a_part_say_how_long_it_takes_and_what_is_left(capsys: pytest.CaptureFixture[str]) -> None:
+    now = iter((100.0, 118.0, 138.0, 146.0))
+    parts = Parts(silent=False, clock=lambda: next(now))
+    for done in (1, 10, 20, 24):
+        parts("federation", done, 24)
+    assert capsys.readouterr().err.splitlines() == [
+        "federation: 1 of 24, under way",
+        "federation: 10 of 24, under way, 18 s, about 28 s left",
+        "federation: 20 of 24, under way, 38 s, about 8 s left",
+        "federation: 24 of 24, done, 46 s",
+    ]
