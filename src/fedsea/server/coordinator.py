@@ -204,20 +204,24 @@ class Coordinator:
             return self.secure.waiting_for()
         if self.round_due:
             return self.rounds.missing(self.expected())
-        return () if self.step is None else self.step.waiting_for()
+        return self.returning() if self.step is None else self.step.waiting_for()
+
+    def returning(self) -> tuple[str, ...]:
+        """Who trained before this server was started again and may be seeking it still, where others would go on."""
+        return () if self.wait_s is None or self.finished else self._returning.among(self.state.outcomes)
 
     def tick(self) -> None:
         """Called a few times a second: leave stragglers behind when their time is up."""
         if self.wait_s is None or self.failure is not None or self.finished:
             return
+        if self.step is None and not self.round_due:
+            self.advance()  # who was to return may be too late by now
         late = self._patience.exhausted()
-        if not late:
-            return
+        if not late or (self.round_due and self._returning.among(late)):
+            return  # a round without those who seek this server still would leave out what they trained
         if self.round_due and self.secure is not None:
-            # An attempt without them is in vain, or leaves their part out: they may be seeking this server still.
-            if not self._returning.any_of(late):
-                self.secure.late(late)
-                self.advance()
+            self.secure.late(late)
+            self.advance()
         elif self.round_due:
             self._aggregate()
         elif self.step is not None and not self.step.running and not self.step.finishing:

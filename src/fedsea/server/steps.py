@@ -42,6 +42,10 @@ class Decisions(Protocol):
         """Something may start now."""
         ...
 
+    def returning(self) -> tuple[str, ...]:
+        """Who is waited for before a step begins."""
+        ...
+
     def evict(self, name: str, error: FedseaError) -> None:
         """This client's values are at fault."""
         ...
@@ -80,7 +84,7 @@ class StepRunner:
         members = place(self._run.plan, number).members
         if self._run.wait_s is not None:
             members = tuple(name for name in members if name in self._run.connected)
-            if len(members) < self._run.plan.training.min_clients:
+            if len(members) < self._run.plan.training.min_clients or self._decisions.returning():
                 return
         counts = {name: self._run.plan.micro_batches_of(name)[0] for name in members}
         silent = [name for name in members if not self._run.plan.sends_gradients(name)]

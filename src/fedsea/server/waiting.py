@@ -72,6 +72,6 @@ class Returning:
         """It has come."""
         self._away.discard(name)
 
-    def any_of(self, names: Collection[str]) -> bool:
-        """Whether one of these may still be on its way."""
-        return not self._away.isdisjoint(names) and self._clock() < self._until
+    def among(self, names: Collection[str]) -> tuple[str, ...]:
+        """Those of these that may still be on their way."""
+        return tuple(name for name in names if name in self._away) if self._clock() < self._until else ()

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from fedsea.errors import AuthError, FedseaError, NonFiniteError, ProtocolError, StorageError
+from fedsea.server.waiting import RETURN_S
 from fedsea.types import BlockRange, Reply
 from fedsea.wire import messages as m
 from tests.unit.server.coordination import NAME, World, tensor_of
@@ -861,6 +862,54 @@ def test_a_round_waits_for_those_who_trained_in_it_even_after_a_restart(world):
     again.join("b", next_step=2)
     again.update("b", 3.0)
     assert again.ran("average") == [("average", ("a", "b"))]
+
+
+def test_a_restarted_server_closes_no_round_without_those_who_may_still_be_seeking_it(world):
+    w = world(**waits(rounds=1))
+    end_of_round(w, "a", "b")
+    again = world(**waits(rounds=1))
+    again.join("a", next_step=2)
+    again.update("a", 1.0)
+    again.pass_time(10.0)
+    assert again.ran("average") == [], "b seeks the server with pauses of up to ten seconds"
+    again.join("b", next_step=2)
+    again.update("b", 3.0)
+    assert again.ran("average") == [("average", ("a", "b"))]
+
+
+def test_a_restarted_server_closes_a_round_without_those_who_do_not_come(world):
+    w = world(**waits(rounds=1))
+    end_of_round(w, "a", "b")
+    again = world(**waits(rounds=1))
+    again.join("a", next_step=2)
+    again.update("a", 1.0)
+    again.pass_time(RETURN_S + 0.1)
+    assert again.ran("average") == [("average", ("a",))]
+
+
+def test_a_restarted_server_begins_no_step_before_those_who_trained_had_time_to_find_it(world):
+    w = world(**waits(rounds=2))
+    w.join("a", "b")
+    w.whole_step("a", "b")
+    again = world(**waits(rounds=2))
+    again.join("a", next_step=1)
+    assert not again.to("a", m.StepOpen), "a would train the rest of the round alone"
+    assert again.to("a", m.Waiting)[-1].waiting_for == again.coordinator.waiting_for() == ("b",)
+    again.pass_time(3.0)
+    again.join("b", next_step=1)
+    assert again.to("a", m.StepOpen) == again.to("b", m.StepOpen) == [m.StepOpen(1, 0)]
+
+
+def test_a_restarted_server_does_not_wait_long_for_who_trained_and_does_not_come(world):
+    w = world("a", "b", "c", **waits(rounds=2))
+    w.join("a", "b")
+    w.whole_step("a", "b")
+    again = world("a", "b", "c", **waits(rounds=2))
+    again.join("a", "c", next_step=1)
+    again.pass_time(RETURN_S - 0.1)
+    assert not again.to("a", m.StepOpen)
+    again.pass_time(0.2)
+    assert again.to("a", m.StepOpen) == again.to("c", m.StepOpen) == [m.StepOpen(1, 0)]
 
 
 def test_a_client_that_repeats_other_values_again_and_again_is_sent_away(world):
