@@ -11,7 +11,7 @@ import math
 import random
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -178,12 +178,23 @@ class Study:
 
     # --- figures ------------------------------------------------------------------------------------------------------
 
-    def figure(self, targets: Sequence[Target], answers: Sequence[Recovered]) -> dict[str, Any]:
-        """Recovery with its interval, and what is left of it beyond the prior."""
+    def figure(self, targets: Sequence[Target], *draws: Sequence[Recovered]) -> dict[str, Any]:
+        """Recovery with its interval, and what is left of it beyond the prior.
+
+        Args:
+            targets: The texts.
+            draws: An attack's answers, for each draw of the noise. A text's draws count as one text of their length,
+                so that the interval is over texts.
+        """
         if not self._guesses:
             attacker = self.attacker(self.plan(Partition(0, 0)))
             self._guesses = [attacker.expected(ids_T).argmax(1) for ids_T in self.attacked]
-        found: Score = score(targets, answers, self._guesses, lambda _: "")
+        guesses, answers = self._guesses, list(draws[0])
+        if len(draws) > 1:
+            guesses = [guess.repeat(len(draws)) for guess in guesses]
+            answers = [_joined(target, together) for target, *together in zip(targets, *draws, strict=True)]
+            targets = [replace(target, ids_T=target.ids_T.repeat(len(draws))) for target in targets]
+        found: Score = score(targets, answers, guesses, lambda _: "")
         recovery, excess = found.recovery, found.excess
         return {
             "recovery": recovery.value,
@@ -192,11 +203,12 @@ class Study:
             "excess_interval": [excess.low, excess.high],
         }
 
-    def forward(self, plan: FederationPlan, targets: Sequence[Target]) -> dict[str, Any]:
-        """A1 where nothing was added, else A2."""
+    def forward(self, plan: FederationPlan, *draws: Sequence[Target]) -> dict[str, Any]:
+        """A1 where nothing was added, else A2; of one draw of the noise or the mean of several."""
         attacker = self.attacker(plan)
         module = a2_likelihood if plan.noise.hidden_std else a1_nearest
-        return {"attack": "A2" if plan.noise.hidden_std else "A1"} | self.figure(targets, module.run(attacker, targets))
+        answers = [module.run(attacker, targets) for targets in draws]
+        return {"attack": "A2" if plan.noise.hidden_std else "A1"} | self.figure(draws[0], *answers)
 
     def backward(self, plan: FederationPlan, targets: Sequence[Target]) -> dict[str, Any]:
         """A5, joint with A2 where both channels are noised."""
@@ -257,3 +269,10 @@ class Study:
                 nats = [nats[0] - math.log(single), nats[1] - math.log(pair)]
                 count += 1
         return {"unigrams": math.exp(nats[0] / count), "bigrams": math.exp(nats[1] / count)}
+
+
+def _joined(target: Target, answers: Sequence[Recovered]) -> Recovered:
+    """Several answers for one text end to end; the beginning, which is known, counts in none."""
+    scored_T = torch.ones(len(target.ids_T), dtype=torch.bool)
+    scored_T[: target.begins] = False
+    return Recovered(torch.cat([answer.ids_T for answer in answers]), scored_T=scored_T.repeat(len(answers)))

@@ -36,10 +36,12 @@ def options() -> argparse.Namespace:
     parser.add_argument("--texts", type=int, default=32, help="texts under attack")
     parser.add_argument("--tokens", type=int, default=33, help="of each, the beginning token among them")
     parser.add_argument("--beam", type=int, default=64, help="hypotheses of a text that the search keeps under noise")
+    parser.add_argument("--draws", type=int, default=4, help="of the noise for every text; their mean counts")
+    parser.add_argument("--rhos", type=float, nargs="+", default=RHOS, help="noise norms, as shares of the hidden norm")
     parser.add_argument("--from-start", action="store_true", help="texts from their start instead of from inside")
     args = parser.parse_args()
     if args.tiny:
-        args.texts, args.tokens, args.beam = 2, 12, 4
+        args.texts, args.tokens, args.beam, args.draws, args.rhos = 2, 12, 4, 2, RHOS[::4]
     return args
 
 
@@ -51,10 +53,10 @@ def channels(study: Study, cut: Partition) -> dict[str, Any]:
     return row | {"forward": study.forward(plan, targets), "backward": study.backward(plan, targets)}
 
 
-def under_noise(study: Study, scale: float, rho: float) -> dict[str, Any]:
+def under_noise(study: Study, scale: float, rho: float, num_draws: int) -> dict[str, Any]:
     """A point of the curve: the attack on the hidden states, and what the model is worth."""
     plan = study.plan(MIDDLE, rho * scale)
-    found = study.forward(plan, study.observe(plan))
+    found = study.forward(plan, *(study.observe(plan) for _ in range(num_draws if rho else 1)))
     return {"rho": rho, **found, "perplexity": SplitRun(plan, study.checkpoint).perplexity(study.held)}
 
 
@@ -84,8 +86,8 @@ def main() -> None:
         shares = f"forward {row['forward']['recovery']:.3f}, backward {row['backward']['recovery']:.3f}"
         print(f"k = {cut.input_blocks}, m = {cut.output_blocks}: {shares}", file=sys.stderr)
     scale = study.scales(MIDDLE)[0]
-    for rho in RHOS[::4] if args.tiny else RHOS:
-        curve.append(under_noise(study, scale, rho))
+    for rho in args.rhos:
+        curve.append(under_noise(study, scale, rho, args.draws))
         low, high = curve[-1]["interval"]
         print(f"rho {rho:g}: {curve[-1]['recovery']:.3f} ({low:.3f} to {high:.3f})", file=sys.stderr)
     figures = {"prior": study.prior(), "every_cut": every_cut, "curve": curve}
@@ -95,6 +97,7 @@ def main() -> None:
         "texts": len(study.attacked),
         "tokens": args.tokens,
         "beam": args.beam,
+        "draws": args.draws,
         "from_start": args.from_start,
         "tiny": args.tiny,
     }
