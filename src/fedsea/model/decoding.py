@@ -158,7 +158,7 @@ class TrunkDecoder:
         try:
             for _ in range(num_sequences):
                 memory.caches.append(self.trunk.open_cache(max_tokens))
-        except FedseaError:
+        except Exception:
             memory.close()
             raise
         return memory
@@ -175,18 +175,19 @@ class TrunkDecoder:
             be closed, the others are not concerned.
         """
         results: dict[int, torch.Tensor | FedseaError] = {}
-        batches: dict[int, list[int]] = {}
+        batches: dict[int, list[tuple[int, CachedPart]]] = {}
         for number, turn in enumerate(turns):
             try:
                 turn.check()
-            except FedseaError as error:
-                results[number] = error
+                part = turn.settle()
+            except Exception as error:  # noqa: BLE001 (told to whose tokens they were, and logged)
+                results[number] = reason_of(error)
             else:
-                batches.setdefault(id(turn.memory.frozen), []).append(number)
-        for numbers in batches.values():
-            parts = [turns[number].settle() for number in numbers]
-            outcome = self._batch(parts, turns[numbers[0]].memory.frozen)
-            for number, result in zip(numbers, outcome, strict=True):
+                batches.setdefault(id(turn.memory.frozen), []).append((number, part))
+        for numbered in batches.values():
+            frozen = turns[numbered[0][0]].memory.frozen
+            outcome = self._batch([part for _, part in numbered], frozen)
+            for (number, _), result in zip(numbered, outcome, strict=True):
                 results[number] = result
         return [results[number] for number in range(len(turns))]
 
@@ -194,34 +195,48 @@ class TrunkDecoder:
         try:
             device = self.trunk.device
             outputs = self.trunk.extend_group([_on(part, device) for part in parts], frozen)
+            finite = _finite(outputs)  # a device tells of what went wrong before only when it is asked for a number
         except Exception as error:  # noqa: BLE001 (told to whose tokens they were, and logged)
             for part in parts:
-                part.extension.wipe()
+                _wipe(part)
             if len(parts) > 1:  # whoever is at fault fails alone
                 return [result for part in parts for result in self._batch([part], frozen)]
-            return [_reason(error)]
-        together = torch.cat(outputs) if len(outputs) > 1 else outputs[0]
-        if not math.isfinite(float(together.sum(dtype=torch.float32))):
-            return [self._checked(part, output) for part, output in zip(parts, outputs, strict=True)]
-        for part in parts:
-            part.extension.commit()
-        return list(outputs)
+            return [reason_of(error)]
+        return [_outcome(part, output, good) for part, output, good in zip(parts, outputs, finite, strict=True)]
 
-    def _checked(self, part: CachedPart, output: torch.Tensor) -> torch.Tensor | FedseaError:
-        if torch.isfinite(output).all():
-            part.extension.commit()
-            return output
+
+def _finite(outputs: Sequence[torch.Tensor]) -> list[bool]:
+    """Of each output; usually found by one look at all of them."""
+    together = torch.cat(list(outputs)) if len(outputs) > 1 else outputs[0]
+    if math.isfinite(float(together.sum(dtype=torch.float32))):
+        return [True] * len(outputs)
+    return [bool(torch.isfinite(output).all()) for output in outputs]
+
+
+def _outcome(part: CachedPart, output: torch.Tensor, good: bool) -> torch.Tensor | FedseaError:
+    if good:
+        part.extension.commit()
+        return output
+    _wipe(part)
+    return NonFiniteError(
+        "The trunk's output for this session is not finite: use bf16 or fp32 instead of fp16, or another model."
+    )
+
+
+def _wipe(part: CachedPart) -> None:
+    """Undo the writing of tokens that came to nothing; a device that cannot even do that runs nobody's tokens."""
+    try:
         part.extension.wipe()
-        return NonFiniteError(
-            "The trunk's output for this session is not finite: use bf16 or fp32 instead of fp16, or another model."
-        )
+    except Exception as error:
+        log.error("a session's tokens could not be wiped", exc_info=error)
 
 
-def _reason(error: Exception) -> FedseaError:
+def reason_of(error: Exception) -> FedseaError:
+    """What a client is told of an error; the log has what is not for it."""
     if isinstance(error, FedseaError):
         return error
-    log.error("a session's tokens could not be run", exc_info=error)
-    if isinstance(error, torch.OutOfMemoryError):
+    log.error("a session could not be served", exc_info=error)
+    if isinstance(error, torch.OutOfMemoryError | MemoryError):
         return CapacityError("The server ran out of memory; try again later.", 5.0)
     return FedseaError("The server could not run this and logged why; tell its operator.")
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 import torch
 
 from fedsea.errors import FedseaError
-from fedsea.model.decoding import Memory, TrunkDecoder, Turn
+from fedsea.model.decoding import Memory, TrunkDecoder, Turn, reason_of
 from fedsea.wire import messages as m
 
 Answer = Callable[[m.Message], None]
@@ -164,11 +164,7 @@ class Batcher:
         """Run the next batch; on the engine thread."""
         self.gather()
         batch, began = self.take(), self._clock()
-        turns = [
-            Turn(r.session.memory, r.message.positions, r.message.lengths, r.message.sources, r.message.tensors[""])  # type: ignore[index]
-            for r in batch
-        ]
-        results = list(zip(batch, self._decoder.run(turns), strict=True))
+        results = self._results(batch)
         with self._lock:
             now = self._clock()
             self._last_batch_s = now - began
@@ -176,6 +172,17 @@ class Batcher:
                 ready.session.answered_at = now
                 self._away[ready.session] = None
         return results
+
+    def _results(self, batch: list[Ready]) -> list[tuple[Ready, torch.Tensor | FedseaError]]:
+        try:
+            turns = [
+                Turn(r.session.memory, r.message.positions, r.message.lengths, r.message.sources, r.message.tensors[""])  # type: ignore[index]
+                for r in batch
+            ]
+            return list(zip(batch, self._decoder.run(turns), strict=True))
+        except Exception as error:  # noqa: BLE001 (ends these sessions; raised here it would end the run)
+            reason = reason_of(error)
+            return [(ready, reason) for ready in batch]
 
 
 def _heads(queues: Queues) -> Iterator[Ready]:

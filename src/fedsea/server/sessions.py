@@ -20,7 +20,7 @@ import torch
 
 from fedsea.errors import CapacityError, ConfigError, FedseaError, ProtocolError, SessionLost, SessionTooLarge
 from fedsea.model.cache import Frozen
-from fedsea.model.decoding import TrunkDecoder
+from fedsea.model.decoding import TrunkDecoder, reason_of
 from fedsea.plan import InferenceSection
 from fedsea.server.batches import Answer, Batcher, Owners, Ready, Session
 from fedsea.server.engine import Engine
@@ -209,7 +209,11 @@ class Sessions:
     def _ran(self, results: list[tuple[Ready, torch.Tensor | FedseaError]]) -> None:
         self.num_batches += bool(results)
         for ready, result in results:
-            self._ran_one(ready, result)
+            try:
+                self._ran_one(ready, result)
+            except Exception as error:  # noqa: BLE001 (ends this session; raised here it would end the run)
+                ready.session.answer(_failure(ready.session.key[1], reason_of(error)))
+                self._end(ready.session)
         self._submitted = False  # only now: else the next batch would begin with the first of these alone
         if self._batcher.waiting:
             self._submit()

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import asyncio
+from unittest import mock
 
 import pytest
 import torch
 
 from fedsea.errors import NonFiniteError
-from fedsea.types import BlockRange
+from fedsea.model.slabs import Slab
+from fedsea.server import sessions
+from fedsea.types import BlockRange, Reply
 from fedsea.wire import messages as m
 from tests.unit.server.session_world import SIZE, TOKEN_BYTES, Stream, World, rows
 
@@ -256,6 +259,50 @@ def test_failure_of_the_engine_is_one_sessions_and_others_of_its_batch_go_on(cap
     torch.testing.assert_close(good.outputs(), {(0, 0): rows(1)})
     assert "99" not in caplog.text.replace("99.py", "")
     assert world.used[0] == 1
+
+
+@pytest.mark.parametrize("at", ["taking over", "looking at outputs", "wiping", "handing over"])
+def test_failure_anywhere_in_a_batch_is_one_sessions_and_leaves_no_page_of_it(at, monkeypatch, caplog):
+    world = World()
+    bad, good = Stream(world, "a"), Stream(world, "b")
+    bad.open(num_sequences=2)
+    good.open()
+    (session,) = (one for one in world.sessions._sessions.values() if one.client == "a")
+    slots = {cache.slot for cache in session.memory.caches}
+    error = RuntimeError("no kernel")
+
+    def raises_for_bad(slot: int, *_: object) -> None:
+        if slot in slots:
+            raise error
+
+    if at == "taking over":
+        monkeypatch.setattr(Slab, "take_over", lambda self, slot, *_: raises_for_bad(slot))
+    elif at == "looking at outputs":
+        monkeypatch.setattr(torch, "isfinite", mock.Mock(side_effect=error))
+    elif at == "wiping":
+        world.trunk.fails = lambda hidden: error if hidden[0, 0] == 99 else None
+        monkeypatch.setattr(Slab, "wipe", lambda self, slot, *_: raises_for_bad(slot))
+    else:
+        monkeypatch.setattr(
+            sessions,
+            "Reply",
+            lambda tensors: raises_for_bad(next(iter(slots))) if len(tensors[""]) == 2 else Reply(tensors),
+        )
+    value = {"wiping": 99.0, "looking at outputs": 3e38}.get(at, 1.0)
+    for stream in (bad, good):
+        stream.answers.clear()
+    bad.forward(
+        0, 0, torch.full((2, SIZE), value), (0, 0), lengths=(1, 1), sources=(0, 0) if at == "taking over" else ()
+    )
+    good.forward(0, 0, rows(1))
+    world.run()
+    refused(bad.take(), "FEDSEA", "logged why")
+    torch.testing.assert_close(good.outputs(), {(0, 0): rows(1)})
+    assert world.used == (1, SLAB_BYTES, 1)
+    assert "no kernel" in caplog.text, "for the operator"
+    good.forward(0, 1, rows(1, 1), 1)
+    world.run()
+    assert good.outputs().keys() == {(0, 1)}, "and the engine goes on"
 
 
 def test_client_that_sends_without_end_loses_that_session():
