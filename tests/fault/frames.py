@@ -96,7 +96,7 @@ def client_messages() -> list[m.Message]:
         m.SessionForward(
             3, 0, (0,) * len(LENGTHS), LENGTHS, tuple(range(len(LENGTHS)))[::-1], False, boundary.hidden(hidden())
         ),
-        m.SessionClose(3),
+        m.SessionClose(3, 7),
         m.Finished(9),
         m.Failure("CONFIG", "Say what to do.", 0.0, -1, True),
     ]

@@ -138,7 +138,7 @@ class RemoteSession:
         """The stream is a new one."""
         unanswered = any(sent.future is not None for sent in self._history)
         if self._standing is not _Standing.NEW and unanswered and not self._may_lose():
-            self.over(SessionLost(f"The connection broke {_MOST_LOSSES} times without an answer; try again later."))
+            self._leave(SessionLost(f"The connection broke {_MOST_LOSSES} times without an answer; try again later."))
         self.ask()
 
     def _may_lose(self) -> bool:
@@ -245,8 +245,8 @@ class RemoteSession:
         """End the session on this side, and tell the server so."""
         asked = self._standing is not _Standing.NEW
         self.over(error)
-        if asked and self._owner.online:
-            self._owner.post.send(m.SessionClose(self.number))
+        if asked:
+            self._owner.tell_closed(self.number)
 
     def over(self, error: FedseaError) -> None:
         """The server has ended the session, or the stream is gone for good."""

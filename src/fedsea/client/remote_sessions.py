@@ -19,6 +19,8 @@ from fedsea.wire import messages as m
 
 __all__ = ["Post", "RemoteSession", "RemoteSessions"]
 
+_MOST_CLOSED = 64
+"""So many ends of sessions are told again on a new stream, for the old one may have been broken when they were."""
 _LONGEST_NUMBER = 1 << 14
 """Session numbers start again here: they are part of every message, and short."""
 
@@ -53,11 +55,12 @@ class RemoteSessions:
         self.blocks = blocks
         self.prefill_tokens = prefill_tokens
         self.retry = retry
-        self.owner = secrets.randbits(52)
+        self.owner = 1 + secrets.randbits(52)
         self.online = online
         self.lock = threading.RLock()
         self._sessions: dict[int, RemoteSession] = {}
         self._lost: FedseaError | None = None
+        self._closed: deque[int] = deque(maxlen=_MOST_CLOSED)
         self._next = 0
         self._answered = False  # any session, since the last look
         self._due: deque[tuple[Future[torch.Tensor], Any]] = deque()
@@ -65,7 +68,7 @@ class RemoteSessions:
     def open(self, max_tokens: int, num_sequences: int) -> RemoteSession:
         """A new session; the server is asked at once."""
         with self.lock:
-            while self._next in self._sessions:
+            while self._next in self._sessions or self._next in self._closed:
                 self._next = (self._next + 1) % _LONGEST_NUMBER
             session = RemoteSession(self, self._next, max_tokens, num_sequences, self.blocks)
             self._next = (self._next + 1) % _LONGEST_NUMBER
@@ -80,10 +83,18 @@ class RemoteSessions:
         """Forget a session that is over."""
         self._sessions.pop(session.number, None)
 
+    def tell_closed(self, number: int) -> None:
+        """A session is over on this side; under the lock."""
+        self._closed.append(number)
+        if self.online:
+            self.post.send(m.SessionClose(number, self.owner))
+
     def connected(self) -> None:
         """The stream is a new one: every session is opened on it again."""
         with self.lock:
             self.online = True
+            for number in self._closed:
+                self.post.send(m.SessionClose(number, self.owner))
             for session in list(self._sessions.values()):
                 session.connected()
         self.settle()

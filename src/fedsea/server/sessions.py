@@ -96,8 +96,7 @@ class Sessions:
                 case m.SessionForward():
                     self._forward(client, owners, message)
                 case m.SessionClose():
-                    if (session := self._of(client, owners, message.session)) is not None:
-                        self._end(session)
+                    self._close(client, owners, message)
                 case _:
                     raise ProtocolError(f"A client may not send {type(message).__name__} here.")
         except FedseaError as error:
@@ -134,6 +133,13 @@ class Sessions:
         session.owners, session.answer = owners, answer
         session.last_used = self._ports.clock()
         answer(m.SessionOpened(message.session, session.memory.held, session.version, self._settings.lease_s))
+
+    def _close(self, client: str, owners: Owners, message: m.SessionClose) -> None:
+        session = self._of(client, owners, message.session)
+        if message.owner:
+            session = self._sessions.get((client, message.owner, message.session))
+        if session is not None:
+            self._end(session)
 
     def _admit(self, client: str, owners: Owners, message: m.SessionOpen, answer: Answer) -> Session:
         settings = self._settings

@@ -386,9 +386,15 @@ class SessionOutput:
 
 @dataclass(frozen=True, slots=True)
 class SessionClose:
-    """Client: is done with a session."""
+    """Client: is done with a session.
+
+    Attributes:
+        session: Its number.
+        owner: Of the client's process, whichever stream the session was opened on; 0 means one of this stream alone.
+    """
 
     session: int
+    owner: int = 0
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,7 +11,7 @@ import torch
 
 from fedsea.client.patience import LOOKS
 from fedsea.client.remote_session import _MOST_LOSSES, _WINDOW
-from fedsea.client.remote_sessions import RemoteSession, RemoteSessions
+from fedsea.client.remote_sessions import _MOST_CLOSED, RemoteSession, RemoteSessions
 from fedsea.client.retry import RetryPolicy
 from fedsea.errors import CapacityError, FedseaError, ProtocolError, SessionLost, TransportError
 from fedsea.types import BlockRange
@@ -88,6 +88,9 @@ class Bench:
         assert isinstance(message, m.SessionForward)
         tensors = {} if message.silent else {"": torch.full((sum(message.lengths), 2), float(message.number))}
         self.sessions.receive(m.SessionOutput(message.session, message.number, tensors))
+
+    def end_of(self, session: RemoteSession) -> m.SessionClose:
+        return m.SessionClose(session.number, self.sessions.owner)
 
     def break_connection(self) -> None:
         self.sessions.disconnected()
@@ -173,12 +176,38 @@ def test_closed_session_tells_the_server_and_whoever_waits():
     late = bench.post.take()[0]
     session.close()
     session.close()
-    assert bench.post.take() == [m.SessionClose(session.number)]
+    assert bench.post.take() == [bench.end_of(session)]
     with pytest.raises(ProtocolError, match="closed on this side"):
         future.result(0)
     bench.answer(late)  # an answer that crossed the goodbye
     with pytest.raises(ProtocolError, match="closed on this side"):
         say(session, "b", 1).result(0)
+
+
+def test_end_of_a_session_is_told_when_the_stream_is_back_and_again_if_it_breaks_once_more():
+    bench = Bench()
+    session, heard, other = bench.open(), bench.open(), bench.open()
+    heard.close()  # or not: the stream may have been broken already
+    bench.break_connection()
+    session.close()
+    assert bench.post.take() == []
+    for _ in range(2):
+        bench.sessions.connected()
+        sent = bench.post.take()
+        assert sent[:-1] == [bench.end_of(heard), bench.end_of(session)]
+        assert (kinds(sent[-1:]), sent[-1].session) == (["Open"], other.number)
+        bench.break_connection()
+
+
+def test_ends_that_are_told_again_are_few_and_their_numbers_not_used_again():
+    bench = Bench()
+    closed = [bench.open() for _ in range(_MOST_CLOSED + 3)]
+    for session in closed:
+        session.close()
+    bench.reconnect()
+    assert bench.post.take() == [bench.end_of(session) for session in closed[3:]]
+    bench.sessions._next = closed[0].number
+    assert [bench.open().number for _ in range(4)] == [0, 1, 2, closed[-1].number + 1]
 
 
 def test_number_of_a_session_is_not_used_again_while_it_is_open():
@@ -397,7 +426,7 @@ def test_other_version_of_the_trunk_ends_an_answer_that_has_begun_and_no_other()
         bench.opened(session, version=6)
     with pytest.raises(SessionLost, match=r"step 0, now 6"):
         future.result(0)
-    assert m.SessionClose(begun.number) in bench.post.take(), "else the server keeps its memory"
+    assert bench.end_of(begun) in bench.post.take(), "else the server keeps its memory"
     assert fresh.version == 6
     assert not say(fresh, "a", 0).done()
 
@@ -519,6 +548,7 @@ def test_connection_that_breaks_for_ever_ends_whoever_waits_and_only_them():
         bench.reconnect()
     with pytest.raises(SessionLost, match="broke"):
         future.result(0)
+    assert bench.end_of(waits) in bench.post.take()
     bench.opened(idle)
     assert not say(idle, "a", 0).done()
 
@@ -555,7 +585,7 @@ def test_wrong_answer_ends_its_session_alone(answer):
     bench.sessions.receive(answer)
     with pytest.raises(ProtocolError, match="The server"):
         future.result(0)
-    assert bench.post.take() == [m.SessionClose(bad.number)]
+    assert bench.post.take() == [bench.end_of(bad)]
     bench.answer(sent[1])
     assert told(fine, 0)
 
@@ -608,7 +638,7 @@ def test_server_that_owes_an_answer_too_long_ends_the_session_and_is_told():
     assert not future.done()
     look(bench, 1)
     assert future.exception(0) is SILENCE
-    assert bench.post.take() == [m.SessionClose(session.number)]
+    assert bench.post.take() == [bench.end_of(session)]
     assert not say(other, "a", 0).done()
 
 

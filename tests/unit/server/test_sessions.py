@@ -536,6 +536,25 @@ def test_what_did_not_run_before_the_stream_broke_runs_once():
     torch.testing.assert_close(got[0, 2], sum(rows(1, number) for number in range(3)))
 
 
+def test_session_that_was_closed_while_its_stream_was_away_ends_on_the_next_one_and_no_other_does():
+    world = World()
+    old, foreign = Stream(world, "a"), Stream(world, "b")
+    for session in (0, 1):
+        old.open(session)
+    old.forward(0, 0, rows(3))
+    deliver = world.start()
+    foreign.send(m.SessionClose(0, 7))
+    new = Stream(world, "a")
+    for owner in (0, 8):
+        new.send(m.SessionClose(0, owner))
+    assert world.used[::2] == (2, 2)
+    for _ in range(2):
+        new.send(m.SessionClose(0, 7))
+    deliver()
+    assert world.used[::2] == (1, 1)
+    assert new.answers == []
+
+
 def test_failure_of_a_message_of_the_old_stream_is_told_on_the_new_one():
     world = World()
     old = Stream(world, "a")

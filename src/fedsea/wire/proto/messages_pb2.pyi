@@ -393,10 +393,12 @@ class SessionOutput(_message.Message):
     def __init__(self, session: _Optional[int] = ..., number: _Optional[int] = ...) -> None: ...
 
 class SessionClose(_message.Message):
-    __slots__ = ("session",)
+    __slots__ = ("session", "owner")
     SESSION_FIELD_NUMBER: _ClassVar[int]
+    OWNER_FIELD_NUMBER: _ClassVar[int]
     session: int
-    def __init__(self, session: _Optional[int] = ...) -> None: ...
+    owner: int
+    def __init__(self, session: _Optional[int] = ..., owner: _Optional[int] = ...) -> None: ...
 
 class SessionFailed(_message.Message):
     __slots__ = ("session", "code", "message", "retry_after_s")
