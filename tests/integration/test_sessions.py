@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import threading
-import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 
@@ -12,28 +11,13 @@ import pytest
 import torch
 
 from fedsea.client.decoding import SplitDecoder
-from fedsea.client.results import status
 from fedsea.errors import CapacityError, ConfigError, FedseaError, NonFiniteError, ProtocolError, TransportError
 from fedsea.model.decoding import TrunkDecoder
 from fedsea.wire import messages as m
-from tests.support.decoding import alone, answer, central, decoding, prompt_of
+from tests.support.decoding import alone, answer, central, comes_back_to, decoding, held, prompt_of
 from tests.support.federation import Federation, assert_same_bits
 
 DEADLINE_S = 60.0
-
-
-def held(fed: Federation) -> tuple[int, int, int]:
-    """Sequences, pages and bytes of sessions at the server."""
-    found = status(fed.address, fed.identities / "a")["inference"]
-    return found["sequences"], found["pages"], found["kv_bytes"]
-
-
-def comes_back_to(fed: Federation, expected: tuple[int, int, int]) -> bool:
-    """Whether the server holds so much again, soon: a goodbye is not answered."""
-    deadline = time.monotonic() + DEADLINE_S
-    while (found := held(fed)) != expected and time.monotonic() < deadline:
-        pass
-    return found == expected
 
 
 @pytest.fixture

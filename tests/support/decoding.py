@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import functools
+import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -16,6 +17,7 @@ from fedsea.client.decoding import Sequences, SplitDecoder
 from fedsea.client.invitation import fetch_invitation
 from fedsea.client.local_trunk import LocalTrunk
 from fedsea.client.remote_trunk import RemoteTrunk
+from fedsea.client.results import status
 from fedsea.client.retry import RetryPolicy
 from fedsea.client.trunk import Standing
 from fedsea.model import adapters
@@ -26,7 +28,22 @@ from fedsea.wire.identity.identity import Identity
 from tests.support.federation import Federation
 
 VOCAB = 97
+DEADLINE_S = 60.0
 FAMILIES = {"llama": {}, "qwen2": {}, "mistral": {"sliding_window": 6}, "glm4": {}}
+
+
+def held(fed: Federation) -> tuple[int, int, int]:
+    """Sequences, pages and bytes of sessions at the server."""
+    found = status(fed.address, fed.identities / "a")["inference"]
+    return found["sequences"], found["pages"], found["kv_bytes"]
+
+
+def comes_back_to(fed: Federation, expected: tuple[int, int, int]) -> bool:
+    """Whether the server holds so much again, soon: a goodbye is not answered."""
+    deadline = time.monotonic() + DEADLINE_S
+    while (found := held(fed)) != expected and time.monotonic() < deadline:
+        pass
+    return found == expected
 
 
 def family_checkpoint(folder: Path, family: str, **changes: int) -> Path:

@@ -17,6 +17,9 @@ class CuttingProxy:
     Args:
         server: `HOST:PORT`.
         cut_after_bytes: Totals of bytes from client to server, ascending; at each, everything is reset.
+
+    Attributes:
+        refuses: Whether new connections are closed at once.
     """
 
     def __init__(self, server: str, cut_after_bytes: Iterable[int] = ()) -> None:
@@ -27,6 +30,7 @@ class CuttingProxy:
         self._open: set[socket.socket] = set()
         self._listener = socket.create_server(("127.0.0.1", 0))
         self.address = f"127.0.0.1:{self._listener.getsockname()[1]}"
+        self.refuses = False
         self.num_cuts = 0
         self.num_bytes_up = 0
 
@@ -56,6 +60,9 @@ class CuttingProxy:
                 client, _ = self._listener.accept()
             except OSError:
                 return
+            if self.refuses:
+                client.close()
+                continue
             try:
                 server = socket.create_connection(self._server, timeout=10.0)
             except OSError:

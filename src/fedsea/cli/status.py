@@ -69,4 +69,6 @@ def _inference(now: dict[str, Any] | None) -> str:
         return "not offered by the plan"
     memory = f"{bytes_text(now['kv_bytes'])} of {bytes_text(now['kv_bytes_limit'])} for keys and values"
     people = f"{counted(now['sessions'], 'session')} with {counted(now['sequences'], 'sequence')}"
+    if waiting := now.get("waiting"):
+        people += f", {waiting} waiting for room"
     return f"{people}, {memory}, {counted(now['tokens'], 'token')} so far"

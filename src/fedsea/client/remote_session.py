@@ -9,7 +9,7 @@ from __future__ import annotations
 import itertools
 import logging
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
 from enum import Enum
@@ -79,7 +79,7 @@ class RemoteSession:
         self._next = 0
         self._losses = 0
         self._rebuilding = False
-        self._pauses: Iterator[float] | None = None
+        self._asked_at = 0.0
         self._waited_s = 0.0
         self._error: FedseaError | None = None
         self._patience = Patience()
@@ -130,6 +130,7 @@ class RemoteSession:
         if self._standing is _Standing.OVER or not owner.online:
             return
         self._patience.renew()
+        self._asked_at = owner.clock()
         self._standing = _Standing.ASKED if self._standing is _Standing.NEW else _Standing.AGAIN
         owner.post.send(m.SessionOpen(self.number, owner.owner, self.num_sequences, self.max_tokens, self.blocks))
         self._pump()
@@ -160,7 +161,7 @@ class RemoteSession:
             )
             return
         self.version = message.version
-        self._pauses, self._waited_s = None, 0.0
+        self._waited_s = 0.0
         first, self._standing = self._standing is _Standing.ASKED, _Standing.OPEN
         if not first:
             self._go_on(lost=not sum(message.held))
@@ -225,15 +226,15 @@ class RemoteSession:
                 self._standing = _Standing.WAITING
                 self._owner.post.later(pause, self._ask_again)
                 return
+            self._leave(error)  # it has a place in the server's line, which others wait behind
+            return
         self.over(error)
 
     def _pause(self, at_least_s: float) -> float | None:
-        """How long to wait for room; None: not any more."""
+        """How long to wait before asking for room again, which keeps the place in the server's line; None: no more."""
         policy = self._owner.retry
-        if self._pauses is None:
-            self._pauses = policy.pauses()
-        pause = max(next(self._pauses, policy.longest_s), at_least_s)
-        self._waited_s += pause
+        pause = max(policy.first_s, at_least_s) * (1 + policy.random.random() / 4)
+        self._waited_s += self._owner.clock() - self._asked_at + pause
         return pause if self._waited_s <= policy.retry_for_s else None
 
     def _ask_again(self) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import secrets
 import threading
+import time
 from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future
@@ -46,15 +47,24 @@ class RemoteSessions:
         prefill_tokens: The plan's bound of a message.
         retry: How long a server without room is asked again.
         online: Whether the stream is there already.
+        clock: Monotonic seconds.
     """
 
     def __init__(
-        self, post: Post, blocks: BlockRange, prefill_tokens: int, retry: RetryPolicy, *, online: bool = False
+        self,
+        post: Post,
+        blocks: BlockRange,
+        prefill_tokens: int,
+        retry: RetryPolicy,
+        *,
+        online: bool = False,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.post = post
         self.blocks = blocks
         self.prefill_tokens = prefill_tokens
         self.retry = retry
+        self.clock = clock
         self.owner = 1 + secrets.randbits(52)
         self.online = online
         self.lock = threading.RLock()

@@ -153,6 +153,11 @@ class SequenceCache:
         """Most tokens."""
         return self.slab.capacity
 
+    @property
+    def kept_tokens(self) -> float:
+        """Tokens whose memory it keeps: of its slab, the part of each sequence in it."""
+        return self.slab.num_tokens / (self.slab.num_slots - len(self.slab.free))
+
     def write(self, block: int, keys_NTD: torch.Tensor, values_NTD: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Put the new tokens' keys and values behind the old ones'.
 

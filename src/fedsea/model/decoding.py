@@ -116,7 +116,7 @@ def rearranged(caches: Sequence[SequenceCache], sources: Sequence[int]) -> list[
 
 
 class TrunkDecoder:
-    """Decodes through a trunk; to be used by one thread at a time, except for `open`, `bytes_for` and closing.
+    """Decodes through a trunk; to be used by one thread at a time, except for opening, closing, and what either costs.
 
     Args:
         trunk: The trunk segment, adapters attached.
@@ -146,6 +146,10 @@ class TrunkDecoder:
     def bytes_for(self, num_sequences: int, max_tokens: int) -> int:
         """Memory that a session needs at least; more is charged where it begins a slab of which others get a part."""
         return num_sequences * pages_for(max_tokens) * PAGE_TOKENS * self.token_bytes
+
+    def bytes_of(self, memory: Memory) -> float:
+        """Memory that an open session keeps; those of all sessions together are what is charged."""
+        return sum(cache.kept_tokens for cache in memory.caches) * self.token_bytes
 
     def open(self, num_sequences: int, max_tokens: int, blocks: BlockRange, frozen: Frozen) -> Memory:
         """An empty session.

@@ -207,7 +207,8 @@ class InferenceSection(Section):
     Attributes:
         enabled: Whether the server opens sessions at all.
         max_tokens: Longest sequence, prompt and answer together.
-        kv_memory_mb: Memory of the server for keys and values, in MiB; a session that does not fit waits or is refused.
+        kv_memory_mb: Memory of the server for keys and values, in MiB; a session that does not fit waits in a line, or
+            is refused. Every client is sure of an even share, and may have more while others leave it idle.
         max_sequences: Sequences that one client may have open at once.
         lease_s: A session without a message for so long ends.
         prefill_tokens: Most new tokens of a message; longer prompts travel, and run, in several.

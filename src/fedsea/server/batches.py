@@ -53,6 +53,10 @@ class Session:
     answered_at: float = 0.0
     back_after_s: float = 1.0
 
+    def idle_s(self, now: float) -> float:
+        """Seconds without anything to do."""
+        return 0.0 if self.running or self.waiting else now - self.last_used
+
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Ready:

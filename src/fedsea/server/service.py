@@ -236,16 +236,19 @@ class Service:
     async def _observe(self, link: _Link) -> None:
         owners: dict[int, int] = {}
         link.fail_session = partial(self.sessions.fail, link.session.peer.name, owners)
-        async for message in link.session:
-            match message:
-                case m.Finished():
-                    self.sessions.leave(owners)
-                    return
-                case m.SessionOpen() | m.SessionForward() | m.SessionClose():
-                    self.sessions.receive(link.session.peer.name, owners, message, link.put)
-                    await self.sessions.room(link.session.peer.name)
-                case _:
-                    await self._ask(link, message)
+        try:
+            async for message in link.session:
+                match message:
+                    case m.Finished():
+                        self.sessions.leave(owners)
+                        return
+                    case m.SessionOpen() | m.SessionForward() | m.SessionClose():
+                        self.sessions.receive(link.session.peer.name, owners, message, link.put)
+                        await self.sessions.room(link.session.peer.name)
+                    case _:
+                        await self._ask(link, message)
+        finally:
+            self.sessions.broke(owners)
 
     async def _ask(self, link: _Link, message: m.Message) -> None:
         await link.may_ask()

@@ -12,19 +12,19 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import math
 from collections import Counter
 from typing import Any
 
 import torch
 
-from fedsea.errors import CapacityError, ConfigError, FedseaError, ProtocolError, SessionLost, SessionTooLarge
-from fedsea.model.cache import Frozen
+from fedsea.errors import ConfigError, FedseaError, ProtocolError, SessionLost
 from fedsea.model.decoding import TrunkDecoder, reason_of
 from fedsea.plan import InferenceSection
+from fedsea.server.admission import Admission
 from fedsea.server.batches import Answer, Batcher, Owners, Ready, Session
 from fedsea.server.engine import Engine
 from fedsea.server.executor.local import Priority
+from fedsea.server.line import failure
 from fedsea.server.ports import Member, Ports
 from fedsea.types import Reply
 from fedsea.wire import messages as m
@@ -53,15 +53,14 @@ class Sessions:
         self._settings = settings
         self._decoder = decoder
         self._ports = ports
-        self._roster = roster
         self._sessions: dict[tuple[str, int, int], Session] = {}
-        self._published: tuple[int, Frozen] | None = None
-        self._used_sequences: Counter[str] = Counter()
+        self._admission = Admission(settings, decoder, roster, ports.clock)
         self._most_rows = _WAITING_MESSAGES * settings.most_rows
         self._waiting_rows: Counter[str] = Counter()
         self._some_ran = asyncio.Event()
         self._batcher = Batcher(decoder, settings.batch_tokens)
         self._submitted = False
+        self._num_ending = 0  # sessions whose memory is free when their batch has run
         self.num_tokens = 0
         self.num_batches = 0
 
@@ -72,7 +71,7 @@ class Sessions:
         if self._decoder.trunk.caches:
             # A token's memory is measured here, where nothing else runs.
             self._decoder.bound(self._settings.kv_memory_mb << 20)
-        self._published = (engine.next_step, self._decoder.trunk.freeze())
+        self._admission.published = (engine.next_step, self._decoder.trunk.freeze())
 
     # --- messages ---------------------------------------------------------------------------------------------------
 
@@ -102,7 +101,7 @@ class Sessions:
         except FedseaError as error:
             if number < 0:
                 raise
-            answer(_failure(number, error))
+            answer(failure(number, error))
 
     async def room(self, client: str) -> None:
         """Wait until few enough of a client's new tokens wait; it is not read from meanwhile."""
@@ -124,61 +123,49 @@ class Sessions:
         key = (client, message.owner, message.session)
         session = self._sessions.get(key)
         if session is None:
-            session = self._sessions[key] = self._admit(client, owners, message, answer)
-        elif len(session.memory.caches) != message.num_sequences or session.memory.blocks != message.blocks:
+            again = self._admission.ask(client, owners, message, answer)
+            owners[message.session] = message.owner
+            self._admit()
+            if not again:
+                self._admission.refuse(key)
+            return
+        if len(session.memory.caches) != message.num_sequences or session.memory.blocks != message.blocks:
             raise ProtocolError("A session was opened again in another shape.")
         owners[message.session] = message.owner
         # What still waits was sent on a stream that broke; the client sends it again.
         self._drop_waiting(session)
         session.owners, session.answer = owners, answer
         session.last_used = self._ports.clock()
-        answer(m.SessionOpened(message.session, session.memory.held, session.version, self._settings.lease_s))
+        self._say_opened(session)
 
     def _close(self, client: str, owners: Owners, message: m.SessionClose) -> None:
-        session = self._of(client, owners, message.session)
-        if message.owner:
-            session = self._sessions.get((client, message.owner, message.session))
-        if session is not None:
+        key = (client, message.owner or owners.get(message.session, -1), message.session)
+        self._admission.forget(key)
+        session = self._sessions.get(key)
+        if session is not None and (message.owner or session.owners is owners):
             self._end(session)
 
-    def _admit(self, client: str, owners: Owners, message: m.SessionOpen, answer: Answer) -> Session:
-        settings = self._settings
-        if message.blocks != self._roster[client].blocks:
-            blocks = self._roster[client].blocks
-            raise ProtocolError(f"Client {client} asked for other blocks than {blocks.start}:{blocks.stop}, its own.")
-        if message.max_tokens > settings.max_tokens:
-            raise ProtocolError(
-                f"A session of {message.max_tokens} tokens was asked for; the plan's inference.max_tokens is "
-                f"{settings.max_tokens}: shorten prompt or answer."
+    def _admit(self) -> None:
+        """Open what there is room for."""
+        while (admitted := self._admission.admit()) is not None:
+            waiter, memory, version = admitted
+            assert waiter.answer is not None
+            _, owner, number = waiter.key
+            session = Session(
+                waiter.client,
+                (owner, number),
+                memory,
+                version,
+                waiter.owners,
+                waiter.answer,
+                self._ports.clock(),
             )
-        if message.num_sequences > settings.max_sequences:
-            raise ProtocolError(
-                f"A session of {message.num_sequences} sequences was asked for; the plan's inference.max_sequences is "
-                f"{settings.max_sequences}."
-            )
-        own = self._used_sequences[client]
-        if own + message.num_sequences > settings.max_sequences:
-            raise CapacityError(
-                f"Client {client} has {own} sequences open, and the plan's inference.max_sequences is "
-                f"{settings.max_sequences}: close some, or try again later.",
-                1.0,
-            )
-        if self._published is None:
-            raise CapacityError("The server is not ready for sessions yet; try again.", 0.2)
-        if not self._decoder.trunk.caches:
-            raise ConfigError("Models of this family cannot decode with a cache; training and evaluation work.")
-        num_bytes = self._decoder.bytes_for(message.num_sequences, message.max_tokens)
-        if num_bytes > settings.kv_memory_mb << 20:
-            raise SessionTooLarge(
-                f"A session would need {math.ceil(num_bytes / 2**20)} MB for keys and values, and the server has "
-                f"{settings.kv_memory_mb} MB in all: shorten prompt or answer, ask for fewer sequences, or raise "
-                "inference.kv_memory_mb in the plan."
-            )
-        version, frozen = self._published
-        memory = self._decoder.open(message.num_sequences, message.max_tokens, message.blocks, frozen)
-        self._used_sequences[client] += message.num_sequences
-        key = (message.owner, message.session)
-        return Session(client, key, memory, version, owners, answer, self._ports.clock())
+            self._sessions[waiter.key] = session
+            self._say_opened(session)
+
+    def _say_opened(self, session: Session) -> None:
+        number = session.key[1]
+        session.answer(m.SessionOpened(number, session.memory.held, session.version, self._settings.lease_s))
 
     def _forward(self, client: str, owners: Owners, message: m.SessionForward) -> None:
         session = self._of(client, owners, message.session)
@@ -218,7 +205,7 @@ class Sessions:
             try:
                 self._ran_one(ready, result)
             except Exception as error:  # noqa: BLE001 (ends this session; raised here it would end the run)
-                ready.session.answer(_failure(ready.session.key[1], reason_of(error)))
+                ready.session.answer(failure(ready.session.key[1], reason_of(error)))
                 self._end(ready.session)
         self._submitted = False  # only now: else the next batch would begin with the first of these alone
         if self._batcher.waiting:
@@ -229,11 +216,12 @@ class Sessions:
         session.running = False
         self._no_longer_waiting(session, ready.num_tokens)
         if session.closed:
+            self._num_ending -= 1
             self._free(session)
             return
         session.last_used = self._ports.clock()
         if isinstance(result, FedseaError):
-            session.answer(_failure(session.key[1], result))
+            session.answer(failure(session.key[1], result))
             self._end(session)
             return
         self.num_tokens += ready.num_tokens
@@ -247,7 +235,7 @@ class Sessions:
     def fail(self, client: str, owners: Owners, number: int, error: FedseaError) -> None:
         """End a session whose output cannot be sent, and say why on its stream; the client's others go on."""
         if (session := self._of(client, owners, number)) is not None:
-            session.answer(_failure(number, error))
+            session.answer(failure(number, error))
             self._end(session)
 
     def _end(self, session: Session) -> None:
@@ -258,6 +246,7 @@ class Sessions:
         session.owners.pop(session.key[1], None)
         self._drop_waiting(session)
         if session.running:
+            self._num_ending += 1
             return  # the engine writes to its caches: they are free when the batch has run
         self._free(session)
 
@@ -275,17 +264,22 @@ class Sessions:
         self._some_ran.set()
 
     def _free(self, session: Session) -> None:
-        session.memory.close()
-        self._used_sequences[session.client] -= len(session.memory.caches)
+        self._admission.free(session.client, session.memory)
+        self._admit()
 
     def leave(self, owners: Owners) -> None:
-        """End all sessions of a stream whose client has said goodbye; after a break they are kept for their lease."""
+        """End all sessions of a stream whose client has said goodbye."""
+        self._admission.stream_ended(owners, for_good=True)
         for session in list(self._sessions.values()):
             if session.owners is owners:
                 self._end(session)
 
+    def broke(self, owners: Owners) -> None:
+        """A stream has ended without a goodbye: its sessions are kept for their lease, for the client may be back."""
+        self._admission.stream_ended(owners, for_good=False)
+
     def tick(self) -> None:
-        """End sessions whose lease has run out."""
+        """End sessions whose lease has run out, and let those who wait have what is theirs."""
         now, lease_s = self._ports.clock(), self._settings.lease_s
         for session in list(self._sessions.values()):
             if self._is_full(session.client):
@@ -293,19 +287,28 @@ class Sessions:
             elif not session.running and not session.waiting and now - session.last_used > lease_s:
                 log.info("a session of client %s ended: nothing came for %g s", session.client, lease_s)
                 self._end(session)
+        self._admission.tick()
+        self._admit()
+        self._reclaim()
+
+    def _reclaim(self) -> None:
+        if self._num_ending or (session := self._admission.lender(self._sessions.values())) is None:
+            return
+        if session.running or session.waiting:  # else it hears of it, as after a lease, when it goes on
+            lost = SessionLost("Another client waited for its share of the memory for keys and values.")
+            session.answer(failure(session.key[1], lost))
+        log.info("a session of client %s ended: others waited for their share of memory", session.client)
+        self._end(session)
 
     def status(self) -> dict[str, Any]:
         """For `fedsea status`."""
         return {
             "sessions": len(self._sessions),
-            "sequences": self._used_sequences.total(),
+            "waiting": self._admission.num_waiting,
+            "sequences": self._admission.used_sequences.total(),
             "kv_bytes": self._decoder.trunk.arena.num_bytes,
             "kv_bytes_limit": self._settings.kv_memory_mb << 20,
             "pages": self._decoder.trunk.arena.pages,
             "tokens": self.num_tokens,
             "batches": self.num_batches,
         }
-
-
-def _failure(session: int, error: FedseaError) -> m.SessionFailed:
-    return m.SessionFailed(session, error.code, error.message, getattr(error, "retry_after_s", 0.0))

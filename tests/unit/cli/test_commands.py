@@ -247,3 +247,12 @@ def test_status_says_why_a_client_is_not_let_in(capsys: pytest.CaptureFixture[st
     }
     _show(answer)
     assert "not connected (revoked), the step waits for it" in capsys.readouterr().out
+
+
+def test_status_says_how_many_wait_for_room() -> None:
+    from fedsea.cli.status import _inference
+
+    now = {"sessions": 2, "sequences": 3, "kv_bytes": 0, "kv_bytes_limit": 1, "tokens": 0}
+    assert "2 sessions with 3 sequences, 4 waiting for room, " in _inference(now | {"waiting": 4})
+    for none in (now, now | {"waiting": 0}):
+        assert "waiting" not in _inference(none)

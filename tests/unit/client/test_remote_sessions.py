@@ -66,7 +66,10 @@ class Bench:
 
     def __init__(self, *, retry_for_s: float = 600.0, prefill_tokens: int = 8, online: bool = True) -> None:
         self.post = Post()
-        self.sessions = RemoteSessions(self.post, BLOCKS, prefill_tokens, RetryPolicy(retry_for_s), online=online)
+        self.now = 0.0
+        self.sessions = RemoteSessions(
+            self.post, BLOCKS, prefill_tokens, RetryPolicy(retry_for_s), online=online, clock=lambda: self.now
+        )
 
     def open(self, num_sequences: int = 1, *, answered: bool = True) -> RemoteSession:
         session = self.sessions.open(64, num_sequences)
@@ -251,6 +254,29 @@ def test_session_without_room_for_too_long_says_so():
     assert 10.0 < waited_s <= 30.0
     with pytest.raises(CapacityError, match="full"):
         future.result(0)
+
+
+def test_place_in_the_servers_line_is_kept_by_asking_as_soon_as_the_server_says():
+    bench = Bench()
+    session = bench.open(answered=False)
+    for _ in range(20):
+        bench.failed(session, CapacityError("full", 0.5))
+        assert 0.5 <= bench.post.ring() <= 0.625, "it does not become longer"
+
+
+def test_time_for_which_the_server_lets_an_opening_wait_counts_and_the_server_is_told_of_the_end():
+    bench = Bench(retry_for_s=30.0)
+    session = bench.open(answered=False)
+    future = say(session, "a", 0)
+    for _ in range(14):
+        bench.failed(session, CapacityError("full", 0.2))
+        bench.post.ring()
+        bench.post.take()
+        bench.now += 2.0
+    bench.failed(session, CapacityError("full", 0.2))
+    assert isinstance(future.exception(0), CapacityError)
+    assert bench.post.due == []
+    assert bench.post.take() == [bench.end_of(session)], "others stand behind it"
 
 
 def test_server_that_sends_one_away_for_a_day_is_not_waited_for():

@@ -74,8 +74,12 @@ class Stream:
 
     def open(self, session: int = 0, *, max_tokens: int = 32, num_sequences: int = 1, owner: int = 7) -> m.Message:
         """The answer."""
-        self.send(m.SessionOpen(session, owner, num_sequences, max_tokens, BLOCKS))
+        self.open_silently(session, max_tokens=max_tokens, num_sequences=num_sequences, owner=owner)
         return self.answers[-1]
+
+    def open_silently(self, session: int, *, max_tokens: int, num_sequences: int = 1, owner: int = 7) -> None:
+        """The answer may wait."""
+        self.send(m.SessionOpen(session, owner, num_sequences, max_tokens, BLOCKS))
 
     def forward(
         self,

@@ -136,6 +136,7 @@ def test_stream_is_not_read_on_before_the_sessions_have_room():
             receive=lambda client, owners, message, answer: received.append(message.session),
             room=lambda client: room.wait(),
             leave=lambda owners: received.append("left"),
+            broke=lambda owners: received.append("ended"),
             fail=lambda client, owners, number, error: None,
         )
 
@@ -153,6 +154,6 @@ def test_stream_is_not_read_on_before_the_sessions_have_room():
         assert received == [0]
         room.set()
         await asyncio.wait_for(reading, 5.0)
-        assert received == [0, 1, 2, "left"]
+        assert received == [0, 1, 2, "left", "ended"]
 
     asyncio.run(work())

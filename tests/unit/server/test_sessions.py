@@ -73,6 +73,7 @@ def test_memory_that_was_made_is_within_the_bound_when_sessions_of_one_length_le
     while isinstance(first.open(sessions, max_tokens=64), m.SessionOpened):
         first.forward(sessions, 0, rows(1))
         sessions += 1
+    first.send(m.SessionClose(sessions))
     world.run()
     slabs = {}
     for session in world.sessions._sessions.values():
