@@ -48,6 +48,7 @@ class _Sent:
     """One message of a session.
 
     Attributes:
+        parts: Its rows; several where messages were merged, whose rows then are joined when they are asked for.
         future: Whoever waits for the answer; None when it came.
     """
 
@@ -55,8 +56,15 @@ class _Sent:
     positions: tuple[int, ...]
     lengths: tuple[int, ...]
     sources: tuple[int, ...]
-    sealed: Sealed
+    parts: list[Sealed]
     future: Future[torch.Tensor] | None
+
+    @property
+    def sealed(self) -> Sealed:
+        """All rows."""
+        if len(self.parts) > 1:
+            self.parts[:] = [self.parts[0].followed_by(*self.parts[1:])]
+        return self.parts[0]
 
 
 class RemoteSession:
@@ -96,7 +104,7 @@ class RemoteSession:
             if self._error is not None:
                 future.set_exception(self._error)
                 return future
-            sent = _Sent(self._next, tuple(positions), tuple(lengths), tuple(sources), hidden, future)
+            sent = _Sent(self._next, tuple(positions), tuple(lengths), tuple(sources), [hidden], future)
             self._next += 1
             self._forget_behind(sent)
             self._history.append(sent)
@@ -285,10 +293,24 @@ class RemoteSession:
         kept = last.positions[0] - before.positions[0]
         if kept < 1 or kept + last.lengths[0] > self._owner.prefill_tokens:
             return
-        sealed = before.sealed if kept == before.lengths[0] else before.sealed.head(kept)
         lengths = (kept + last.lengths[0],)
-        joined = _Sent(last.number, before.positions, lengths, before.sources, sealed.followed_by(last.sealed), None)
-        self._history[-2:] = [joined]
+        parts = _appended(before.parts, before.lengths[0] - kept, last.sealed)
+        self._history[-2:] = [_Sent(last.number, before.positions, lengths, before.sources, parts, None)]
+
+
+def _appended(parts: list[Sealed], num_taken_back: int, new: Sealed) -> list[Sealed]:
+    """Rows without so many of the last ones, and new ones behind.
+
+    A part is longer than the one behind it: so there are few, and a row is copied as often as the length is doubled.
+    """
+    while num_taken_back:
+        last = parts.pop()
+        if last.num_rows > num_taken_back:
+            parts.append(last.head(last.num_rows - num_taken_back))
+        num_taken_back -= min(last.num_rows, num_taken_back)
+    while parts and parts[-1].num_rows <= new.num_rows:
+        new = parts.pop().followed_by(new)
+    return [*parts, new]
 
 
 def _repeatable(unanswered: Sequence[_Sent]) -> bool:

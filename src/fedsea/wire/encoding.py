@@ -89,11 +89,12 @@ class Sealed:
         pieces = tuple(piece[: len(piece) // self.num_rows * num_rows] for piece in self.pieces)
         return Sealed(self.channel, (replace(spec, shape=(num_rows, *spec.shape[1:])),), pieces)
 
-    def followed_by(self, other: Sealed) -> Sealed:
-        """The rows of two hidden states, one after the other: the very same bytes."""
+    def followed_by(self, *others: Sealed) -> Sealed:
+        """The rows of several hidden states, one after the other: the very same bytes."""
         (spec,) = self.specs
-        pieces = tuple(np.concatenate(pair) for pair in zip(self.pieces, other.pieces, strict=True))
-        shape = (self.num_rows + other.num_rows, *spec.shape[1:])
+        every = (self, *others)
+        pieces = tuple(np.concatenate(same) for same in zip(*(one.pieces for one in every), strict=True))
+        shape = (sum(one.num_rows for one in every), *spec.shape[1:])
         return Sealed(self.channel, (replace(spec, shape=shape),), pieces)
 
 

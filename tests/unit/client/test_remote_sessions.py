@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import dataclass, field
+from typing import Any
 
 import pytest
 import torch
@@ -14,10 +16,14 @@ from fedsea.client.remote_session import _MOST_LOSSES, _WINDOW
 from fedsea.client.remote_sessions import _MOST_CLOSED, RemoteSession, RemoteSessions
 from fedsea.client.retry import RetryPolicy
 from fedsea.errors import CapacityError, FedseaError, ProtocolError, SessionLost, TransportError
-from fedsea.types import BlockRange
+from fedsea.privacy.boundary import Boundary
+from fedsea.types import BlockRange, Channel
 from fedsea.wire import messages as m
+from fedsea.wire.encoding import Encoder
 
 BLOCKS = BlockRange(1, 4)
+COPIED: list[int] = []
+"""Rows that were copied, join by join."""
 
 
 @dataclass(frozen=True)
@@ -33,8 +39,10 @@ class Rows:
     def head(self, num_rows: int) -> Rows:
         return Rows(self.text[:num_rows])
 
-    def followed_by(self, other: Rows) -> Rows:
-        return Rows(self.text + other.text)
+    def followed_by(self, *others: Rows) -> Rows:
+        joined = Rows("".join(one.text for one in (self, *others)))
+        COPIED.append(joined.num_rows)
+        return joined
 
 
 @dataclass
@@ -335,6 +343,18 @@ def answered(bench: Bench, session: RemoteSession, *spoken: tuple[str, int]) -> 
         bench.answer(bench.post.take()[-1])
 
 
+@dataclass
+class Raw:
+    """Bytes of each row that stands."""
+
+    rows: list[bytes] = field(default_factory=list)
+
+    def take(self, sealed: Any, at: int) -> None:
+        assert at <= len(self.rows)
+        pieces = [piece.reshape(sealed.num_rows, -1) for piece in sealed.pieces]
+        self.rows[at:] = [b"".join(piece[row].tobytes() for piece in pieces) for row in range(sealed.num_rows)]
+
+
 def test_lost_session_is_replayed_in_silence_and_goes_on():
     bench = Bench(prefill_tokens=4)
     session = bench.open()
@@ -369,6 +389,44 @@ def test_message_that_comes_while_a_session_is_lost_waits_for_the_replay():
         bench.answer(message)
     assert told(first, 1)
     assert told(second, 2)
+
+
+def test_what_is_kept_for_a_replay_is_not_copied_at_every_token():
+    bench = Bench(prefill_tokens=1024)
+    session = bench.open()
+    COPIED.clear()
+    answered(bench, session, *((chr(0x4E00 + at), at) for at in range(1024)))
+    bench.failed(session, SessionLost("gone"))
+    bench.opened(session)
+    say(session, "!", 1024)
+    sent = [one for one in bench.post.take() if isinstance(one, m.SessionForward)]
+    assert texts(sent) == [("".join(chr(0x4E00 + at) for at in range(1024)), 0, True), ("!", 1024, False)]
+    assert sum(COPIED) <= 1024 * 11, "a row is copied as often as the length is doubled"
+
+
+@pytest.mark.parametrize("codec", ["fp32", "int8"])
+def test_replay_is_the_very_same_bytes_as_were_sent(codec):
+    bench = Bench(prefill_tokens=64)
+    session = bench.open()
+    encoder = Encoder("client", {Channel.HIDDEN: codec})
+    sent, again = Raw(), Raw()
+    rng = random.Random(5)
+    at = 0
+    for _ in range(60):
+        num_new, at = rng.randint(1, 5), max(0, at - rng.choice((0, 0, 1, 3)))
+        sealed = encoder.seal(Boundary("trusted-server").hidden(torch.randn(num_new, 3)))
+        sent.take(sealed, at)
+        session.extend(sealed, (at,), (num_new,))
+        bench.answer(bench.post.take()[-1])
+        at += num_new
+    bench.failed(session, SessionLost("gone"))
+    bench.opened(session)
+    say(session, "!", at)
+    *replayed, _ = [one for one in bench.post.take() if isinstance(one, m.SessionForward)]
+    for message in replayed:
+        again.take(message.tensors, message.positions[0])
+    assert again.rows == sent.rows
+    assert len(replayed) < 20
 
 
 def test_replay_is_what_stands_and_not_what_was_taken_back():
