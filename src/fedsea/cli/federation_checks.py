@@ -5,10 +5,11 @@ from __future__ import annotations
 import asyncio
 import math
 import time
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 from fedsea.cli.checks import Check, attempt
 
@@ -16,6 +17,9 @@ if TYPE_CHECKING:
     from fedsea.model.checkpoint import Checkpoint
     from fedsea.plan import FederationPlan
     from fedsea.wire.identity.identity import Identity
+
+SegmentSpec: TypeAlias = tuple[Any, range, str]
+"""Kind, blocks, and what of it is trained."""
 
 _CLOCK_WARN_S, _CLOCK_FAIL_S = 30.0, 300.0
 _TRAINED_COPIES = 4
@@ -142,10 +146,11 @@ def _client_memory(checkpoint: Checkpoint, agreed: FederationPlan, name: str) ->
     cut = agreed.partition_of(name)
     last = checkpoint.num_blocks
     cut.trunk(last)
-    needed = segment_bytes(checkpoint, agreed, SegmentKind.INPUT, range(cut.input_blocks), agreed.adapter.input)
-    blocks = range(last - cut.output_blocks, last)
-    needed += segment_bytes(checkpoint, agreed, SegmentKind.OUTPUT, blocks, agreed.adapter.output)
-    return _fits(f"{name}'s segments", needed)
+    segments = (
+        (SegmentKind.INPUT, range(cut.input_blocks), agreed.adapter.input),
+        (SegmentKind.OUTPUT, range(last - cut.output_blocks, last), agreed.adapter.output),
+    )
+    return _fits(f"{name}'s segments", checkpoint, agreed, segments)
 
 
 def _server_memory(checkpoint: Checkpoint, agreed: FederationPlan) -> Check:
@@ -153,7 +158,7 @@ def _server_memory(checkpoint: Checkpoint, agreed: FederationPlan) -> Check:
 
     ranges = [agreed.partition_of(name).trunk(checkpoint.num_blocks) for name in agreed.client_names]
     blocks = range(min(r.start for r in ranges), max(r.stop for r in ranges))
-    return _fits("the trunk", segment_bytes(checkpoint, agreed, SegmentKind.TRUNK, blocks, agreed.adapter.trunk))
+    return _fits("the trunk", checkpoint, agreed, [(SegmentKind.TRUNK, blocks, agreed.adapter.trunk)])
 
 
 def segment_bytes(checkpoint: Checkpoint, agreed: FederationPlan, kind: Any, blocks: range, trained: str) -> int:
@@ -165,17 +170,39 @@ def segment_bytes(checkpoint: Checkpoint, agreed: FederationPlan, kind: Any, blo
     return numbers * (4 * _TRAINED_COPIES if trained == "full" else per_value)
 
 
-def _fits(what: str, needed: int) -> Check:
+def copied_bytes(checkpoint: Checkpoint, agreed: FederationPlan, segments: Iterable[SegmentSpec]) -> int:
+    """What a process on this CPU takes beside the weights to read them faster while it decodes."""
+    from fedsea.model.layout import block_of, parameters_of
+    from fedsea.model.products import most_copied_bytes
+    from fedsea.types import SegmentKind
+
+    if agreed.model.dtype != "float32":
+        return 0
+    owned: list[int] = []
+    for kind, blocks, trained in segments:
+        if trained == "full":
+            continue
+        shapes = parameters_of(checkpoint.config, kind, blocks)
+        weights = {name: 4 * math.prod(shape) for name, shape in shapes.items() if len(shape) == 2}
+        owned.append(sum(size for name, size in weights.items() if block_of(name) is not None))
+        if kind is SegmentKind.OUTPUT:
+            owned.append(sum(size for name, size in weights.items() if block_of(name) is None))
+    return most_copied_bytes(owned)
+
+
+def _fits(what: str, checkpoint: Checkpoint, agreed: FederationPlan, segments: Sequence[SegmentSpec]) -> Check:
     import psutil
 
     from fedsea.observe.figures import bytes_text
 
     free = int(psutil.virtual_memory().available)
-    text = f"{what} take {bytes_text(needed)} plus adapters and activations; {bytes_text(free)} are free"
-    if what == "the trunk":
-        text = text.replace("take", "takes", 1)
+    needed = sum(segment_bytes(checkpoint, agreed, *segment) for segment in segments)
+    copied = copied_bytes(checkpoint, agreed, segments)
+    faster = f", and decoding on the CPU up to {bytes_text(copied)} for copies of weights" if copied else ""
+    verb = "takes" if what == "the trunk" else "take"
+    text = f"{what} {verb} {bytes_text(needed)} plus adapters and activations{faster}; {bytes_text(free)} are free"
     if needed > free:
         return Check("memory", "fail", text, "use a machine with more memory, or model.dtype = 'bfloat16' in the plan")
-    if needed > 0.7 * free:
+    if needed + copied > 0.7 * free:
         return Check("memory", "warn", text, "it is tight: end other programs, or lower micro_batch_sequences")
     return Check("memory", "ok", text)

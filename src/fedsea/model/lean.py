@@ -22,7 +22,7 @@ from torch.nn import functional as F
 from fedsea.model.cache import Extension
 from fedsea.model.grouping import Way
 from fedsea.model.lean_attention import attend
-from fedsea.model.products import MOST_COPIED_BYTES, Product
+from fedsea.model.products import Copies, Product
 
 _LAYERS = {"LlamaDecoderLayer", "MistralDecoderLayer", "Qwen2DecoderLayer", "Qwen3DecoderLayer"}
 _STATIC_ROTARY = {"default", "linear", "llama3", "yarn"}
@@ -136,10 +136,6 @@ class _Block:
         self.key_norm = _Norm(attention.k_norm) if hasattr(attention, "k_norm") else None
         self.window = _window(attention)
 
-    @property
-    def weight_bytes(self) -> int:
-        return sum(group.weight_OH.numel() * group.weight_OH.element_size() for group in self.groups)
-
     def is_of(self, layer: Any) -> bool:
         pairs = zip(self.groups, _projections(layer), strict=True)
         return self.norms[0].is_of(layer.input_layernorm) and all(group.is_of(found) for group, found in pairs)
@@ -205,7 +201,7 @@ class LeanBlocks:
         self._rotary = rotary
         self._norm = None if isinstance(norm, nn.Identity) else _Norm(norm)
         self._table: tuple[torch.Tensor, torch.Tensor] | None = None
-        self._copyable = sum(block.weight_bytes for block in self._blocks) <= MOST_COPIED_BYTES
+        self._copies = Copies(group.product for block in self._blocks for group in block.groups)
         first = self._blocks[0]
         self._token_bytes = 2 * first.num_keys * first.head_size * first.qkv.weight_OH.element_size()
 
@@ -231,7 +227,7 @@ class LeanBlocks:
             adapters: As `adapters` gave them.
         """
         hidden_TH = hidden_TH.to(self._blocks[0].qkv.weight_OH.dtype)
-        if self._copyable:
+        if self._copies.room():
             for index in blocks:
                 self._blocks[index].prepare(hidden_TH.shape[0])
         way = Way(extension, hidden_TH.device, self._token_bytes)

@@ -11,8 +11,10 @@ a wide weight is fastest on a transposed copy (a vocabulary of 32,000 and 288 co
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
-from typing import Any
+import threading
+import weakref
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, ClassVar
 
 import torch
 from torch import nn
@@ -21,8 +23,8 @@ from torch.nn import functional as F
 _OWN_CACHE_BYTES = 2 << 20
 """Weights below this are read from the core's cache or near it, where `F.linear` is as good for one row."""
 _PACKED_FOR_ROWS = 16
-MOST_COPIED_BYTES = 1 << 30
-"""Whoever has larger weights keeps them once: the memory is worth more than the speed."""
+MOST_COPIED_BYTES = 2 << 30
+"""All copies of a process take no more: beyond it the memory is worth more than the speed."""
 
 
 @functools.cache
@@ -72,6 +74,13 @@ class Product:
         self._packed: torch.Tensor | None = None
         self._transposed_HO: torch.Tensor | None = None
 
+    @property
+    def most_copied_bytes(self) -> int:
+        """What its copies may take together."""
+        if self._product is None:
+            return 0
+        return self.weight_OH.numel() * self.weight_OH.element_size() * (2 if self._is_wide and _likes_columns() else 1)
+
     def prepare(self, rows: int) -> None:
         """Have a copy for so many rows, where one is of use; none of a weight that is trained, which would leave it."""
         if self._product is None:
@@ -103,6 +112,43 @@ class Product:
         return out_TO
 
 
+class Copies:
+    """The copies that one owner of weights may have beside those of the process' other owners: all, or none.
+
+    Args:
+        products: Of its weights; their copies are made by `prepare` alone, and only where there is `room`.
+    """
+
+    _lock: ClassVar = threading.Lock()
+    _of_the_process: ClassVar[weakref.WeakSet[Copies]] = weakref.WeakSet()
+
+    def __init__(self, products: Iterable[Product]) -> None:
+        self._num_bytes = sum(product.most_copied_bytes for product in products)
+        self._granted = False
+
+    def room(self) -> bool:
+        """Whether there is room; once there is, it stays this owner's as long as that lives."""
+        if not self._granted and self._num_bytes:
+            with self._lock:
+                others = sum(other._num_bytes for other in self._of_the_process if other is not self)
+                if others + self._num_bytes <= MOST_COPIED_BYTES:
+                    self._of_the_process.add(self)
+                    self._granted = True
+        return self._granted
+
+
+def most_copied_bytes(owned_bytes: Iterable[int]) -> int:
+    """What copies may take in a process on this machine's CPU.
+
+    Args:
+        owned_bytes: Of the float32 weights of each owner.
+    """
+    if _onednn() is None:
+        return 0
+    copied = [(2 if _likes_columns() else 1) * owned for owned in owned_bytes]
+    return min(MOST_COPIED_BYTES, sum(one for one in copied if one <= MOST_COPIED_BYTES))
+
+
 class FrozenLinear(nn.Module):
     """A linear layer that is not trained, for a few rows at a time.
 
@@ -114,7 +160,7 @@ class FrozenLinear(nn.Module):
         super().__init__()
         bias_O = None if linear.bias is None else linear.bias.data
         self.product = Product(linear.weight.data, bias_O, [linear.weight])
-        self._copyable = self.product.weight_OH.numel() * self.product.weight_OH.element_size() <= MOST_COPIED_BYTES
+        self._copies = Copies([self.product])
 
     @staticmethod
     def serves(linear: nn.Module | None) -> bool:
@@ -128,6 +174,6 @@ class FrozenLinear(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """As the layer."""
         rows_TH = x.reshape(-1, x.shape[-1])
-        if self._copyable:
+        if self._copies.room():
             self.product.prepare(len(rows_TH))
         return self.product(rows_TH).view(*x.shape[:-1], self.product.weight_OH.shape[0])

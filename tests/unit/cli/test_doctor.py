@@ -1,6 +1,7 @@
 """`fedsea doctor`: each check can find what it looks for."""
 
 import json
+import re
 import time
 from datetime import UTC, datetime, timedelta
 from importlib import metadata
@@ -171,6 +172,28 @@ def test_memory_for_this_sides_segments(
     found = Federation(Identity.load(identities / who))
     federation.plan(plan_file, None, None, found)
     assert states(federation.model(None, found)) == [("model", "ok"), ("adapters", "ok"), ("memory", state)]
+
+
+@pytest.mark.parametrize("who", ["a", "server"])
+def test_memory_that_copies_take_while_decoding_is_said_and_may_be_tight_but_is_not_needed(
+    plan_file: Path, identities: Path, monkeypatch: pytest.MonkeyPatch, who: str
+) -> None:
+    from fedsea.model import products
+
+    monkeypatch.setattr(products, "_onednn", lambda: object())
+    monkeypatch.setattr(products, "_likes_columns", lambda: True)
+    found = Federation(Identity.load(identities / who))
+    federation.plan(plan_file, None, None, found)
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=1 << 40))
+    ample = federation.model(None, found)[-1]
+    taken, copied = re.findall(r"(?:takes?|up to) ([0-9.]+) KB", ample.found)
+    assert float(copied) <= 2 * float(taken)
+    free = int(1.02 * 1000 * float(taken) / 0.7)  # enough for the weights by themselves
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=free))
+    assert federation.model(None, found)[-1].state == "warn"
+    monkeypatch.setattr(products, "_onednn", lambda: None)
+    without = federation.model(None, found)[-1]
+    assert (without.state, "copies" in without.found) == ("ok", False)
 
 
 @pytest.mark.parametrize(

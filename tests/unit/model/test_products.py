@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import gc
+
 import pytest
 import torch
 from torch import nn
 from torch.nn import functional as F
 
 from fedsea.model import products
-from fedsea.model.products import FrozenLinear, Product
+from fedsea.model.products import Copies, FrozenLinear, Product
 
 LARGE = (1280, 768)
 """Outputs and inputs of a weight that does not fit into a core's own cache."""
@@ -70,3 +72,38 @@ def test_weights_over_the_bound_are_held_once(monkeypatch):
     for rows in (1, 3):
         frozen(torch.randn(rows, 16))
     assert frozen.product._packed is frozen.product._transposed_HO is None
+
+
+def test_copies_of_a_process_are_bounded_together_and_given_back(monkeypatch):
+    monkeypatch.setattr(products, "_likes_columns", lambda: True)
+    gc.collect()  # what other tests left
+    each = 2 * 4 * LARGE[0] * LARGE[1]
+    monkeypatch.setattr(products, "MOST_COPIED_BYTES", sum(c._num_bytes for c in Copies._of_the_process) + 2 * each - 1)
+
+    def owner() -> FrozenLinear:
+        frozen = FrozenLinear(nn.Linear(LARGE[1], LARGE[0], bias=False).requires_grad_(False))
+        for rows in (1, 3):
+            frozen(torch.randn(rows, LARGE[1]))
+        return frozen
+
+    def copied(frozen: FrozenLinear) -> bool:
+        return frozen.product._packed is not None and frozen.product._transposed_HO is not None
+
+    first, second = owner(), owner()
+    assert (copied(first), copied(second)) == (products._onednn() is not None, False)
+    del first
+    for rows in (1, 3):
+        second(torch.randn(rows, LARGE[1]))
+    assert copied(second) is (products._onednn() is not None)
+
+
+def test_most_that_copies_take_leaves_out_who_has_none(monkeypatch):
+    monkeypatch.setattr(products, "_onednn", lambda: object())
+    monkeypatch.setattr(products, "_likes_columns", lambda: True)
+    monkeypatch.setattr(products, "MOST_COPIED_BYTES", 100)
+    assert products.most_copied_bytes([10, 60, 20]) == 60
+    assert products.most_copied_bytes([40, 30]) == 100
+    monkeypatch.setattr(products, "_likes_columns", lambda: False)
+    assert products.most_copied_bytes([10, 60, 20]) == 90
+    monkeypatch.setattr(products, "_onednn", lambda: None)
+    assert products.most_copied_bytes([10]) == 0
