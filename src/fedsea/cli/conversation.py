@@ -57,7 +57,8 @@ class Conversation:
     def say(self, text: str) -> Answer:
         """One turn: what the user says, and the model's answer, which is shown as it comes.
 
-        Where the server no longer has what was said before, as after a round of training, it is computed again.
+        Where the server no longer has what was said before, as after a round of training, or never has so much room
+        as was asked for, it is computed again, as long as nothing is shown: nobody sees two beginnings of an answer.
         Ctrl-C ends the answer after the token under way; a second one at once, where the server does not answer.
 
         Raises:
@@ -66,50 +67,54 @@ class Conversation:
         """
         asked = [*self._messages, {"role": "user", "content": text}]
         prompt = self._prompts.chat(asked)
-        shown = threading.Event()
-        try:
-            found = self._answer(prompt, shown)
-        except SessionLost:
-            if shown.is_set():
-                raise
-            found = self._answer(prompt, shown)
+        with _interruptible() as interrupted:
+            found = self._answer(prompt, interrupted)
         self._messages = [*asked, {"role": "assistant", "content": found.text}]
         self.answers.append(found)
         return found
 
-    def _answer(self, prompt: Prompt, shown: threading.Event) -> Answer:
-        """One try at an answer, in as much room as the server can have; `shown`: see `_answer_in`."""
-        settings = self._fitting(len(prompt.ids))
-        sequences = self._room(len(prompt.ids))
-        try:
-            return self._answer_in(sequences, prompt, settings, shown)
-        except SessionTooLarge:
-            if shown.is_set() or sequences.max_tokens == self._needed(len(prompt.ids)):
-                raise
-            self._too_many = sequences.max_tokens
-        return self._answer_in(self._room(len(prompt.ids)), prompt, settings, shown)
+    def _answer(self, prompt: Prompt, interrupted: threading.Event) -> Answer:
+        """The answer, tried once more after a loss, and once more in as much room as it needs and no spare."""
+        settings, needed = self._fitting(len(prompt.ids)), self._needed(len(prompt.ids))
+        shown, lost = threading.Event(), False
+        while True:
+            sequences = self._room(needed)
+            try:
+                return self._answer_in(sequences, prompt, settings, shown, interrupted)
+            except SessionLost:
+                if lost or shown.is_set() or interrupted.is_set():
+                    raise
+                lost = True
+            except SessionTooLarge:
+                if sequences.max_tokens == needed or shown.is_set() or interrupted.is_set():
+                    raise
+                self._too_many = sequences.max_tokens
 
     def _answer_in(
-        self, sequences: Sequences, prompt: Prompt, settings: GenerationSettings, shown: threading.Event
+        self,
+        sequences: Sequences,
+        prompt: Prompt,
+        settings: GenerationSettings,
+        shown: threading.Event,
+        interrupted: threading.Event,
     ) -> Answer:
-        """The answer; `shown` is set when something of it is on the screen."""
+        """One try; `shown` is set when something of it is on the screen."""
 
         def show(piece: str) -> None:
             shown.set()
             a.show(piece)
 
         try:
-            with _interruptible() as interrupted:
-                return a.answer(
-                    self._opened,
-                    prompt,
-                    settings,
-                    show,
-                    drafter=self._drafter,
-                    sequences=sequences,
-                    stop=self._stop,
-                    ended=interrupted.is_set,
-                )
+            return a.answer(
+                self._opened,
+                prompt,
+                settings,
+                show,
+                drafter=self._drafter,
+                sequences=sequences,
+                stop=self._stop,
+                ended=interrupted.is_set,
+            )
         except BaseException:  # also a second Ctrl-C: a message under way leaves the caches out of step
             self.close()
             raise
@@ -143,9 +148,9 @@ class Conversation:
         """Tokens that a turn may take, its answer and all before it."""
         return min(num_prompt + self._settings.max_new_tokens, self._opened.decoder.max_tokens)
 
-    def _room(self, num_prompt: int) -> Sequences:
-        """The sequence to go on with; a larger one where the answer might not fit."""
-        decoder, needed = self._opened.decoder, self._needed(num_prompt)
+    def _room(self, needed: int) -> Sequences:
+        """The sequence to go on with; a larger one where so many tokens might not fit."""
+        decoder = self._opened.decoder
         if self._sequences is None or self._sequences.max_tokens < needed:
             self.close()
             ample = min(max(_LEAST_TOKENS, 2 * needed), decoder.max_tokens)

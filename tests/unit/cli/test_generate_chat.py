@@ -22,7 +22,7 @@ from fedsea.client.decoding import Sequences
 from fedsea.client.generation import GenerationSettings, generate
 from fedsea.client.inference import OpenedDecoder
 from fedsea.client.local_trunk import LocalTrunk
-from fedsea.errors import CapacityError, ConfigError, SessionLost, SessionTooLarge, TransportError
+from fedsea.errors import CapacityError, ConfigError, FedseaError, SessionLost, SessionTooLarge, TransportError
 from tests.support.opened import open_local, pages
 
 TEMPLATE = (
@@ -293,6 +293,50 @@ def test_a_session_lost_in_the_middle_of_an_answer_is_told_and_the_conversation_
     first, shown = alone(opened, "<u>hi<a>"), capsys.readouterr()
     assert shown.out == f"{first}\npar\n{alone(opened, f'<u>hi<a>{first}<u>and<a>')}\n"
     assert "Error: The adapters have changed. The conversation stays as it was before this turn." in shown.err
+
+
+@pytest.mark.parametrize("error", [SessionLost("Lost."), SessionTooLarge("There is no room for this.")])
+@pytest.mark.parametrize("begun", [True, False], ids=["shown", "interrupted"])
+def test_an_answer_that_is_shown_or_not_wanted_any_more_is_not_begun_again(
+    opened: OpenedDecoder,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    error: FedseaError,
+    begun: bool,
+) -> None:
+    tries = []
+
+    def answer(*args: Any, **_: Any) -> Any:
+        tries.append(args)
+        if begun:
+            args[3]("par")
+        else:
+            signal.raise_signal(signal.SIGINT)
+        raise error
+
+    monkeypatch.setattr(answering, "answer", answer)
+    with contextlib.closing(Conversation(opened, settings(opened))) as conversation:
+        with pytest.raises(type(error)):
+            conversation.say("hi")
+        assert conversation._messages == []
+    assert len(tries) == 1
+    assert capsys.readouterr().out == ("par" if begun else "")
+    assert pages(opened) == [0, 0, 0]
+
+
+def test_a_session_that_is_lost_again_and_again_before_its_answer_begins_is_told(
+    opened: OpenedDecoder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tries = []
+
+    def answer(*args: Any, **_: Any) -> Any:
+        tries.append(args)
+        raise SessionLost("Lost.")
+
+    monkeypatch.setattr(answering, "answer", answer)
+    with contextlib.closing(Conversation(opened, settings(opened))) as conversation, pytest.raises(SessionLost):
+        conversation.say("hi")
+    assert len(tries) == 2
 
 
 def test_a_line_that_is_no_text_is_one_sentence(talk: Any, capsys: pytest.CaptureFixture[str]) -> None:
