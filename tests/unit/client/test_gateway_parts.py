@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import ast
 import json
 import logging
+import re
+from pathlib import Path
 
 import pytest
 from starlette.datastructures import Headers
@@ -15,6 +18,8 @@ from fedsea.client.gateway.errors import RequestError, response, unforeseen
 from fedsea.client.gateway.guard import Guard, check_host
 from fedsea.client.gateway.pieces import Pieces
 from fedsea.data.prompts import PromptMaker
+
+ROOT = Path(__file__).parents[3]
 
 
 @pytest.mark.parametrize(
@@ -39,6 +44,42 @@ def test_every_error_has_a_status_and_openais_form(error, status, code):
     assert (answer.status_code, told["code"], told["message"]) == (status, code, "no")
     assert told.keys() == {"message", "type", "param", "code"}
     assert answer.headers.get("Retry-After") == ("3" if status == 429 else None)
+
+
+def documented() -> set[tuple[int, str]]:
+    """Status and code of every row of the page's table of errors; "" is no code."""
+    page = (ROOT / "docs/how-to/put-your-application-on-it.md").read_text().partition("## Errors")[2]
+    rows = re.findall(r"^\| ([0-9, ]+) \| (.+?) \|", page.partition("\n## ")[0], re.M)
+    return {
+        (int(status), code)
+        for statuses, codes in rows
+        for status in statuses.split(",")
+        for code in re.findall(r"`(\w+)`", codes) or [""]
+    }
+
+
+def refused() -> set[tuple[int, str]]:
+    """Status and reason of every `RequestError` in the code that has a reason."""
+    found = set()
+    for path in (ROOT / "src/fedsea/client/gateway").glob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "RequestError":
+                status = next((one.value for one in node.args[1:] if isinstance(one, ast.Constant)), 400)
+                words = {word.arg: word.value for word in node.keywords}
+                if isinstance(words.get("reason"), ast.Constant):
+                    found.add((status, words["reason"].value))
+    return found
+
+
+def kinds(cls: type[errors.FedseaError]) -> list[type[errors.FedseaError]]:
+    return [cls, *(one for sub in cls.__subclasses__() for one in kinds(sub) if one.__module__ == errors.__name__)]
+
+
+def test_the_page_lists_every_error_and_no_other():
+    answers = [response(cls("no")) for cls in kinds(errors.FedseaError) if cls is not errors.AggregationError]
+    raised = {(answer.status_code, json.loads(answer.body)["error"]["code"]) for answer in answers}
+    without_code = {(status, "") for status in (400, 404, 405, 408, 413, 415)}
+    assert documented() == raised | refused() | without_code | {(400, "missing")}
 
 
 def test_unforeseen_error_is_logged_by_type_and_place_alone(caplog):
