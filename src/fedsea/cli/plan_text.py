@@ -20,6 +20,7 @@ from fedsea.plan.pseudonyms import PseudonymSettings
 _WIDTH = 100
 _FILLED_IN = {("ModelSection", "fingerprint")}
 """Keys that the server writes."""
+_EXTRA = 'It needs more packages: pip install ".[pseudonyms]" in the folder of fedsea\'s source.'
 
 
 def plan_text(model: str, clients: Sequence[str]) -> str:
@@ -67,7 +68,7 @@ def settings_text() -> str:
     ]
     for key, said in _attributes(ClientNoise).items():
         lines += [*_comment(said), f"# {key} = 1.0"]
-    lines += ["", *_comment(_summary(PseudonymSettings)), "# [pseudonyms]"]
+    lines += ["", *_comment(_summary(PseudonymSettings)), *_comment(_EXTRA), "# [pseudonyms]"]
     explained = _attributes(PseudonymSettings)
     for key, field in PseudonymSettings.model_fields.items():
         lines += [*_comment(explained[key]), f"# {key} = {_toml(field.get_default(call_default_factory=True))}"]

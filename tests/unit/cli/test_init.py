@@ -35,6 +35,13 @@ def test_the_settings_show_every_key_of_pseudonyms_with_its_default() -> None:
     assert PseudonymSettings.model_validate(values) == PseudonymSettings()
 
 
+def test_the_settings_say_how_to_install_what_pseudonyms_need() -> None:
+    told, _, _ = settings_text().partition("# [pseudonyms]\n")
+    project = tomllib.loads((Path(__file__).parents[3] / "pyproject.toml").read_text())["project"]
+    assert 'pip install ".[pseudonyms]"' in told.splitlines()[-1]
+    assert "pseudonyms" in project["optional-dependencies"]
+
+
 def test_every_key_of_the_plan_is_written_and_explained() -> None:
     lines = plan_text("m", ["a"]).splitlines()
     values = tomllib.loads("\n".join(lines))
