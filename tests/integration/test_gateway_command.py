@@ -13,6 +13,7 @@ import openai
 import pytest
 
 from fedsea.cli import gateway as command
+from fedsea.cli import options
 from fedsea.errors import ConfigError
 from tests.support.federation import DEADLINE_S, Federation
 
@@ -74,6 +75,8 @@ def test_what_cannot_be_served_is_said_before_a_connection(
     from fedsea.cli import main
 
     monkeypatch.delenv("FEDSEA_API_KEY", raising=False)
+    monkeypatch.setattr(options, "need_identity", lambda _: None)
+    monkeypatch.setattr(options, "need_run", lambda _: None)
     assert main.run(["gateway", "--server", "127.0.0.1:9", "--port", "0", "--json", *extra]) == ConfigError.exit_code
     error = json.loads(capsys.readouterr().out.splitlines()[-1])["error"]
     assert error["code"] == "CONFIG"
@@ -83,7 +86,7 @@ def test_what_cannot_be_served_is_said_before_a_connection(
 def test_missing_packages_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "uvicorn", None)
     with pytest.raises(ConfigError, match=r"\.\[gateway\]"):
-        command._needed()
+        command._check_host("127.0.0.1", None)
 
 
 def test_gateway_is_not_loaded_for_other_commands() -> None:

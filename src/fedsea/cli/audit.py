@@ -59,6 +59,8 @@ def audit(
 
     if fail_on not in _LEVELS:
         raise ConfigError(f"--fail-on {fail_on} is no verdict: choose one of {', '.join(_LEVELS)}.")
+    _check_files(path, text or ())
+    o.need_device(device)
     import torch
 
     from fedsea.audit.report import make_folder, write_report
@@ -79,6 +81,16 @@ def audit(
         _show(report)
         output.say(f"\nPlots, curves and reconstructed text: {page}")
     return _code(report, fail_on)
+
+
+def _check_files(path: Path, texts: Sequence[Path]) -> None:
+    """What can be said before torch is loaded."""
+    from fedsea.plan import load_plan
+
+    for text in texts:
+        o.need_file(text, "--text")
+    if not path.is_dir():
+        load_plan(path)
 
 
 def _code(report: AuditReport, fail_on: str) -> int:

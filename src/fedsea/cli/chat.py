@@ -51,6 +51,8 @@ def chat(
     """
     output.begin(quiet=True)
     a.check_drafter(drafter)
+    if not base:
+        o.need_run(run)
     options = o.client_options(
         o.need_server(server),
         identity,

@@ -41,6 +41,8 @@ def evaluate(
     Example: `fedsea eval --server fedsea.example.org:7443 --data notes/*.jsonl --run runs/clinic`
     """
     output.begin(as_json=as_json)
+    if not base:
+        o.need_run(run)
     options = o.client_options(
         o.need_server(server),
         identity,

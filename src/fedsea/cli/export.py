@@ -39,13 +39,17 @@ def export(
     if server_run is not None:
         if server is not None or model is not None:
             raise ConfigError("--server-run stands alone: the base model is the one that the plan in it names.")
+        if not server_run.is_dir():
+            raise ConfigError(f"There is no folder {server_run}: give the run folder of `fedsea server`.")
         from fedsea.server.run import export_run
 
         export_run(server_run, out, merged)
     else:
+        address = o.need_server(server)
+        o.need_run(run, "")
+        options = o.client_options(address, identity, run=run, model=model, retry_for=retry_for)
         from fedsea.client.results import export_adapter
 
-        options = o.client_options(o.need_server(server), identity, run=run, model=model, retry_for=retry_for)
         export_adapter(options, out, merged)
     if as_json:
         output.result({"out": str(out), "merged": merged})

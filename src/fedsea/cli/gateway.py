@@ -5,7 +5,7 @@ from __future__ import annotations
 import signal
 import threading
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -68,6 +68,9 @@ def gateway(
     """
     output.begin(as_json=as_json)
     a.check_drafter(drafter)
+    _check_host(host, api_key)
+    if not base:
+        o.need_run(run)
     options = o.client_options(
         o.need_server(server),
         identity,
@@ -78,7 +81,8 @@ def gateway(
         device=device,
         retry_for=retry_for,
     )
-    run_module, until = _needed(), threading.Event()
+    until = threading.Event()
+    from fedsea.client.gateway import run as run_module
     from fedsea.storage import write_bytes_atomic
 
     def ready(gateway: Gateway) -> None:
@@ -106,7 +110,12 @@ def gateway(
     )
 
 
-def _needed() -> Any:
+def _check_host(host: str, api_key: str | None) -> None:
+    """Whether the packages are there, and whether a key is needed.
+
+    Raises:
+        ConfigError: Says what is missing.
+    """
     from fedsea.errors import ConfigError
 
     try:
@@ -115,9 +124,9 @@ def _needed() -> Any:
     except ImportError:
         sentence = 'The gateway needs more packages: pip install ".[gateway]" in the folder of the source.'
         raise ConfigError(sentence) from None
-    from fedsea.client.gateway import run
+    from fedsea.client.gateway.guard import check_host
 
-    return run
+    check_host(host, api_key)
 
 
 def _end_in_good_order(until: threading.Event) -> None:

@@ -77,6 +77,8 @@ def generate(
     if template not in _TEMPLATES:
         raise typer.BadParameter(f"choose one of {', '.join(_TEMPLATES)}", param_hint="--template")
     a.check_drafter(drafter)
+    if not base:
+        o.need_run(run)
     options = o.client_options(
         o.need_server(server),
         identity,

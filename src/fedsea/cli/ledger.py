@@ -25,6 +25,10 @@ def ledger(
     Example: `fedsea ledger runs/clinic`
     """
     output.begin(as_json=as_json)
+    from fedsea.errors import ConfigError
+
+    if not run.is_dir():
+        raise ConfigError(f"There is no folder {run}: give the run folder of `fedsea train`, or the identity's folder.")
     from fedsea.client.accounts import reports
 
     found = reports(run)

@@ -11,10 +11,24 @@ import typer
 if TYPE_CHECKING:
     from fedsea.client.setup import ClientOptions
 
+
+def _check_server(address: str | None) -> str | None:
+    """A typer callback: an address of another form is told before anything else is looked at."""
+    from fedsea.wire.address import split_address
+
+    if address:
+        split_address(address)
+    return address
+
+
 Identity = Annotated[Path, typer.Option(help="Folder of this client's identity, made by `fedsea enroll`.")]
 Server = Annotated[
     str | None,
-    typer.Option(metavar="HOST:PORT", help="The federation's server; relay://HOST:PORT where TLS ends at a relay."),
+    typer.Option(
+        metavar="HOST:PORT",
+        callback=_check_server,
+        help="The federation's server; relay://HOST:PORT where TLS ends at a relay.",
+    ),
 ]
 Model = Annotated[
     str | None, typer.Option(metavar="PATH", help="This machine's copy of the base model, if not where the plan says.")
@@ -74,13 +88,41 @@ def need_server(server: str | None) -> str:
     return server
 
 
-def _need_file(path: Path) -> None:
+def need_identity(folder: Path) -> None:
+    """Whether there is an identity that can be used.
+
+    Raises:
+        FedseaError: There is none; the message says what is missing.
+    """
+    from fedsea.wire.identity import Identity
+
+    Identity.load(folder)
+
+
+def need_run(folder: Path, otherwise: str = " With --base, the base model's own segments are used.") -> None:
+    """Whether there is a run folder at all; what is in it shows when the server is known.
+
+    Raises:
+        ConfigError: There is none.
+    """
+    from fedsea.errors import ConfigError
+
+    if not folder.is_dir():
+        raise ConfigError(f"There is no folder {folder}: give the run folder of `fedsea train` with --run.{otherwise}")
+
+
+def need_file(path: Path, option: str = "--data") -> None:
+    """Whether there is a file.
+
+    Raises:
+        DataError: There is none, or it is a folder.
+    """
     from fedsea.errors import DataError
 
     if path.is_dir():
-        raise DataError(f"{path} is a folder: name the files in it, for example --data {path}/*.jsonl.")
+        raise DataError(f"{path} is a folder: name the files in it, for example {option} {path}/*.jsonl.")
     if not path.exists():
-        raise DataError(f"There is no file {path}: check the path after --data.")
+        raise DataError(f"There is no file {path}: check the path after {option}.")
 
 
 def need_device(device: str) -> str:
@@ -121,11 +163,13 @@ def client_options(
 ) -> ClientOptions:
     """The options of a command, as the Python call takes them; what can be checked before a connection is checked.
 
-    A command that needs no data leaves `data` out; None says that the user gave none.
+    It is checked before torch is loaded, which takes seconds. A command that needs no data leaves `data` out; None says
+    that the user gave none. Without a server no identity is needed.
 
     Raises:
         ConfigError: An argument cannot work.
         DataError: A file is not there.
+        AuthError: The identity cannot be used.
     """
     from fedsea.errors import ConfigError
 
@@ -134,18 +178,22 @@ def client_options(
     if data is None and not files:
         raise ConfigError("No data files were given: name the silo's files with --data.")
     for path in files:
-        _need_file(path)
+        need_file(path)
     if settings is not None:
         from fedsea.plan import load_limits
 
         load_limits(settings)
-    from fedsea.client.setup import ClientOptions
-    from fedsea.data.formats import DataFormat
-    from fedsea.data.opening import check_names
+    if files or fields or format_name != "auto":
+        from fedsea.data.formats import DataFormat
+        from fedsea.data.opening import check_names
 
-    if files:
-        check_names(files)
-    DataFormat(format_name, fields)  # type: ignore[arg-type]
+        if files:
+            check_names(files)
+        DataFormat(format_name, fields)  # type: ignore[arg-type]
+    if server:
+        need_identity(identity)
+    from fedsea.client.setup import ClientOptions
+
     return ClientOptions(
         server=server,
         identity=identity,

@@ -39,6 +39,9 @@ def quickstart(
     Example: `fedsea quickstart`
     """
     silent = output.begin(as_json=as_json, quiet=quiet, kept=f"Remove {folder} before you start again.")
+    from fedsea.evaluation.preparation import check_new
+
+    check_new(folder)
     from fedsea.evaluation.quickstart import QuickstartOptions, run
 
     with Parts(silent) as parts:

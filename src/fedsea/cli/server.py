@@ -18,12 +18,28 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 
+def _check_form(listen: str) -> str:
+    from fedsea.wire.listening import split_listen
+
+    split_listen(listen)
+    return listen
+
+
+def _check_metrics(asked: str | None) -> str | None:
+    if asked not in (None, "off"):
+        from fedsea.observe.metrics import split_listen
+
+        split_listen(asked)
+    return asked
+
+
 def server(
     plan: Annotated[Path, typer.Option(metavar="TOML", help="The federation's plan, see `fedsea init`.")] = Path(
         "plan.toml"
     ),
     listen: Annotated[
-        str, typer.Option(metavar="HOST:PORT", help="Where clients connect; port 0 takes a free one.")
+        str,
+        typer.Option(metavar="HOST:PORT", callback=_check_form, help="Where clients connect; port 0 takes a free one."),
     ] = ("0.0.0.0:7443"),
     identity: Annotated[
         Path | None, typer.Option(help="Folder of the server's identity; CA/server if not given.")
@@ -37,7 +53,9 @@ def server(
     metrics: Annotated[
         str | None,
         typer.Option(
-            metavar="HOST:PORT", help="Prometheus metrics; 127.0.0.1:9464 if not given and free; `off` serves none."
+            metavar="HOST:PORT",
+            callback=_check_metrics,
+            help="Prometheus metrics; 127.0.0.1:9464 if not given and free; `off` serves none.",
         ),
     ] = None,
     exit_when_finished: Annotated[
@@ -62,13 +80,15 @@ def server(
     from fedsea.observe.progress import ServerDisplay
     from fedsea.observe.recorders import ServerRecorder
     from fedsea.plan import load_plan
+    from fedsea.wire.listening import check_listen
 
-    # before torch is loaded: a plan that cannot be used is refused at once
+    # before torch is loaded: what cannot be used is refused at once
     display = ServerDisplay(load_plan(plan), quiet=silent)
-    from fedsea.server.run import ServerOptions, serve
-    from fedsea.wire.server import check_listen
-
     check_listen(listen)
+    o.need_device(device)
+    o.need_identity(identity or ca / "server")
+    from fedsea.server.run import ServerOptions, serve
+
     options = ServerOptions(
         plan=plan,
         listen=listen,
@@ -76,7 +96,7 @@ def server(
         ca=ca,
         run=run,
         threads=threads,
-        device=o.need_device(device),
+        device=device,
         exit_when_finished=exit_when_finished,
         ready_file=ready_file,
     )

@@ -58,6 +58,7 @@ def train(
         quiet=quiet,
         kept=f"What was applied is kept in {run}: the same command goes on from there.",
     )
+    _check_alone(plan, name, alone=alone)
     settings_given = o.client_options(
         "" if alone else o.need_server(server),
         identity,
@@ -74,7 +75,7 @@ def train(
         retry_for=retry_for,
         skip_bad_rows=skip_bad_rows,
     )
-    summary = _run(settings_given, plan, name, alone=alone, silent=silent)
+    summary = _run(settings_given, plan, name, silent=silent)
     if as_json:
         output.result(asdict(summary))
     elif not quiet:
@@ -85,17 +86,25 @@ def train(
             output.say(_NEXT)
 
 
-def _run(options: ClientOptions, plan: Path | None, name: str | None, *, alone: bool, silent: bool) -> TrainSummary:
-    from fedsea.client import run as client
+def _check_alone(plan: Path | None, name: str | None, *, alone: bool) -> None:
     from fedsea.errors import ConfigError
+
+    if not alone and (plan is not None or name is not None):
+        raise ConfigError("--plan and --name go with --alone; with a server they come from it and the identity.")
+    if alone:
+        if plan is None or name is None:
+            raise ConfigError("--alone needs --plan with the plan's file and --name with the client's name in it.")
+        from fedsea.plan import load_plan
+
+        load_plan(plan)
+
+
+def _run(options: ClientOptions, plan: Path | None, name: str | None, *, silent: bool) -> TrainSummary:
+    from fedsea.client import run as client
     from fedsea.observe.observers import compose
     from fedsea.observe.progress import ClientDisplay
     from fedsea.observe.recorders import ClientRecorder
 
-    if alone and (plan is None or name is None):
-        raise ConfigError("--alone needs --plan with the plan's file and --name with the client's name in it.")
-    if not alone and (plan is not None or name is not None):
-        raise ConfigError("--plan and --name go with --alone; with a server they come from it and the identity.")
     with ClientDisplay(quiet=silent) as display, ClientRecorder(options.run) as recorder:
         observer = compose(display, recorder)
         if plan is not None and name is not None:

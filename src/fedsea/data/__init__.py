@@ -44,13 +44,17 @@ Tokens
     once; other rows are cut off at the end, and dropped (and counted) if no token with loss is left.
 """
 
-from fedsea.data.batches import BatchStream, evaluation_batches, pack
-from fedsea.data.encoding import EncodedSequence
-from fedsea.data.formats import DataFormat
-from fedsea.data.opening import open_silo
-from fedsea.data.silo import Sequences, Silo, SiloSummary
-from fedsea.data.templates import instruction_prompt
-from fedsea.data.tokenizer import load_tokenizer
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from fedsea.data.batches import BatchStream, evaluation_batches, pack
+    from fedsea.data.encoding import EncodedSequence
+    from fedsea.data.formats import DataFormat
+    from fedsea.data.opening import open_silo
+    from fedsea.data.silo import Sequences, Silo, SiloSummary
+    from fedsea.data.templates import instruction_prompt
+    from fedsea.data.tokenizer import load_tokenizer
 
 __all__ = [
     "BatchStream",
@@ -65,3 +69,21 @@ __all__ = [
     "open_silo",
     "pack",
 ]
+
+_HOMES = {
+    "batches": ("BatchStream", "evaluation_batches", "pack"),
+    "encoding": ("EncodedSequence",),
+    "formats": ("DataFormat",),
+    "opening": ("open_silo",),
+    "silo": ("Sequences", "Silo", "SiloSummary"),
+    "templates": ("instruction_prompt",),
+    "tokenizer": ("load_tokenizer",),
+}
+
+
+def __getattr__(name: str) -> object:
+    """Each name is imported when it is first used: what checks a command line needs no torch."""
+    for home, names in _HOMES.items():
+        if name in names:
+            return getattr(import_module(f"{__name__}.{home}"), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

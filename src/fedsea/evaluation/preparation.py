@@ -15,6 +15,22 @@ from fedsea.wire.identity.enrollment import enroll, install
 CLIENTS = ("clinic", "bank", "law-office")
 
 
+def check_new(folder: Path) -> None:
+    """Whether a quickstart can be written there.
+
+    Raises:
+        ConfigError: The folder holds something already.
+        StorageError: It cannot be read.
+    """
+    if folder.exists() and not folder.is_dir():
+        raise ConfigError(f"{folder} is a file: choose another folder with --folder.")
+    try:
+        if folder.exists() and any(folder.iterdir()):
+            raise ConfigError(f"{folder} is not empty: remove it, or choose another folder with --folder.")
+    except OSError as error:
+        raise storage_error("read", folder, error) from None
+
+
 def prepare(folder: Path, steps: int | None) -> None:
     """Copy model and silos, write the plans, make an authority, and enrol server and clients.
 
@@ -22,11 +38,8 @@ def prepare(folder: Path, steps: int | None) -> None:
         ConfigError: The folder holds something already.
         StorageError: The disk refused.
     """
-    if folder.exists() and not folder.is_dir():
-        raise ConfigError(f"{folder} is a file: choose another folder with --folder.")
+    check_new(folder)
     try:
-        if folder.exists() and any(folder.iterdir()):
-            raise ConfigError(f"{folder} is not empty: remove it, or choose another folder with --folder.")
         text = _copy_assets(folder)
     except OSError as error:
         raise storage_error("write to", folder, error) from None

@@ -93,6 +93,18 @@ class ServerMetrics:
         return total - before if total >= before else total
 
 
+def split_listen(listen: str) -> tuple[str, int]:
+    """Host and port of `HOST:PORT`.
+
+    Raises:
+        ConfigError: It has another form.
+    """
+    host, _, port = listen.rpartition(":")
+    if not host or not port.isascii() or not port.isdigit() or int(port) > 65535:
+        raise ConfigError(f"{listen!r} is no address for metrics: give HOST:PORT, for example {DEFAULT_LISTEN}.")
+    return host, int(port)
+
+
 @contextmanager
 def serve_metrics(listen: str = DEFAULT_LISTEN, registry: CollectorRegistry | None = None) -> Iterator[ServerMetrics]:
     """Serve metrics over HTTP while the `with` block runs.
@@ -104,12 +116,10 @@ def serve_metrics(listen: str = DEFAULT_LISTEN, registry: CollectorRegistry | No
     Raises:
         ConfigError: The address is none, or the port is in use.
     """
-    host, _, port = listen.rpartition(":")
-    if not host or not port.isascii() or not port.isdigit() or int(port) > 65535:
-        raise ConfigError(f"{listen!r} is no address for metrics: give HOST:PORT, for example {DEFAULT_LISTEN}.")
+    host, port = split_listen(listen)
     metrics = ServerMetrics(registry or CollectorRegistry())
     try:
-        server, thread = start_http_server(int(port), addr=host.strip("[]"), registry=metrics.registry)
+        server, thread = start_http_server(port, addr=host.strip("[]"), registry=metrics.registry)
     except OSError as error:
         raise ConfigError(
             f"Metrics cannot be served at {listen} ({error.strerror or 'no such address'}): choose another port or "

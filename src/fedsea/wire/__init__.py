@@ -11,6 +11,7 @@ encoding.py   Encoder and Decoder: messages to chunks and back
 stream.py     messages over anything that carries chunks
 end.py        what both ends can do with theirs
 transport.py  method names, gRPC options and deadlines of both ends
+address.py    where a server is, and whether a relay stands before it
 calls.py      the client's channel, how a stream is let in, and why a call ended
 channel.py    the client's stream: `connect`
 status.py     the client's calls without a stream: `call_status`, `call_renew`

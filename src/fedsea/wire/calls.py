@@ -11,8 +11,8 @@ from typing import Any, Protocol, TypeVar
 import grpc
 
 from fedsea.errors import FedseaError, TransportError
+from fedsea.wire.address import split_address, through_relay, tls_name
 from fedsea.wire.errors import CODE_KEY, PeerClosed, error_from_status, error_of_word, unconfirmed
-from fedsea.wire.identity.address import split_address, through_relay, tls_name
 from fedsea.wire.identity.diagnose import diagnose
 from fedsea.wire.identity.identity import Identity
 from fedsea.wire.sealing.ends import SealingIdentity

@@ -130,7 +130,7 @@ async def connect(
     """Open a session with a server.
 
     Args:
-        address: `HOST:PORT`, or `relay://HOST:PORT`; see `identity.address`.
+        address: `HOST:PORT`, or `relay://HOST:PORT`; see `wire.address`.
         identity: Ours.
         limits: What the server may announce, until they are replaced: usually `limits.HANDSHAKE`.
         encoder: Of what is sent; by default one for the handshake, without codecs.

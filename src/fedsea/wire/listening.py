@@ -14,10 +14,15 @@ def check_listen(listen: str) -> None:
     Raises:
         ConfigError: The address is none, is in use, or is not of this machine.
     """
-    _check_free(*_split_listen(listen))
+    _check_free(*split_listen(listen))
 
 
-def _split_listen(listen: str) -> tuple[str, int]:
+def split_listen(listen: str) -> tuple[str, int]:
+    """Host and port of `HOST:PORT`, where the port may be 0.
+
+    Raises:
+        ConfigError: It has another form.
+    """
     host, _, port = listen.rpartition(":")
     if not host or not port.isascii() or not port.isdigit() or int(port) > 65535:
         raise ConfigError(f"{listen!r} is no address to listen on: give HOST:PORT, for example 0.0.0.0:7443.")

@@ -7,8 +7,8 @@ import json
 from typing import Any
 
 from fedsea.errors import ProtocolError
+from fedsea.wire.address import through_relay
 from fedsea.wire.calls import Ending, enter, examine, opened_channel
-from fedsea.wire.identity.address import through_relay
 from fedsea.wire.identity.identity import Identity
 from fedsea.wire.sealing.handshake import Subject
 from fedsea.wire.transport import DEFAULT_TIMING, RENEW, SESSION, STATUS, aio

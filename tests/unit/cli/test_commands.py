@@ -19,6 +19,8 @@ from fedsea.server import run as server_run
 from fedsea.server.run import ServerOptions
 from tests.support.assets import toml
 
+pytestmark = pytest.mark.usefixtures("without_folders")
+
 
 @pytest.fixture
 def stubbed(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:

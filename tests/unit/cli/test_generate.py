@@ -21,6 +21,7 @@ from fedsea.data.templates import instruction_prompt
 from tests.support.opened import open_local, pages
 
 BASIC = ["generate", "--server", "h:1"]
+pytestmark = pytest.mark.usefixtures("without_folders")
 
 
 @pytest.fixture(scope="module")

@@ -30,6 +30,7 @@ TEMPLATE = (
     "{% if add_generation_prompt %}<a>{% endif %}"
 )
 CHAT = ["chat", "--server", "h:1", "--max-new-tokens", "6", "--temperature", "1", "--seed", "5"]
+pytestmark = pytest.mark.usefixtures("without_folders")
 
 
 @pytest.fixture(scope="module")

@@ -10,8 +10,8 @@ from typer.testing import CliRunner
 
 from fedsea.cli.main import app
 from fedsea.errors import AuthError, ConfigError
+from fedsea.wire.address import split_address, through_relay, tls_name
 from fedsea.wire.identity import PeerGate, Role, certificates, enroll, install
-from fedsea.wire.identity.address import split_address, through_relay, tls_name
 from fedsea.wire.identity.peers import PeerRefused
 
 

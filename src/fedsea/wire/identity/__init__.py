@@ -12,7 +12,6 @@ identity.py      the holder of a key: load and check
 enrollment.py    the holder of a key: request, install, renew
 signing.py       statements that clients sign for each other
 peers.py         the server's gate
-address.py       where a server is, and whether a relay stands before it
 diagnose.py      one sentence about a connection that failed
 """
 

@@ -12,7 +12,8 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import NameOID
 
 from fedsea.errors import ConfigError
-from fedsea.wire.identity.certificates import PURPOSES, RELAY_HOST, Role, name_uri
+from fedsea.wire.address import RELAY_HOST
+from fedsea.wire.identity.certificates import PURPOSES, Role, name_uri
 
 SKEW = timedelta(minutes=5)
 """Certificates begin this much in the past, for peers whose clocks are behind."""

@@ -25,9 +25,6 @@ from fedsea.plan import ClientName
 Clock = Callable[[], datetime]
 """Gives the time, with its zone."""
 
-RELAY_HOST = "relay.fedsea.invalid"
-"""The host name in every relay's certificate. Clients ask for it when they were told of a relay, and only then."""
-
 _LARGEST_PEM_BYTES = 64 << 10
 _NAME = TypeAdapter[str](ClientName)
 

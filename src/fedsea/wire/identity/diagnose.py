@@ -14,7 +14,7 @@ from datetime import UTC, datetime
 from typing import Any
 
 from fedsea.errors import AuthError, FedseaError, TransportError
-from fedsea.wire.identity.address import split_address, through_relay, tls_name
+from fedsea.wire.address import split_address, through_relay, tls_name
 from fedsea.wire.identity.folder import CERTIFICATE_FILE, KEY_FILE
 from fedsea.wire.identity.identity import Identity
 
