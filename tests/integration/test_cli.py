@@ -115,7 +115,7 @@ def test_training_alone_needs_no_server(
         (["export"], "--server HOST:PORT"),
         (["export", "--server-run", "r", "--server", "h:1"], "stands alone"),
         (["server", "--plan", "none.toml"], "fedsea init"),
-        (["server", "--plan", "none.toml", "--metrics", "nowhere"], "fedsea init"),
+        (["server", "--plan", "none.toml", "--metrics", "nowhere"], "no address for metrics"),
     ],
 )
 def test_what_cannot_work_is_said_before_anything_is_done(

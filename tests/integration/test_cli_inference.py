@@ -137,5 +137,5 @@ def test_a_server_that_is_not_there_is_one_sentence_and_its_exit_code(
 ) -> None:
     assert one.server is not None
     one.server.stop()
-    assert command("generate", one, PROMPT, "--json", "--retry-for", "0") == TransportError.exit_code
+    assert command("generate", one, PROMPT, "--base", "--json", "--retry-for", "0") == TransportError.exit_code
     assert json.loads(capsys.readouterr().out)["error"]["code"] == "TRANSPORT"

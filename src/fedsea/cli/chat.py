@@ -51,10 +51,11 @@ def chat(
     """
     output.begin(quiet=True)
     a.check_drafter(drafter)
+    address = o.need_server(server)
     if not base:
         o.need_run(run)
     options = o.client_options(
-        o.need_server(server),
+        address,
         identity,
         run=run,
         model=model,

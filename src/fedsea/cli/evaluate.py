@@ -41,10 +41,11 @@ def evaluate(
     Example: `fedsea eval --server fedsea.example.org:7443 --data notes/*.jsonl --run runs/clinic`
     """
     output.begin(as_json=as_json)
+    address = o.need_server(server)
     if not base:
         o.need_run(run)
     options = o.client_options(
-        o.need_server(server),
+        address,
         identity,
         data=data,
         more_data=more_data,

@@ -69,10 +69,11 @@ def gateway(
     output.begin(as_json=as_json)
     a.check_drafter(drafter)
     _check_host(host, api_key)
+    address = o.need_server(server)
     if not base:
         o.need_run(run)
     options = o.client_options(
-        o.need_server(server),
+        address,
         identity,
         run=run,
         model=model,

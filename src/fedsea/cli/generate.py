@@ -77,10 +77,11 @@ def generate(
     if template not in _TEMPLATES:
         raise typer.BadParameter(f"choose one of {', '.join(_TEMPLATES)}", param_hint="--template")
     a.check_drafter(drafter)
+    address = o.need_server(server)
     if not base:
         o.need_run(run)
     options = o.client_options(
-        o.need_server(server),
+        address,
         identity,
         run=run,
         model=model,
