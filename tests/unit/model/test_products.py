@@ -26,14 +26,25 @@ def test_product_is_the_linear_layers_for_any_number_of_rows(columns, shape, bia
     plain, prepared = Product(weight, bias), Product(weight, bias)
     prepared.prepare(1)
     prepared.prepare(2)
-    copied = columns and shape == LARGE and dtype is torch.float32
-    assert (prepared._transposed_HO is not None) is (copied and products._onednn() is not None)
+    copied = dtype is torch.float32 and products._onednn() is not None
+    assert (prepared._transposed_HO is not None) is (copied and columns)
+    assert (prepared._packed is not None) is (copied and (shape == LARGE or not columns))
     for rows in (0, 1, 2, 7, 40):
         x = torch.randn(rows, shape[1], dtype=dtype)
         expected = F.linear(x, weight, bias)
         with torch.inference_mode():
             for product in (plain, prepared):
                 torch.testing.assert_close(product(x), expected, rtol=1e-4, atol=1e-3)
+
+
+@pytest.mark.parametrize("columns", [False, True])
+def test_a_copy_for_several_rows_changes_nothing_for_one(columns, monkeypatch):
+    monkeypatch.setattr(products, "_likes_columns", lambda: columns)
+    weight, x = torch.randn(24, 16), torch.randn(1, 16)
+    product = Product(weight, None)
+    before = product(x)
+    product.prepare(8)
+    assert torch.equal(product(x), before)
 
 
 def test_without_onednn_the_blas_does_it(monkeypatch):
