@@ -23,6 +23,7 @@ class Attack:
         answers: "text": a list of `Recovered`; "own": an `OwnResult`.
         needs_more: Adds nothing where a simpler forward attack has recovered the text already.
         share: Of the attacks' time that is left when it begins; a slow one must not keep others from running.
+        always: Runs to its end even when the time is up: without it the audit would say nothing.
     """
 
     id: str
@@ -32,6 +33,7 @@ class Attack:
     answers: Answers = "text"
     needs_more: bool = False
     share: float = 0.5
+    always: bool = False
 
     def load(self) -> Any:
         """The module."""
@@ -39,9 +41,9 @@ class Attack:
 
 
 ATTACKS: tuple[Attack, ...] = (
-    Attack("A0", "the public model's guesses", Channel.HIDDEN, "a0_prior"),
-    Attack("A1", "nearest hidden state over the vocabulary", Channel.HIDDEN, "a1_nearest"),
-    Attack("A5", "labels from gradients", Channel.GRADIENT, "a5_labels"),
+    Attack("A0", "the public model's guesses", Channel.HIDDEN, "a0_prior", always=True),
+    Attack("A1", "nearest hidden state over the vocabulary", Channel.HIDDEN, "a1_nearest", always=True),
+    Attack("A5", "labels from gradients", Channel.GRADIENT, "a5_labels", always=True),
     Attack("A7", "exact inversion of an update", Channel.UPDATE, "a7_update", "own"),
     Attack("A9", "test of the noise mechanism", Channel.HIDDEN, "a9_mechanism", "own", share=0.5),
     Attack("A8", "membership and canaries in the shared adapter", Channel.UPDATE, "a8_membership", "own", share=0.25),

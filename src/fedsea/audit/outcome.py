@@ -142,6 +142,8 @@ class AuditReport:
     def sentences(self) -> list[str]:
         """What goes with the verdict."""
         said = sentences(self.verdict, self.findings, self.unasked + self.skipped)
+        if any(outcome.status == "skipped" for outcome in self.outcomes):
+            said.append("There was no time for all attacks: give more --minutes.")
         return [*said, self.curves_missing] if self.curves_missing else said
 
     def by_attack(self) -> dict[str, dict[str, Any]]:

@@ -88,6 +88,7 @@ def quick_table(
     plain = drawn.attacker_of(subject, subject.partition, {}, made, options)
     std = rho * drawn.norm_of(plain, targets) / checkpoint.hidden_size**0.5
     clock = Clock(limit_s / 60, lambda *_: None)
+    clock.start()
     rows: list[TableRow] = []
     for words, noise in (("trusted-server", 0.0), (f"Gaussian noise, {rho:g} of the hidden states' norm", std)):
         under = variant(plan, name, hidden_std=noise)

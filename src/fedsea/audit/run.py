@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import math
 import time
 from collections.abc import Sequence
@@ -25,13 +24,10 @@ from fedsea.audit.settings import AuditOptions, Clock, Show
 from fedsea.audit.subject import Subject, open_subject, variant
 from fedsea.audit.targets import OutOfTime, Target
 from fedsea.audit.verdict import LEAST_SELF_CHECK, Finding, Verdict
-from fedsea.errors import ConfigError
 from fedsea.federation.secure import Member
-from fedsea.plan import open_channels
+from fedsea.plan import backward_channel, open_channels
 from fedsea.privacy.boundary import Boundary
 from fedsea.types import Channel, Partition
-
-log = logging.getLogger(__name__)
 
 _ENOUGH = 0.95
 _SELF_CHECK_SEQUENCES = 4
@@ -96,15 +92,7 @@ class _Audit:
         self._seconds: dict[str, float] = {}
 
     def run(self) -> AuditReport:
-        """All parts in order."""
-        try:
-            return self._run()
-        except OutOfTime:
-            raise ConfigError(
-                "The time was up before anything could be attacked, so there is nothing to say: give more --minutes."
-            ) from None
-
-    def _run(self) -> AuditReport:
+        """All parts in order; the time budget counts from the first attack on, whatever it took to come so far."""
         targets = self._targets()
         findings = []
         self_check = self._self_check(targets)
@@ -122,6 +110,8 @@ class _Audit:
             findings += check_masks(self._subject.plan, self._subject.checkpoint, self._member)
         plain_texts = self._plain_texts()
         perplexity = self._perplexity(tap, plain_texts)
+        self._attacker.public = self._attacker.sampled(self._scale.public, self._scale.tokens, self._options.seed + 2)
+        self._clock.start()
         if self._scale.curve_sequences:
             self._clock.reserved_s = _FOR_CURVES * self._clock.left_s
         outcomes = self._attacks(targets)
@@ -163,12 +153,7 @@ class _Audit:
         sent = drawn.fresh(targets[:_SELF_CHECK_SEQUENCES], _SELF_CHECK_TOKENS)
         Tap(plan, subject.checkpoint, subject.name, device=self._options.device).observe(sent)
         attacker = drawn.attacker_of(subject, cut, {}, self._texts, self._options, plan)
-        progress = self._clock.watch("self-check")
-        try:
-            answers = a1_nearest.run(attacker, sent, progress)
-        except OutOfTime:
-            log.warning("The time was up before the audit's own check was done: give more --minutes.")
-            return 0.0
+        answers = a1_nearest.run(attacker, sent, self._clock.watch("self-check"))
         guesses = drawn.guesses_of(attacker, sent)
         self._seconds["self-check"] = time.monotonic() - started
         return score(sent, answers, guesses, self._texts.decode, self._options.seed).recovery.value
@@ -220,7 +205,6 @@ class _Audit:
     # --- attacks ----------------------------------------------------------------------------------------------------
 
     def _attacks(self, targets: Sequence[Target]) -> list[Outcome]:
-        self._attacker.public = self._attacker.sampled(self._scale.public, self._scale.tokens, self._options.seed + 2)
         outcomes: list[Outcome] = []
         for attack in ATTACKS:
             started = time.monotonic()
@@ -239,14 +223,14 @@ class _Audit:
             best = max((o.score.recovery.value for o in done if o.score), default=0.0)
             if best >= _ENOUGH:
                 return Outcome(attack, "not needed", reason=f"a simpler attack recovered {best:.1%} already")
-        if self._clock.left_s < _SMALLEST_PART_S:
+        if self._clock.left_s < _SMALLEST_PART_S and not attack.always:
             return Outcome(attack, "skipped", reason="the time was up")
         self._attacker.budget_s = max(_SMALLEST_PART_S, _UNTIL_IT_STOPS * attack.share * self._clock.left_s)
         try:
             module = attack.load()
         except ModuleNotFoundError:
             return Outcome(attack, "skipped", reason="this version does not have it")
-        watch = self._clock.watch(f"{attack.id} {attack.title}", attack.share)
+        watch = self._clock.watch(f"{attack.id} {attack.title}", attack.share, ends=not attack.always)
         try:
             planted = {"boundary": self._boundary} if attack.id == "A9" else {}
             answers = module.run(self._who(attack), self._aims(attack, targets), watch, **planted)
@@ -308,7 +292,7 @@ class _Audit:
             "noise_std": {channel.value: std for channel, std in subject.noise_std().items()},
             "codecs": {channel.value: codec for channel, codec in self._attacker.codecs.items()},
             "secure_aggregation": "two rounds looked at" if plan.aggregation.secure else "off",
-            "backward_channel": "open" if plan.sends_gradients(subject.name) else "closed",
+            "backward_channel": backward_channel(plan, subject.name),
             "k": cut.input_blocks,
             "m": cut.output_blocks,
             "blocks": subject.checkpoint.num_blocks,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -31,7 +32,7 @@ class Scale:
         rhos: Noise of the curve, as mean noise norm over mean norm of the hidden states.
         curve_sequences: Sequences at each point of a curve; 0: no curves.
         curve_tokens: Their length.
-        minutes: Time budget.
+        minutes: Time budget of attacks and curves.
     """
 
     canaries: int
@@ -62,7 +63,7 @@ class AuditOptions:
         client: Client of a plan file; its first one if empty.
         texts: Own files; they never leave the machine.
         quick: A few minutes on two cores for a small model.
-        minutes: Time budget; None takes the scale's.
+        minutes: Time budget of attacks and curves; None takes the scale's.
         attacks: Ids of those to run; empty runs all.
         seed: Of canaries, noise and attacks.
         device: Where models and attacks run.
@@ -95,10 +96,10 @@ class AuditOptions:
 
 
 class Clock:
-    """The time budget, and who is told how far things are.
+    """The time budget, and who is told how far things are. Until `start` is called nothing is ended by it.
 
     Args:
-        minutes: From now on.
+        minutes: From the start on.
         show: Told of progress.
         now: Seconds; replaced in tests.
 
@@ -108,18 +109,29 @@ class Clock:
 
     def __init__(self, minutes: float, show: Show, now: Callable[[], float] = time.monotonic) -> None:
         self._now = now
-        self._end = now() + 60 * minutes
+        self._budget_s = 60 * minutes
+        self._end = math.inf
         self._show = show
         self.reserved_s = 0.0
+
+    def start(self) -> None:
+        """From now on time is counted."""
+        self._end = self._now() + self._budget_s
 
     @property
     def left_s(self) -> float:
         """Seconds that are left beside what is reserved."""
         return max(0.0, self._end - self.reserved_s - self._now())
 
-    def watch(self, what: str, share: float = 1.0) -> Progress:
-        """A `Progress` that shows, and ends the work when this share of the time that is left now is up."""
-        end = self._now() + share * self.left_s
+    def watch(self, what: str, share: float = 1.0, *, ends: bool = True) -> Progress:
+        """A `Progress` that shows, and ends the work when this share of the time that is left now is up.
+
+        Args:
+            what: As it is shown.
+            share: Of what is left.
+            ends: False for work that has to be done however long it takes.
+        """
+        end = self._now() + share * self.left_s if ends else math.inf
 
         def told(done: int, total: int) -> None:
             self._show(what, done, total)

@@ -35,7 +35,9 @@ def audit(
         typer.Option(metavar="FILE", help="Own texts, beside the planted ones; they never leave this machine."),
     ] = None,
     quick: Annotated[bool, typer.Option("--quick", help="A few minutes on two cores for a small model.")] = False,
-    minutes: Annotated[float | None, typer.Option(help="Time budget; what does not fit is said.")] = None,
+    minutes: Annotated[
+        float | None, typer.Option(help="For attacks and curves; A1 and A5 always run, what does not fit is said.")
+    ] = None,
     attacks: Annotated[str, typer.Option(metavar="IDS", help=_ATTACKS)] = "",
     out: Annotated[Path, typer.Option(help="Folder for report.json and report.html.")] = Path("audit"),
     seed: Annotated[int, typer.Option(min=0, help="Of planted texts, noise and attacks: same seed, same report.")] = 0,
@@ -63,7 +65,7 @@ def audit(
     o.need_device(device)
     import torch
 
-    from fedsea.audit.report import make_folder, write_report
+    from fedsea.audit.report import folder_for, write_report
     from fedsea.audit.run import audit as run
     from fedsea.audit.settings import AuditOptions
 
@@ -71,10 +73,10 @@ def audit(
         torch.set_num_threads(threads)
     wanted = tuple(item.strip().upper() for item in attacks.split(",") if item.strip())
     options = AuditOptions(path, model, client, tuple(text or ()), quick, minutes, wanted, seed, device)
-    make_folder(out)  # before the work, not after it
-    with Parts(silent) as parts:
-        report = run(options, parts)
-    page = write_report(report, out)
+    with folder_for(out):  # before the work, not after it
+        with Parts(silent) as parts:
+            report = run(options, parts)
+        page = write_report(report, out)
     if as_json:
         output.result(report.to_json())
     else:

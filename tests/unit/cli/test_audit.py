@@ -70,6 +70,18 @@ def test_a_folder_that_cannot_be_made_is_refused_before_the_work(
     assert "a file is there" in capsys.readouterr().err
 
 
+def test_an_audit_that_fails_leaves_no_empty_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("fedsea.audit.run.audit", interrupted)
+    kept = tmp_path / "kept"
+    kept.mkdir()
+    for out in (tmp_path / "new" / "out", kept):
+        assert main.run(["audit", str(PLAN), "--quick", "--quiet", "--out", str(out)]) not in (0, 22)
+    assert list(tmp_path.iterdir()) == [kept]
+
+
 def test_help_says_what_each_attack_is() -> None:
     assert all(f"{attack}: " in _ATTACKS for attack in IDS)
 
