@@ -1,15 +1,16 @@
-"""Two small rounds of secure aggregation with the real members and aggregator: whether every mask is used once.
+"""Small rounds of secure aggregation with the real members and aggregator: whether masks are used once, and cancel.
 
-The parameters have the plan's names and holders, cut to a few values each; the same values are summed in both rounds,
-so that a mask which comes again shows at once.
+The parameters have the plan's names and holders, cut to a few values each; the same values are summed in all rounds,
+so that a mask which comes again shows at once. In the last round a member leaves after it has shared its keys, if the
+plan's threshold lets the others go on without it.
 """
 
 from __future__ import annotations
 
 import hashlib
 import secrets
-from collections.abc import Callable
-from dataclasses import replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from cryptography.exceptions import InvalidSignature
@@ -17,7 +18,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey,
 
 from fedsea.audit.verdict import Finding, Verdict
 from fedsea.client.secure import layout_of
-from fedsea.errors import AuthError, FedseaError
+from fedsea.errors import AggregationError, AuthError, FedseaError
 from fedsea.federation.secure import Aggregator, Layout, Member, Phase, Setting, Transcript, check_fresh
 from fedsea.federation.secure.messages import Notary
 from fedsea.model.checkpoint import Checkpoint
@@ -26,6 +27,7 @@ from fedsea.plan import FederationPlan
 MakeMember = Callable[[Setting, str, Notary], Member]
 
 _ROUNDS = 2
+"""With all members."""
 _MOST_VALUES = 64
 """Of each parameter; a mask that comes again shows in so many words together."""
 
@@ -66,19 +68,33 @@ def check_masks(plan: FederationPlan, checkpoint: Checkpoint, make: MakeMember =
     run_id = hashlib.sha256(secrets.token_bytes(16)).hexdigest()[:16]
     notaries = {name: _Notary(name) for name in plan.client_names}
     transcripts: list[Transcript] = []
-    try:
-        for number in range(_ROUNDS):
-            transcripts += _round(Setting.of(plan, run_id, number, 1, layout), notaries, make)
-    except FedseaError as error:
-        return [Finding(Verdict.BROKEN, f"Secure aggregation did not get through two rounds: {error.message}")]
-    return [
-        Finding(
-            Verdict.BROKEN,
-            f"Secure aggregation, {found.kind} (client {', '.join(found.clients)}): {found.detail} The server can take "
-            "such masks off; use no secure aggregation with this version of fedsea.",
-        )
+    wrong: dict[str, None] = {}
+    leavers = [""] * _ROUNDS + _who_may_leave(Setting.of(plan, run_id, 0, 1, layout))
+    for number, leaver in enumerate(leavers):
+        attempt = _Attempt(Setting.of(plan, run_id, number, 1, layout), notaries, make, transcripts)
+        try:
+            attempt.until_masked(leaver)
+            said = attempt.check_sum()
+        except FedseaError as error:
+            said = f"Secure aggregation did not get through a round: {error.message}"
+        wrong |= {said: None} if said else {}
+    fresh = [
+        f"Secure aggregation, {found.kind} (client {', '.join(found.clients)}): {found.detail} The server can take "
+        "such masks off; use no secure aggregation with this version of fedsea."
         for found in check_fresh(transcripts)
     ]
+    return [Finding(Verdict.BROKEN, sentence) for sentence in (*fresh, *wrong)]
+
+
+def _who_may_leave(setting: Setting) -> list[str]:
+    """A client without which the others go on, if the plan's threshold allows that of any."""
+    for name in reversed(setting.clients):
+        try:
+            setting.check_enough([other for other in setting.clients if other != name])
+        except AggregationError:
+            continue
+        return [name]
+    return []
 
 
 def _small(layout: Layout) -> Layout:
@@ -89,31 +105,91 @@ def _small(layout: Layout) -> Layout:
     return Layout(tuple(groups))
 
 
-def _round(setting: Setting, notaries: dict[str, _Notary], make: MakeMember) -> list[Transcript]:
-    """One attempt from keys to masked words, as the server has it, and its sum."""
-    names = setting.clients
-    server = Aggregator(setting, names, notaries[names[0]])
-    members = {name: make(setting, name, notaries[name]) for name in names}
-    keys = {name: member.advertise() for name, member in members.items()}
-    for ad in keys.values():
-        server.add_keys(ad)
-    server.proceed()
-    for name, member in members.items():
-        server.add_shares(name, member.share(tuple(server.roster.values())))
-    server.proceed()
-    transcripts = []
-    for name, member in members.items():
-        member.receive(server.delivery(name))
-        words = setting.layout.to_tensors(member.mask(_values(setting.layout, name), 1))
-        server.accumulate(name, words)
-        server.add_masked(name)
-        transcripts.append(Transcript(name, setting.round, setting.attempt, keys[name], words))
-    assert server.phase is Phase.MASKED
-    return transcripts
+@dataclass
+class _Attempt:
+    """One attempt from keys to the sum.
+
+    Attributes:
+        setting: Of the attempt.
+        notaries: Client to who signs for it.
+        make: Makes the members.
+        transcripts: Added to: what the server receives.
+    """
+
+    setting: Setting
+    notaries: Mapping[str, _Notary]
+    make: MakeMember
+    transcripts: list[Transcript]
+
+    def __post_init__(self) -> None:
+        names = self.setting.clients
+        self._server = Aggregator(self.setting, names, self.notaries[names[0]])
+        self._members = {name: self.make(self.setting, name, self.notaries[name]) for name in names}
+
+    def until_masked(self, leaver: str = "") -> None:
+        """Keys, shares and masked words of all, but for the words of one who leaves."""
+        server, setting = self._server, self.setting
+        keys = {name: member.advertise() for name, member in self._members.items()}
+        for ad in keys.values():
+            server.add_keys(ad)
+        server.proceed()
+        for name, member in self._members.items():
+            server.add_shares(name, member.share(tuple(server.roster.values())))
+        server.proceed()
+        self._members.pop(leaver, None)
+        for name, member in self._members.items():
+            member.receive(server.delivery(name))
+            masked = member.mask(_values(setting, name), _weight(setting, name))
+            words = setting.layout.to_tensors(masked)
+            server.accumulate(name, words)
+            server.add_masked(name)
+            self.transcripts.append(Transcript(name, setting.round, setting.attempt, keys[name], words))
+
+    def check_sum(self) -> str:
+        """Take the masks off and hold what is left against the plain mean; what is wrong, "" if nothing."""
+        server = self._server
+        server.proceed()
+        for name, member in self._members.items():
+            server.add_consent(name, member.consent(server.survivors))
+        server.proceed()
+        for name, member in self._members.items():
+            server.add_reveal(name, member.reveal(server.signatures))
+        server.proceed()
+        assert server.phase is Phase.DONE
+        means, _ = server.unmask()
+        expected = _plain_means(self.setting, tuple(self._members))
+        # A mean is rounded to float32 at its end.
+        bound = 2 * self.setting.numbers.error + 1e-6
+        off = [name for name, mean in expected.items() if not float((means[name] - mean).abs().max()) <= bound]
+        if means.keys() == expected.keys() and not off:
+            return ""
+        return (
+            "Secure aggregation: the masks do not cancel: what is left of the sum is not the mean of what the clients "
+            "put in. Training with it would go wrong; use no secure aggregation with this version of fedsea."
+        )
 
 
-def _values(layout: Layout, name: str) -> dict[str, torch.Tensor]:
-    """As small as trained adapters are, and the same in every round."""
-    draw = torch.Generator().manual_seed(0)
+def _weight(setting: Setting, name: str) -> int:
+    """Another for each client, so that a mean without weights shows."""
+    return 1 + setting.clients.index(name) % setting.numbers.most_weight
+
+
+def _plain_means(setting: Setting, survivors: Sequence[str]) -> dict[str, torch.Tensor]:
+    """Weighted mean of every parameter that survivors hold, without any masks."""
+    values = {name: _values(setting, name) for name in survivors}
+    means: dict[str, torch.Tensor] = {}
+    for group in setting.layout.groups:
+        holders = [name for name in group.holders if name in values]
+        total = sum(_weight(setting, name) for name in holders)
+        for key in group.shapes if holders else ():
+            parts = [values[name][key].double() * _weight(setting, name) for name in holders]
+            means[key] = torch.stack(parts).sum(dim=0) / total
+    return means
+
+
+def _values(setting: Setting, name: str) -> dict[str, torch.Tensor]:
+    """As small as trained adapters are, another for each client, and the same in every round."""
+    layout = setting.layout
+    draw = torch.Generator().manual_seed(setting.clients.index(name))
     groups = [layout.groups[index] for index in layout.of_client(name)]
     return {key: 0.02 * torch.randn(shape, generator=draw) for group in groups for key, shape in group.shapes.items()}

@@ -291,7 +291,7 @@ class _Audit:
             "trust_mode": plan.trust.mode,
             "noise_std": {channel.value: std for channel, std in subject.noise_std().items()},
             "codecs": {channel.value: codec for channel, codec in self._attacker.codecs.items()},
-            "secure_aggregation": "two rounds looked at" if plan.aggregation.secure else "off",
+            "secure_aggregation": "rounds played: masks and sums looked at" if plan.aggregation.secure else "off",
             "backward_channel": backward_channel(plan, subject.name),
             "k": cut.input_blocks,
             "m": cut.output_blocks,
