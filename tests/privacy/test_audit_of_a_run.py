@@ -19,7 +19,7 @@ from fedsea.audit.verdict import Verdict
 from fedsea.client.run import train_alone
 from fedsea.client.setup import ClientOptions
 from fedsea.errors import ConfigError
-from tests.support.audited import PLAN, SILO, TINY
+from tests.support.audited import PLAN, SILO, TINY, noised_plan
 
 
 def test_a_run_is_audited_with_the_trained_segments(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -64,3 +64,38 @@ def test_a_run_is_audited_with_the_trained_segments(tmp_path: Path, monkeypatch:
     assert none == ()
     assert found.about["trained"]
     assert found.about["client"] == "bank"
+
+
+def test_a_client_audits_the_noise_of_its_own_settings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(settings, "QUICK", TINY)
+    file, own = noised_plan(tmp_path, 0.01, 0.01, "update_std = 0.01\n"), tmp_path / "client.toml"
+    own.write_text("[noise]\nhidden_std = 400.0\ngradient_std = 400.0\n")
+    found = audit(AuditOptions(file, quick=True, attacks=("A1",), settings=own))
+    assert found.by_attack()["A1"]["hidden"]["recovery"] < 0.1
+    assert found.findings == ()  # the bytes hold the client's noise, which is what is looked for
+    assert found.about["noise_std"] == {"hidden": 400.0, "gradient": 400.0, "update": 0.01}
+    assert found.about["own_noise"] == {"hidden_std": 400.0, "gradient_std": 400.0}
+    assert found.about["plan_sha256"] == open_subject(file).plan.sha256()  # what the federation calls it
+    assert "standard deviation 400" in found.statement
+    assert any("own noise, stricter than the plan's: hidden_std = 400" in sentence for sentence in found.sentences)
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("[noise]\nhidden_std = 0.001\n", "only be stricter than the plan's"),
+        ('[limits]\ntrust = ["trusted-server"]\n', "past this client's limits"),
+    ],
+)
+def test_settings_with_which_the_client_would_not_take_part_are_refused(tmp_path: Path, text: str, said: str) -> None:
+    own = tmp_path / "client.toml"
+    own.write_text(text)
+    with pytest.raises(ConfigError, match=said):
+        open_subject(noised_plan(tmp_path), settings=own)
+
+
+def test_settings_with_pseudonyms_are_named_as_what_the_audit_does_not_apply(tmp_path: Path) -> None:
+    own = tmp_path / "client.toml"
+    own.write_text("[pseudonyms]\nenabled = true\n")
+    assert open_subject(PLAN, settings=own).pseudonyms
+    assert list(tmp_path.iterdir()) == [own]  # no mapping was begun with invented names

@@ -100,6 +100,7 @@ class AuditReport:
         seconds: Part to wall seconds.
         curves_missing: A sentence about curves for which there was no time; "" if all were drawn.
         spent: What the run's ledgers say; see `privacy.claims.report_of`.
+        notes: Sentences about what was audited that a reader of the verdict has to know.
     """
 
     about: dict[str, Any]
@@ -114,6 +115,7 @@ class AuditReport:
     seconds: dict[str, float] = field(default_factory=dict)
     curves_missing: str = ""
     spent: tuple[dict[str, Any], ...] = ()
+    notes: tuple[str, ...] = ()
 
     @property
     def skipped(self) -> list[str]:
@@ -144,7 +146,7 @@ class AuditReport:
         said = sentences(self.verdict, self.findings, self.unasked + self.skipped)
         if any(outcome.status == "skipped" for outcome in self.outcomes):
             said.append("There was no time for all attacks: give more --minutes.")
-        return [*said, self.curves_missing] if self.curves_missing else said
+        return [*said, *([self.curves_missing] if self.curves_missing else ()), *self.notes]
 
     def by_attack(self) -> dict[str, dict[str, Any]]:
         """Attack to channel to figures."""

@@ -65,7 +65,7 @@ def audit(
     Raises:
         FedseaError: Plan, model or texts cannot be used.
     """
-    subject = open_subject(options.path, options.model, options.client)
+    subject = open_subject(options.path, options.model, options.client, options.settings)
     clock = clock or Clock(options.minutes or options.scale.minutes, show)
     return _Audit(subject, options, clock, boundary, change, member).run()
 
@@ -133,6 +133,7 @@ class _Audit:
             {part: round(value, 2) for part, value in self._seconds.items()},
             missing,
             spent,
+            self._notes(),
         )
 
     # --- what is attacked -------------------------------------------------------------------------------------------
@@ -282,7 +283,8 @@ class _Audit:
         cut = subject.partition
         return {
             "plan": plan.name,
-            "plan_sha256": plan.sha256(),
+            "plan_sha256": (subject.agreed or plan).sha256(),
+            "own_noise": subject.stricter,
             "client": subject.name,
             "trained": subject.parameters is not None,
             "trained_trunk": subject.trunk is not None,
@@ -305,6 +307,18 @@ class _Audit:
             "own_texts": bool(self._options.texts),
             "rho": self._rho(targets),
         }
+
+    def _notes(self) -> tuple[str, ...]:
+        notes = []
+        if stricter := self._subject.stricter:
+            listed = ", ".join(f"{key} = {value:g}" for key, value in stricter.items())
+            notes.append(f"Audited with this client's own noise, stricter than the plan's: {listed}.")
+        if self._subject.pseudonyms:
+            notes.append(
+                "This client replaces identifiers by pseudonyms before it tokenises; the texts of this audit were not "
+                "replaced, so of what is recognised the surrogates come back, not the originals."
+            )
+        return tuple(notes)
 
     def _rho(self, targets: Sequence[Target]) -> float:
         """The plan's noise on hidden states as a share of their norm."""

@@ -67,6 +67,7 @@ class AuditOptions:
         attacks: Ids of those to run; empty runs all.
         seed: Of canaries, noise and attacks.
         device: Where models and attacks run.
+        settings: A client's own settings file, whose noise may be stricter than the plan's.
     """
 
     path: Path
@@ -78,6 +79,7 @@ class AuditOptions:
     attacks: tuple[str, ...] = ()
     seed: int = 0
     device: str = "cpu"
+    settings: Path | None = None
 
     def __post_init__(self) -> None:
         if unknown := sorted(set(self.attacks) - set(IDS)):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +15,13 @@ from fedsea.model import adapters
 from fedsea.model.checkpoint import Checkpoint, open_checkpoint
 from fedsea.plan import (
     ClientEntry,
+    ClientSettings,
     FederationPlan,
     NoiseSection,
     PartitionSection,
     TrustSection,
     load_plan,
+    load_settings,
     open_channels,
 )
 from fedsea.plan.loading import parse_plan_json
@@ -42,6 +44,8 @@ class Subject:
         parameters: What the client's segments were trained to; None: as a run begins.
         trunk: What the trunk was trained to; None: as a run begins.
         run: The run folder, if one was given.
+        agreed: The plan as the server has it, where the client's own noise in `plan` is stricter; else None.
+        pseudonyms: Whether the client's settings have identifiers replaced before anything is tokenised.
     """
 
     plan: FederationPlan
@@ -51,6 +55,16 @@ class Subject:
     parameters: Mapping[str, torch.Tensor] | None = field(default=None, repr=False)
     trunk: Mapping[str, torch.Tensor] | None = field(default=None, repr=False)
     run: Path | None = None
+    agreed: FederationPlan | None = None
+    pseudonyms: bool = False
+
+    @property
+    def stricter(self) -> dict[str, float]:
+        """What the client's own settings change of the plan's noise, by key."""
+        if self.agreed is None:
+            return {}
+        ours, theirs = self.plan.noise.model_dump(), self.agreed.noise.model_dump()
+        return {key: value for key, value in ours.items() if value != theirs[key]}
 
     @property
     def partition(self) -> Partition:
@@ -87,20 +101,26 @@ class Subject:
         return {channel: self.plan.noise.std(channel) for channel in Channel if self.plan.noise.std(channel)}
 
 
-def open_subject(path: Path, model: str | None = None, client: str = "") -> Subject:
+def open_subject(path: Path, model: str | None = None, client: str = "", settings: Path | None = None) -> Subject:
     """Read a plan file, or a run folder, of a client or of the server.
 
     Args:
         path: One of them.
         model: This machine's copy of the base model, if not where the plan says.
         client: Which client of a plan file or of the server's run; the first one if empty.
+        settings: This client's own settings file: its noise, where that is stricter, is audited.
 
     Raises:
-        ConfigError: There is neither, or the model cannot be read.
+        ConfigError: There is neither, the model or the settings cannot be read, or the client would refuse this plan.
     """
     run = _open_run(path, client) if path.is_dir() else None
     plan, client = (load_plan(path), client) if run is None else (run.plan, run.client)
     name = plan.client(client).name if client else plan.client_names[0]
+    own = ClientSettings() if settings is None else load_settings(settings)
+    own.limits.check(plan, name)
+    noise, agreed = own.noise.over(plan, name), None
+    if noise != plan.noise:
+        plan, agreed = plan.model_copy(update={"noise": noise}), plan
     try:
         checkpoint = open_checkpoint(model or plan.model.path, plan.model.revision)
     except ConfigError as error:
@@ -110,10 +130,11 @@ def open_subject(path: Path, model: str | None = None, client: str = "") -> Subj
     plan.partition_of(name).trunk(checkpoint.num_blocks)
     size = int(checkpoint.config.get_text_config(decoder=True).vocab_size)
     tokenizer = load_tokenizer(str(checkpoint.folder), plan.model.revision, vocab_size=size)
+    subject = Subject(plan, name, checkpoint, tokenizer, agreed=agreed, pseudonyms=own.pseudonyms.enabled)
     if run is None:
-        return Subject(plan, name, checkpoint, tokenizer)
-    own, trunk = (_held(plan, checkpoint, name, run.tensors, kinds) for kinds in (_CLIENTS, _SERVERS))
-    return Subject(plan, name, checkpoint, tokenizer, own, trunk, path)
+        return subject
+    parameters, trunk = (_held(plan, checkpoint, name, run.tensors, kinds) for kinds in (_CLIENTS, _SERVERS))
+    return replace(subject, parameters=parameters, trunk=trunk, run=path)
 
 
 @dataclass(frozen=True)

@@ -29,6 +29,10 @@ def audit(
         Path, typer.Argument(metavar="PLAN_OR_RUN", help="A plan file, or a run folder of a client or of the server.")
     ],
     model: o.Model = None,
+    settings: Annotated[
+        Path | None,
+        typer.Option(metavar="TOML", help="A client's own settings: audited is the noise that this client adds."),
+    ] = None,
     client: Annotated[str, typer.Option(help="Client of the plan; its first one if not given.")] = "",
     text: Annotated[
         list[Path] | None,
@@ -72,7 +76,7 @@ def audit(
     if threads:
         torch.set_num_threads(threads)
     wanted = tuple(item.strip().upper() for item in attacks.split(",") if item.strip())
-    options = AuditOptions(path, model, client, tuple(text or ()), quick, minutes, wanted, seed, device)
+    options = AuditOptions(path, model, client, tuple(text or ()), quick, minutes, wanted, seed, device, settings)
     with folder_for(out):  # before the work, not after it
         with Parts(silent) as parts:
             report = run(options, parts)

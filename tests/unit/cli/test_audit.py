@@ -94,6 +94,7 @@ def test_help_says_what_each_attack_is() -> None:
         (["--minutes", "0"], "above 0"),
         (["--client", "nobody"], "no client 'nobody'"),
         (["--text", "absent.jsonl"], "absent.jsonl"),
+        (["--settings", "absent.toml"], "absent.toml"),
     ],
 )
 def test_options_that_cannot_work_are_one_sentence(
