@@ -104,8 +104,8 @@ def test_noise_that_is_configured_but_not_applied_is_reported(tmp_path: Path) ->
     found = audit(
         AuditOptions(file, quick=True, attacks=("A1", "A5")), boundary=Boundary.of(open_subject(PLAN).plan, "clinic")
     )
-    assert found.verdict is Verdict.EXPOSED
-    said = [finding.sentence for finding in found.findings]
+    assert found.verdict is Verdict.BROKEN  # in use too, where it is a fault of fedsea itself
+    said = [finding.sentence for finding in found.findings if finding.verdict is Verdict.EXPOSED]
     assert sum("configured but not applied" in sentence for sentence in said) == 2
     assert any("configured but not applied" in sentence for sentence in found.sentences)
 

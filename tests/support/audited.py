@@ -24,7 +24,7 @@ PLAN = Path(fedsea.__file__).parent / "assets" / "plan.toml"
 SILO = Path(fedsea.__file__).parent / "assets" / "silos" / "bank.jsonl"
 
 CUT = Partition(1, 1)
-TINY = Scale(3, 2, 20, 2, 2, 3, 4, (0.0, 2.0), 0, 12, 5.0)
+TINY = Scale(3, 2, 20, 2, 2, 3, 4, (0.0, 2.0), 0, 12, 5.0, 1)
 """So small that an audit takes a second or two; without curves."""
 
 

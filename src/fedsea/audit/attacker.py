@@ -184,10 +184,14 @@ class Attacker:
             expected_SV = reader.take(taken[-1].to(self.base.device))
         return list(torch.stack(taken, dim=1))
 
-    def shrunk(self, length: int) -> torch.Tensor:
+    def shrunk(self, length: int, most_rows: int = 0) -> torch.Tensor:
         """By how much [T] the plan's clip has probably scaled each row of a sequence down: 1 where it has not.
 
         A clip hides nothing by itself: its bound is in the plan, and how large rows are public texts show.
+
+        Args:
+            length: T.
+            most_rows: Of its session, in which every row is clipped by itself; 0 for a sequence that is sent whole.
         """
         clip = self.plan.noise.clip(Channel.HIDDEN) if self.plan.trust.mode == "noised" else 0.0
         if not clip:
@@ -195,7 +199,9 @@ class Attacker:
         profile_T = self._squares
         rest = max(0, length - len(profile_T))
         squares_T = torch.cat([profile_T[:length], profile_T[-1:].expand(rest)])
-        if self.plan.noise.unit != "token":
+        if self.plan.noise.unit != "token" and most_rows:
+            clip /= most_rows**0.5
+        elif self.plan.noise.unit != "token":
             squares_T = squares_T.sum().expand(length)
         return (clip / squares_T.sqrt()).clamp_max(1.0)
 

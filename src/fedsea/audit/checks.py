@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 import torch
 
@@ -55,9 +56,26 @@ def check_taps(
     return findings
 
 
-def _check_noise(channel: Channel, releases: Sequence[Tapped], noise: NoiseSection, codec: str) -> list[Finding]:
-    std, what = noise.std(channel), _WORDS[channel]
-    clipped = [_clipped(tapped.raw_TH, channel, noise) for tapped in releases]
+def check_sessions(subject: Subject, releases: Sequence[Tapped], codec: str) -> list[Finding]:
+    """The same for what leaves in use: noise that training has and use has not is a fault of fedsea itself.
+
+    Args:
+        subject: The plan says which noise there is to be.
+        releases: Hidden states of sessions, message by message.
+        codec: Of hidden states.
+    """
+    noise = subject.plan.noise
+    if subject.plan.trust.mode != "noised" or not noise.std(Channel.HIDDEN) or not releases:
+        return []
+    found = _check_noise(Channel.HIDDEN, releases, noise, codec, "hidden states in use (of prompts and answers)")
+    return [one if one.verdict is Verdict.INCONCLUSIVE else replace(one, verdict=Verdict.BROKEN) for one in found]
+
+
+def _check_noise(
+    channel: Channel, releases: Sequence[Tapped], noise: NoiseSection, codec: str, what: str = ""
+) -> list[Finding]:
+    std, what = noise.std(channel), what or _WORDS[channel]
+    clipped = [_clipped(tapped, channel, noise) for tapped in releases]
     parts = [(tapped.seen_TH - rows_TH).flatten().double() for tapped, rows_TH in zip(releases, clipped, strict=True)]
     found, none, whole = _squares(parts, clipped, std, codec)
     tolerance = 2 * max(_TOLERANCE, _SIGMAS * math.sqrt(1 / sum(map(len, parts))) * whole / max(whole - none, 1e-30))
@@ -97,13 +115,15 @@ def _check_noise(channel: Channel, releases: Sequence[Tapped], noise: NoiseSecti
     return findings
 
 
-def _clipped(raw_TH: torch.Tensor, channel: Channel, noise: NoiseSection) -> torch.Tensor:
+def _clipped(tapped: Tapped, channel: Channel, noise: NoiseSection) -> torch.Tensor:
     """What noise is added to; an update is clipped as one block, whatever the unit is."""
-    clip = noise.clip(channel)
+    clip, raw_TH = noise.clip(channel), tapped.raw_TH
     if not clip:
         return raw_TH
     if noise.unit == "token" and channel is not Channel.UPDATE:
         return clip_rows(raw_TH, clip)
+    if tapped.most_rows:
+        return clip_rows(raw_TH, clip / tapped.most_rows**0.5)
     return clip_sequences(raw_TH, (len(raw_TH),), clip)
 
 

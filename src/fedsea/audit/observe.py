@@ -25,17 +25,24 @@ from fedsea.plan import FederationPlan, open_channels
 from fedsea.privacy.boundary import Boundary
 from fedsea.types import Channel, Purpose, Release, Reply, TokenBatch
 from fedsea.wire import messages as m
-from fedsea.wire.encoding import Decoder, Encoder
+from fedsea.wire.encoding import Decoder, Encoder, Sealed
 
 Change = Callable[[torch.Tensor], torch.Tensor]
 
 
 @dataclass(frozen=True, slots=True)
 class Tapped:
-    """One sequence's values before the boundary and behind the decoder, one pair a channel; None: nothing was sent."""
+    """One release's values before the boundary and behind the decoder.
+
+    Attributes:
+        raw_TH: As they were computed.
+        seen_TH: As the server decodes them.
+        most_rows: Rows that its session may have in the end; 0 if it is a whole sequence, or an update.
+    """
 
     raw_TH: torch.Tensor
     seen_TH: torch.Tensor
+    most_rows: int = 0
 
 
 class Tap:
@@ -76,7 +83,7 @@ class Tap:
         if trunk is not None:
             adapters.load(self.trunk, trunk)
         self.boundary = boundary or Boundary.of(plan, self.name, key=key)
-        self._change = change
+        self.change = change
         codecs = {Channel.HIDDEN: plan.wire.hidden, Channel.GRADIENT: plan.wire.gradient}
         limits = setup.wire_limits(plan, checkpoint, self.name)
         self._encoders = {"client": Encoder("client", codecs), "server": Encoder("server", codecs)}
@@ -122,17 +129,17 @@ class Tap:
         origin = batch.origin(Purpose.TRAINING)
         with torch.no_grad():
             hidden_TH = self.segments.embed(batch, self._steps, 0).detach()
-        if self._change is not None:
-            hidden_TH = self._change(hidden_TH)
+        if self.change is not None:
+            hidden_TH = self.change(hidden_TH)
         blocks, weight = self.segments.trunk_blocks, batch.num_target_tokens
         release = self.boundary.hidden(hidden_TH, origin)
         forward = m.Forward(self._steps, 0, 0, 1, blocks, length, weight, False, release)
-        seen_TH = self._over("client", "server", forward)
+        seen_TH = self.over("client", "server", forward)
         tapped = [Tapped(hidden_TH.float().cpu(), seen_TH.cpu())]
         with torch.no_grad():
             output_TH = self.trunk(seen_TH.to(self.trunk.device), length)
         reply = m.Output(self._steps, 0, 0, False, Reply({"": output_TH}))
-        answered_TH = self._over("server", "client", reply)
+        answered_TH = self.over("server", "client", reply)
         if not self.segments.sends_gradients or not weight:
             self._count(self.segments.evaluate_head(batch, answered_TH), weight)
             return Observation(seen_TH, None, length[0], output_TH.float().cpu()), tapped
@@ -142,7 +149,7 @@ class Tap:
         if gradient_TH is None:
             raise ProtocolError("The output blocks gave no gradient, though the plan sends one; update fedsea.")
         sent: Release = self.boundary.gradient(gradient_TH, origin)
-        seen_gradient_TH = self._over("client", "server", m.Backward(self._steps, 0, 0, sent))
+        seen_gradient_TH = self.over("client", "server", m.Backward(self._steps, 0, 0, sent))
         tapped.append(Tapped(gradient_TH.detach().float().cpu(), seen_gradient_TH.cpu()))
         return Observation(seen_TH, seen_gradient_TH, length[0], output_TH.float().cpu()), tapped
 
@@ -165,7 +172,11 @@ class Tap:
     def _count(self, loss: float, weight: int) -> None:
         self._loss, self._loss_tokens = self._loss + loss, self._loss_tokens + weight
 
-    def _over(self, sender: str, receiver: str, message: m.Message) -> torch.Tensor:
+    def seal(self, release: Release) -> Sealed:
+        """A release as the client's encoder seals it, to be put into a message."""
+        return self._encoders["client"].seal(release)
+
+    def over(self, sender: str, receiver: str, message: m.Message) -> torch.Tensor:
         """A message's tensor as its receiver decodes it from the sender's bytes."""
         arrived: m.Message | None = None
         for chunk in self._encoders[sender].encode(message).chunks:

@@ -14,6 +14,9 @@ from fedsea.types import Channel
 
 Status = Literal["run", "skipped", "not needed", "not applicable", "not asked for"]
 
+IN_USE = "session"
+"""The channel of hidden states of prompts and answers."""
+
 _FIGURES = ("recovery", "prior", "excess")
 
 
@@ -27,6 +30,7 @@ class Outcome:
         score: Of an attack that recovers text.
         own: Result of another one, as plain values.
         answers: What it recovered; stays out of the JSON line.
+        in_use: It looked at prompts and answers of sessions, not at training.
     """
 
     attack: Attack
@@ -36,6 +40,17 @@ class Outcome:
     score: Score | None = None
     own: Mapping[str, Any] | None = None
     answers: Sequence[Recovered] = field(default=(), repr=False)
+    in_use: bool = False
+
+    @property
+    def channel(self) -> str:
+        """What it looked at, as reports name it."""
+        return IN_USE if self.in_use else self.attack.channel.value
+
+    @property
+    def name(self) -> str:
+        """Of the attack, and where if not in training."""
+        return f"{self.attack.id} in use" if self.in_use else self.attack.id
 
     def to_json(self) -> dict[str, Any]:
         """Under its channel's name."""
@@ -120,7 +135,7 @@ class AuditReport:
     @property
     def skipped(self) -> list[str]:
         """Attacks that should have run, and channels that nothing looked at."""
-        missing = [f"{o.attack.id} ({o.reason})" for o in self.outcomes if o.status == "skipped"]
+        missing = [f"{o.name} ({o.reason})" for o in self.outcomes if o.status == "skipped"]
         attacked = {o.attack.channel for o in self.outcomes if o.verdict is not None and o.attack.id != "A9"}
         unasked = {o.attack.channel for o in self.outcomes if o.status == "not asked for"} - attacked
         return missing + [f"anything on the {channel} channel" for channel in Channel if channel in unasked]
@@ -150,7 +165,10 @@ class AuditReport:
 
     def by_attack(self) -> dict[str, dict[str, Any]]:
         """Attack to channel to figures."""
-        return {o.attack.id: {o.attack.channel.value: o.to_json()} for o in self.outcomes}
+        found: dict[str, dict[str, Any]] = {}
+        for outcome in self.outcomes:
+            found.setdefault(outcome.attack.id, {})[outcome.channel] = outcome.to_json()
+        return found
 
     def to_json(self) -> dict[str, Any]:
         """Everything but text and times: two audits with one seed give the same."""

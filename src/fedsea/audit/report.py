@@ -30,7 +30,7 @@ def percent(value: float) -> str:
 def row_of(outcome: Outcome) -> list[str]:
     """Attack, channel, recovery with its interval, prior, excess, identifiers, verdict: as text."""
     attack = outcome.attack
-    head = [f"{attack.id} {attack.title}", attack.channel.value]
+    head = [f"{attack.id} {attack.title}", outcome.channel]
     if outcome.score is not None:
         score = outcome.score
         recovery = f"{percent(score.recovery.value)} ({percent(score.recovery.low)} to {percent(score.recovery.high)})"

@@ -13,17 +13,19 @@ from fedsea.audit.attacker import Attacker
 from fedsea.audit.attacks import a1_nearest
 from fedsea.audit.canaries import Texts
 from fedsea.audit.catalogue import ATTACKS, Attack
-from fedsea.audit.checks import check_taps
+from fedsea.audit.checks import check_sessions, check_taps
 from fedsea.audit.claimed import claimed
 from fedsea.audit.knowing import model_of
 from fedsea.audit.masking import MakeMember, check_masks
 from fedsea.audit.observe import Change, Tap, Tapped
 from fedsea.audit.outcome import AuditReport, Outcome, own, scored
 from fedsea.audit.scoring import score
+from fedsea.audit.sessions import Use, answers_read, use
 from fedsea.audit.settings import AuditOptions, Clock, Show
 from fedsea.audit.subject import Subject, open_subject, variant
 from fedsea.audit.targets import OutOfTime, Target
 from fedsea.audit.verdict import LEAST_SELF_CHECK, Finding, Verdict
+from fedsea.errors import ConfigError
 from fedsea.federation.secure import Member
 from fedsea.plan import backward_channel, open_channels
 from fedsea.privacy.boundary import Boundary
@@ -39,6 +41,8 @@ _UNTIL_IT_STOPS = 0.7
 """Of an attack's time, after which one that trains stops and answers with what it has learned."""
 _MEMBERS = 32
 """Texts of the membership attack, half of which are trained on."""
+_ALSO_IN_USE = ("A1", "A2")
+"""A5 to A8 need gradients, updates or a training; whoever asks the same again is averaged (A4) as in training."""
 _PUBLIC = "public weights"
 _SENT = "public weights and the adapters that were sent to the server"
 
@@ -90,6 +94,8 @@ class _Audit:
         self._knowing = model_of(subject, options.device)
         self._boundary, self._change, self._member = boundary, change, member
         self._seconds: dict[str, float] = {}
+        self._used: list[Use] = []
+        self._unused = ""
 
     def run(self) -> AuditReport:
         """All parts in order; the time budget counts from the first attack on, whatever it took to come so far."""
@@ -106,6 +112,7 @@ class _Audit:
             )
         tap, taps = self._observe(targets)
         findings += check_taps(self._subject, taps, self._attacker.codecs)
+        findings += self._observe_use(tap, targets)
         if self._subject.plan.aggregation.secure:
             findings += check_masks(self._subject.plan, self._subject.checkpoint, self._member)
         plain_texts = self._plain_texts()
@@ -187,6 +194,21 @@ class _Audit:
         self._seconds["tapping"] = time.monotonic() - started
         return tap, taps
 
+    def _observe_use(self, tap: Tap, targets: Sequence[Target]) -> list[Finding]:
+        """What the server sees of prompts and answers, and what is wrong with these bytes."""
+        if not self._subject.plan.inference.enabled:
+            self._unused = "the plan allows no inference"
+            return []
+        started = time.monotonic()
+        try:
+            self._used = use(tap, targets[: self._scale.sessions])
+        except ConfigError as error:
+            self._unused = error.message
+            return []
+        self._seconds["use"] = time.monotonic() - started
+        releases = [tapped for one in self._used for tapped in one.taps]
+        return check_sessions(self._subject, releases, self._attacker.codecs[Channel.HIDDEN])
+
     def _plain_texts(self) -> list[Target]:
         """What perplexity is measured on: the user's texts, or else what the public model writes itself."""
         if self._options.texts:
@@ -209,9 +231,17 @@ class _Audit:
         outcomes: list[Outcome] = []
         for attack in ATTACKS:
             started = time.monotonic()
-            outcomes.append(self._attack(attack, targets, outcomes))
+            outcomes.append(self._attack(attack, targets, [one for one in outcomes if not one.in_use]))
+            if attack.id in _ALSO_IN_USE and outcomes[-1].status != "not asked for":
+                outcomes.append(self._attack_in_use(attack, [one for one in outcomes if one.in_use]))
             self._seconds[attack.id] = time.monotonic() - started
         return outcomes
+
+    def _attack_in_use(self, attack: Attack, before: Sequence[Outcome]) -> Outcome:
+        """The same on prompts and answers."""
+        if self._unused:
+            return Outcome(attack, "not applicable", reason=self._unused, in_use=True)
+        return replace(self._attack(attack, [one.target for one in self._used], before), in_use=True)
 
     def _attack(self, attack: Attack, targets: Sequence[Target], before: Sequence[Outcome]) -> Outcome:
         if reason := self._inapplicable(attack):
@@ -303,6 +333,7 @@ class _Audit:
             "scale": "quick" if self._options.quick else "full",
             "seed": self._options.seed,
             "sequences": len(targets),
+            "sessions": len(self._used),
             "tokens": sum(len(target.ids_T) - target.begins for target in targets),
             "own_texts": bool(self._options.texts),
             "rho": self._rho(targets),
@@ -318,6 +349,12 @@ class _Audit:
                 "This client replaces identifiers by pseudonyms before it tokenises; the texts of this audit were not "
                 "replaced, so of what is recognised the surrogates come back, not the originals."
             )
+        if self._used:
+            knowing = replace(self._attacker, base=self._knowing)
+            notes.append(
+                f"In use, {answers_read(knowing, self._used):.1%} of the answers' tokens are the likeliest ones behind "
+                "the server's own outputs, from which they are chosen: noise on what is sent does not hide an answer."
+            )
         return tuple(notes)
 
     def _rho(self, targets: Sequence[Target]) -> float:
@@ -332,7 +369,11 @@ def _examples(targets: Sequence[Target], outcomes: Sequence[Outcome], texts: Tex
     """Original and best reconstruction, token by token, of some sequences of each channel."""
     made: list[dict[str, Any]] = []
     for channel in (Channel.HIDDEN, Channel.GRADIENT):
-        done = [o for o in outcomes if o.attack.channel is channel and o.score is not None and o.attack.id != "A0"]
+        done = [
+            o
+            for o in outcomes
+            if o.attack.channel is channel and o.score is not None and o.attack.id != "A0" and not o.in_use
+        ]
         if not done:
             continue
         best = max(done, key=lambda o: o.score.recovery.value if o.score else 0.0)

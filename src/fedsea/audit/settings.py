@@ -33,6 +33,7 @@ class Scale:
         curve_sequences: Sequences at each point of a curve; 0: no curves.
         curve_tokens: Their length.
         minutes: Time budget of attacks and curves.
+        sessions: Prompts that are asked, to see what leaves in use.
     """
 
     canaries: int
@@ -46,11 +47,12 @@ class Scale:
     curve_sequences: int
     curve_tokens: int
     minutes: float
+    sessions: int = 4
 
 
 QUICK = Scale(8, 8, 56, 4, 4, 12, 96, (0.0, 0.5, 1.0, 2.0, 4.0), 4, 32, 2.5)
 _MOST_MINUTES = 100_000
-FULL = Scale(24, 48, 96, 16, 8, 32, 512, (0.0, 0.1, 0.25, 0.5, 1.0, 2.0, 4.0, 8.0), 12, 64, 30.0)
+FULL = Scale(24, 48, 96, 16, 8, 32, 512, (0.0, 0.1, 0.25, 0.5, 1.0, 2.0, 4.0, 8.0), 12, 64, 30.0, 12)
 
 
 @dataclass(frozen=True, slots=True)

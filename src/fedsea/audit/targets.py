@@ -40,6 +40,7 @@ class Observation:
         length: Rows.
         output_TH: The trunk's output as the server computed it from `hidden_TH` (before its own codec).
         base: The attacker's own key of the client's model state, 0 unless a run moved on between passes.
+        most_rows: Rows that its session was opened for, as the client told the server; 0: it was sent whole.
     """
 
     hidden_TH: torch.Tensor
@@ -47,6 +48,7 @@ class Observation:
     length: int
     output_TH: torch.Tensor | None = None
     base: int = 0
+    most_rows: int = 0
 
 
 @dataclass(slots=True)

@@ -150,5 +150,5 @@ def _left_out(outcomes: Sequence[Outcome]) -> list[str]:
     for outcome in outcomes:
         if outcome.status in ("not needed", "not applicable"):
             about = f"{outcome.status}: {outcome.reason}" if outcome.reason else outcome.status
-            reasons.setdefault(about, []).append(outcome.attack.id)
+            reasons.setdefault(about, []).append(outcome.name)
     return [f"{', '.join(ids)} {about}." for about, ids in reasons.items()]

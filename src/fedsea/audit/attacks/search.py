@@ -55,13 +55,14 @@ class Seen:
 
 def seen_once(attacker: Attacker, target: Target) -> Seen:
     """The first pass over a target."""
-    rows_TH = target.observations[0].hidden_TH.float()
-    return unclipped(attacker, rows_TH, attacker.row_variance(Channel.HIDDEN, rows_TH))
+    seen = target.observations[0]
+    rows_TH = seen.hidden_TH.float()
+    return unclipped(attacker, rows_TH, attacker.row_variance(Channel.HIDDEN, rows_TH), seen.most_rows)
 
 
-def unclipped(attacker: Attacker, rows_TH: torch.Tensor, variance_T: torch.Tensor) -> Seen:
+def unclipped(attacker: Attacker, rows_TH: torch.Tensor, variance_T: torch.Tensor, most_rows: int = 0) -> Seen:
     """Rows as they were before the plan's clip, as far as that can be told, and the noise as it is then."""
-    factors_T = attacker.shrunk(len(rows_TH))
+    factors_T = attacker.shrunk(len(rows_TH), most_rows)
     return Seen(rows_TH / factors_T[:, None], variance_T / factors_T.square())
 
 

@@ -1,0 +1,149 @@
+"""The audit looks at what leaves in use too: prompts and answers, under the plan's noise and the sessions' own clip."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from fedsea.audit import settings
+from fedsea.audit.attacks import a1_nearest, a2_likelihood
+from fedsea.audit.canaries import Texts
+from fedsea.audit.checks import check_sessions
+from fedsea.audit.curves import attacker_of, guesses_of
+from fedsea.audit.observe import Tap
+from fedsea.audit.run import audit
+from fedsea.audit.scoring import score
+from fedsea.audit.sessions import Use, answers_read, use
+from fedsea.audit.settings import AuditOptions
+from fedsea.audit.subject import Subject, open_subject, variant
+from fedsea.audit.verdict import Verdict
+from fedsea.privacy.boundary import Boundary
+from fedsea.types import Channel, Origin, Purpose, Release
+from tests.support.audited import PLAN, TINY, noised_plan
+
+CLIPS = "hidden_clip = 8.0\ngradient_clip = 8.0\n"
+
+
+class Faulty:
+    """A boundary that is as it should be in training, and not in use."""
+
+    def __init__(self, plan: Any, name: str, fault: str) -> None:
+        self._right = Boundary.of(plan, name, key=b"k" * 32)
+        self._open = Boundary.of(open_subject(PLAN).plan, name)
+        self._again = lambda: Boundary.of(plan, name, key=b"a" * 32)
+        self.statement, self._fault = "", fault
+
+    def hidden(self, rows: torch.Tensor, origin: Origin) -> Release:
+        if origin.purpose is not Purpose.INFERENCE:
+            return self._right.hidden(rows, origin)
+        match self._fault:
+            case "no noise":
+                return self._open.hidden(rows, origin)
+            case "no session's clip":  # every message clipped as if it were a whole sequence
+                return self._right.hidden(rows, replace(origin, most_rows=0))
+            case _:
+                return self._again().hidden(rows, origin)
+
+    def gradient(self, rows: torch.Tensor, origin: Origin) -> Release:
+        return self._right.gradient(rows, origin)
+
+    def update(self, tensors: Any) -> Release:
+        return self._right.update(tensors)
+
+
+def _asked(file: Path, count: int = 6, boundary: Any = None) -> tuple[Subject, list[Use], Texts]:
+    subject = open_subject(file)
+    texts = Texts(subject.tokenizer, subject.plan, 32)
+    plan = variant(subject.plan, subject.name)
+    tap = Tap(plan, subject.checkpoint, subject.name, boundary=boundary, key=b"t" * 32)
+    return subject, use(tap, texts.canaries(count, 0)), texts
+
+
+def test_prompts_and_answers_leave_token_by_token_and_as_they_were_computed() -> None:
+    subject, used, _ = _asked(PLAN, 2)
+    for one in used:
+        assert [len(tapped.seen_TH) for tapped in one.taps] == [one.begins] + [1] * 7
+        assert len(one.target.ids_T) == one.begins + 7 == one.target.observations[0].length
+        assert torch.equal(torch.cat([tapped.raw_TH for tapped in one.taps]), one.target.observations[0].hidden_TH)
+    assert check_sessions(subject, [tapped for one in used for tapped in one.taps], "fp32") == []
+
+
+@pytest.mark.parametrize("extra", ["", CLIPS])
+def test_noise_and_clip_are_found_to_be_as_planned_in_use(tmp_path: Path, extra: str) -> None:
+    subject, used, _ = _asked(noised_plan(tmp_path, 2.0, 2.0, extra))
+    assert check_sessions(subject, [tapped for one in used for tapped in one.taps], "fp32") == []
+
+
+@pytest.mark.parametrize(
+    ("fault", "extra", "said"),
+    [
+        ("no noise", "", "configured but not applied"),
+        ("no session's clip", CLIPS, "has a standard deviation of"),
+        ("the same noise", CLIPS, "used twice"),
+    ],
+)
+def test_a_fault_of_the_boundary_in_use_alone_is_broken(tmp_path: Path, fault: str, extra: str, said: str) -> None:
+    file = noised_plan(tmp_path, 0.05, 2.0, extra)
+    plan = open_subject(file)
+    subject, used, _ = _asked(file, boundary=Faulty(variant(plan.plan, plan.name), plan.name, fault))
+    findings = check_sessions(subject, [tapped for one in used for tapped in one.taps], "fp32")
+    assert {finding.verdict for finding in findings} == {Verdict.BROKEN}
+    assert any(said in finding.sentence and "in use" in finding.sentence for finding in findings)
+
+
+def test_the_audit_of_a_plan_whose_noise_is_left_out_in_use_is_broken(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(settings, "QUICK", TINY)
+    file = noised_plan(tmp_path, 400.0, 400.0, "update_std = 1.0\n")
+    subject = open_subject(file)
+    boundary: Any = Faulty(variant(subject.plan, subject.name), subject.name, "no noise")
+    found = audit(AuditOptions(file, quick=True, attacks=("A1",)), boundary=boundary)
+    assert found.verdict is Verdict.BROKEN
+    (finding,) = found.findings  # training is in order
+    assert "hidden states in use" in finding.sentence
+    a1 = found.by_attack()["A1"]
+    assert a1["hidden"]["recovery"] < 0.2
+    assert a1["session"]["recovery"] > 0.95
+
+
+def test_the_clip_of_a_session_alone_hides_nothing(tmp_path: Path) -> None:
+    file = noised_plan(tmp_path, 0.005, 2.0, CLIPS)
+    subject, used, texts = _asked(file, 2)
+    raw, seen = used[0].taps[0].raw_TH, used[0].taps[0].seen_TH
+    assert float(raw.norm()) > 3 * float(seen.norm())  # the clip binds
+    noise = {Channel.HIDDEN: 0.005}
+    options = AuditOptions(file, quick=True)
+    attacker = attacker_of(subject, subject.partition, noise, texts, options, variant(subject.plan, subject.name))
+    targets = [one.target for one in used]
+    found = score(targets, a2_likelihood.run(attacker, targets), guesses_of(attacker, targets), texts.decode)
+    assert found.recovery.value > 0.8
+
+
+def test_noise_hides_the_prompt_and_not_the_answer(tmp_path: Path) -> None:
+    file = noised_plan(tmp_path, 400.0, 400.0)
+    subject, used, texts = _asked(file, 1)
+    attacker = attacker_of(subject, subject.partition, subject.noise_std(), texts, AuditOptions(file, quick=True))
+    targets = [one.target for one in used]
+    nearest = score(targets, a1_nearest.run(attacker, targets), guesses_of(attacker, targets), texts.decode)
+    assert nearest.recovery.value < 0.1
+    assert answers_read(attacker, used) > 0.99
+
+
+def test_a_plan_without_inference_has_nothing_that_leaves_in_use(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(settings, "QUICK", TINY)
+    file = tmp_path / "plan.toml"
+    text = PLAN.read_text().replace('path = "model"', f'path = "{PLAN.parent / "model"}"')
+    file.write_text(text + "\n[inference]\nenabled = false\n")
+    found = audit(AuditOptions(file, quick=True, attacks=("A1",))).by_attack()["A1"]
+    assert found["hidden"]["recovery"] > 0.95
+    assert (found["session"]["status"], found["session"]["reason"]) == (
+        "not applicable",
+        "the plan allows no inference",
+    )
