@@ -115,13 +115,13 @@ def test_the_clip_of_a_session_alone_hides_nothing(tmp_path: Path) -> None:
     file = noised_plan(tmp_path, 0.005, 2.0, CLIPS)
     subject, used, texts = _asked(file, 2)
     raw, seen = used[0].taps[0].raw_TH, used[0].taps[0].seen_TH
-    assert float(raw.norm()) > 3 * float(seen.norm())  # the clip binds
+    assert float(raw.norm()) > 3 * float(seen.norm())  # the clip binds, on every row by itself
     noise = {Channel.HIDDEN: 0.005}
     options = AuditOptions(file, quick=True)
     attacker = attacker_of(subject, subject.partition, noise, texts, options, variant(subject.plan, subject.name))
     targets = [one.target for one in used]
     found = score(targets, a2_likelihood.run(attacker, targets), guesses_of(attacker, targets), texts.decode)
-    assert found.recovery.value > 0.8
+    assert found.recovery.value > 0.97
 
 
 def test_noise_hides_the_prompt_and_not_the_answer(tmp_path: Path) -> None:

@@ -184,26 +184,33 @@ class Attacker:
             expected_SV = reader.take(taken[-1].to(self.base.device))
         return list(torch.stack(taken, dim=1))
 
-    def shrunk(self, length: int, most_rows: int = 0) -> torch.Tensor:
-        """By how much [T] the plan's clip has probably scaled each row of a sequence down: 1 where it has not.
+    def row_bound(self, most_rows: int = 0) -> float:
+        """Norm to which the plan's clip scales every row by itself; 0 if it scales none, or all of a sequence alike.
 
-        A clip hides nothing by itself: its bound is in the plan, and how large rows are public texts show.
+        It hides nothing: whoever tries a candidate scales it as the client does.
 
         Args:
-            length: T.
-            most_rows: Of its session, in which every row is clipped by itself; 0 for a sequence that is sent whole.
+            most_rows: Of a session, in which rows leave bit by bit; 0 for a sequence that is sent whole.
         """
-        clip = self.plan.noise.clip(Channel.HIDDEN) if self.plan.trust.mode == "noised" else 0.0
-        if not clip:
-            return torch.ones(length)
+        if self.plan.noise.unit == "token":
+            return self._clip
+        return self._clip / most_rows**0.5 if most_rows else 0.0
+
+    def shrunk(self, length: int) -> float:
+        """By how much the plan's clip has probably scaled all rows of a sequence that was sent whole; 1: not at all.
+
+        A clip hides nothing by itself: its bound is in the plan, and how large rows are public texts show.
+        """
+        if not self._clip or self.plan.noise.unit == "token":
+            return 1.0
         profile_T = self._squares
         rest = max(0, length - len(profile_T))
-        squares_T = torch.cat([profile_T[:length], profile_T[-1:].expand(rest)])
-        if self.plan.noise.unit != "token" and most_rows:
-            clip /= most_rows**0.5
-        elif self.plan.noise.unit != "token":
-            squares_T = squares_T.sum().expand(length)
-        return (clip / squares_T.sqrt()).clamp_max(1.0)
+        squares = float(profile_T[:length].sum() + rest * profile_T[-1])
+        return min(1.0, self._clip / squares**0.5)
+
+    @property
+    def _clip(self) -> float:
+        return self.plan.noise.clip(Channel.HIDDEN) if self.plan.trust.mode == "noised" else 0.0
 
     @functools.cached_property
     def _squares(self) -> torch.Tensor:

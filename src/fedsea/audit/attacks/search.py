@@ -45,12 +45,14 @@ class Seen:
         variance_T: Of their difference from the client's own.
         evidence_TV: Further log-likelihood of each position's token (of the backward channel, say).
         metric_HH: Differences are multiplied by it before they are measured; the same for all sequences of a search.
+        row_bound: Norm to which the client scaled every row by itself, and so candidates are; 0: it did not.
     """
 
     rows_TH: torch.Tensor
     variance_T: torch.Tensor
     evidence_TV: torch.Tensor | None = None
     metric_HH: torch.Tensor | None = None
+    row_bound: float = 0.0
 
 
 def seen_once(attacker: Attacker, target: Target) -> Seen:
@@ -61,9 +63,14 @@ def seen_once(attacker: Attacker, target: Target) -> Seen:
 
 
 def unclipped(attacker: Attacker, rows_TH: torch.Tensor, variance_T: torch.Tensor, most_rows: int = 0) -> Seen:
-    """Rows as they were before the plan's clip, as far as that can be told, and the noise as it is then."""
-    factors_T = attacker.shrunk(len(rows_TH), most_rows)
-    return Seen(rows_TH / factors_T[:, None], variance_T / factors_T.square())
+    """Rows as they were before the plan's clip, as far as that can be told, and the noise as it is then.
+
+    Where every row was clipped by itself they stay as they are, and candidates are clipped likewise.
+    """
+    if bound := attacker.row_bound(most_rows):
+        return Seen(rows_TH, variance_T, row_bound=bound)
+    factor = attacker.shrunk(len(rows_TH))
+    return Seen(rows_TH / factor, variance_T / factor**2)
 
 
 def search(
@@ -101,6 +108,13 @@ def search(
     return [found[i] for i in range(len(seen))]
 
 
+def _clipped(rows: torch.Tensor, bounds: torch.Tensor) -> torch.Tensor:
+    """Rows [..., H] as the client scales each by itself; as they are where the bound is infinite."""
+    if bool(torch.isinf(bounds).all()):
+        return rows
+    return rows * (bounds / rows.norm(dim=-1, keepdim=True)).clamp_max(1.0)
+
+
 class _Group:
     """Sequences that are searched in lockstep, longest first."""
 
@@ -123,6 +137,7 @@ class _Group:
         self._table_VH: torch.Tensor | None = None
         metric_HH = seen[0].metric_HH
         self._metric_HH = None if metric_HH is None else metric_HH.to(self._device)
+        self._bounds_S = torch.tensor([item.row_bound or torch.inf for item in seen], device=self._device)
         self._answers: dict[int, torch.Tensor] = {}
         self._position = 0
         self._considered = self._positions = 0
@@ -192,7 +207,8 @@ class _Group:
 
     def _suggested(self, rows_OH: torch.Tensor, expected_OV: torch.Tensor, count: int) -> torch.Tensor:
         """Candidates [O, 2 count] of the public model, and of the rows alone; some may be the same."""
-        near_OV = -torch.cdist(rows_OH, self._alone())
+        bound = self._bounds_S.amin()  # near enough to choose by
+        near_OV = -torch.cdist(rows_OH, _clipped(self._alone(), bound))
         return torch.cat([values_OV.topk(count).indices for values_OV in (expected_OV, near_OV)], dim=1)
 
     def _alone(self) -> torch.Tensor:
@@ -212,8 +228,9 @@ class _Group:
         """Squared distances [O, C] of candidates from what was seen, a batch at a time."""
         parts = []
         width = max(1, self._attacker.most_rows // max(1, len(rows_OH)))
+        bounds_O = self._bounds_S[: len(rows_OH)] if which_O is None else self._bounds_S[which_O // self._beam]
         for part_OC in torch.split(candidates_OC, width, dim=1):
-            hidden_OCH = self._branches.peek(part_OC, which_O).float()
+            hidden_OCH = _clipped(self._branches.peek(part_OC, which_O).float(), bounds_O[:, None, None])
             differences_OCH = hidden_OCH - rows_OH[:, None]
             if self._metric_HH is not None:
                 differences_OCH = differences_OCH @ self._metric_HH
