@@ -76,6 +76,19 @@ def test_the_attack_tests_every_channel_that_makes_a_claim(base_model: Path) -> 
     assert "OVER" in faulty.sentence
 
 
+def test_updates_that_are_clipped_and_noised_are_tested_too(base_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(a9_mechanism, "_UPDATE_TRIALS", 800)
+    noise = {"hidden_std": 1.0, "gradient_std": 1.0, "update_std": STD, "update_clip": CLIP}
+    plan = plan_of(base_model, 1, 1, **noised(**noise))
+    (test,) = a9_mechanism.run(attacker_of(plan), []).tests
+    assert (test.channel, test.holds) == (Channel.UPDATE, True)
+    assert 0.5 < test.bound.mu <= test.claimed_mu == pytest.approx(1.0)
+    for fault in ({"update_clip": 0.0}, {"update_std": STD / 2}):
+        planted = Boundary.of(plan_of(base_model, 1, 1, **noised(**(noise | fault))), key=KEY)
+        test = hold_against_claim(plan, Channel.UPDATE, mechanism_of(planted, Channel.UPDATE), 800)
+        assert not test.holds, fault
+
+
 def test_without_a_clip_there_is_no_claim_to_test(base_model: Path) -> None:
     plan = plan_of(base_model, 1, 1, **noised(hidden_std=1.0, gradient_std=1.0))
     report = a9_mechanism.run(attacker_of(plan), [])

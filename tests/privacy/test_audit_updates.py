@@ -7,16 +7,21 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from fedsea.audit.attacks import a7_update, a8_membership
 from fedsea.audit.attacks.membership import membership
+from fedsea.audit.attacks.output_inversion import name_labels
 from fedsea.audit.attacks.update_inversion import SpanFindings, invert, token_inputs
+from fedsea.audit.canaries import Texts
 from fedsea.audit.training import SplitRun, batches_of, pack
 from fedsea.audit.verdict import Verdict
 from fedsea.errors import ConfigError
 from fedsea.model.checkpoint import open_checkpoint
 from fedsea.plan import FederationPlan
+from fedsea.types import Channel
 from tests.support.attacked import attacker_of, noised, plan_of, targets_of, texts
+from tests.support.audited import PLAN, subject_of
 
 
 def training_plan(folder: Path, **sections: Any) -> FederationPlan:
@@ -57,7 +62,9 @@ def test_full_training_names_every_token_even_in_a_sum_of_clients(
     base_model: Path, aggregation: dict[str, Any]
 ) -> None:
     clients = [{"name": name} for name in "abc"]
-    plan = training_plan(base_model, adapter={"input": "full"}, aggregation=aggregation, clients=clients)
+    plan = training_plan(
+        base_model, adapter={"input": "full", "output": "frozen"}, aggregation=aggregation, clients=clients
+    )
     report = a7_update.run(attacker_of(plan, public=texts(8, 24, seed=4)), targets_of(texts(12, 24)))
     assert report.verdict is Verdict.EXPOSED
     assert all(case.recall == case.precision == case.conclusive == 1.0 for case in report.cases)
@@ -65,9 +72,9 @@ def test_full_training_names_every_token_even_in_a_sum_of_clients(
 
 
 def test_noise_on_the_forward_channel_does_not_touch_an_update_but_noise_on_the_update_does(base_model: Path) -> None:
-    found = []
+    found, adapter = [], {"rank": 16, "output": "frozen"}
     for noise in ({"hidden_std": 1.0, "gradient_std": 1e-3}, {"hidden_std": 1.0, "update_std": 0.1}):
-        plan = training_plan(base_model, aggregation={"sync": "step"}, adapter={"rank": 16}, **noised(**noise))
+        plan = training_plan(base_model, aggregation={"sync": "step"}, adapter=adapter, **noised(**noise))
         report = a7_update.run(attacker_of(plan, public=texts(8, 16, seed=4)), targets_of(texts(8, 16)))
         found.append(report.cases[0])
     assert found[0].recall == found[0].precision == found[0].conclusive == 1.0
@@ -79,15 +86,73 @@ def test_tokens_named_at_random_are_no_exposure_however_many_are_named() -> None
     """Naming half of the vocabulary names most tokens of any text; what counts is how many of them were there."""
     truths = [set(range(0, 200, 5)), set(range(0, 200, 4))]
     found = [SpanFindings(tuple(range(200)), 3, 3, "sparse", False)] * 2
-    greedy = a7_update._result("difference", 1, 1, 2, found, truths, list(range(500, 600)), 90 / 400)
+    case = a7_update._Case("difference", 1, 1, 2, "input")
+    greedy = a7_update._result(case, found, truths, list(range(500, 600)), 90 / 400)
     assert greedy.recall == 1.0
     assert greedy.quality < 0.4
     assert a7_update.UpdateReport((greedy,)).verdict is Verdict.PARTIAL
-    common = a7_update._result("difference", 1, 1, 2, found, truths, list(range(200)), 90 / 400)
+    common = a7_update._result(case, found, truths, list(range(200)), 90 / 400)
     assert a7_update.UpdateReport((common,)).verdict is Verdict.NOT_RECOVERED
 
 
-@pytest.mark.parametrize("sections", [{"aggregation": {"sync": "personal"}}, {"adapter": {"input": "frozen"}}])
+@pytest.mark.parametrize(
+    ("aggregation", "least"),
+    [({"sync": "step"}, 0.95), ({"sync": "round"}, 0.6), ({"sync": "round", "secure": True}, 0.6)],
+    ids=["step", "round", "sum"],
+)
+def test_rows_of_the_head_that_are_pulled_up_name_the_labels_whatever_the_noise_on_hidden_states(
+    aggregation: dict[str, Any], least: float
+) -> None:
+    subject = subject_of()
+    adapter = {"input": "frozen", "trunk": "frozen", "output": "full"}
+    sections = noised(hidden_std=50.0) | {"clients": [{"name": name} for name in "abc"]}
+    plan = plan_of(PLAN.parent / "model", adapter=adapter, aggregation=aggregation, **sections)
+    made = Texts(subject.tokenizer, plan, 32)
+    attacker = attacker_of(plan)
+    attacker.public = attacker.sampled(8, 32, 0)
+    report = a7_update.run(attacker, made.canaries(3, 0))
+    assert {case.side for case in report.cases} == {"output"}
+    assert all(case.quality > least > 2 * case.guess_quality for case in report.cases)
+    assert "of the output side" in report.sentence
+
+
+def test_lora_of_the_output_blocks_gives_the_labels_away_though_no_gradient_leaves_at_the_cut(base_model: Path) -> None:
+    closed = {"input": "frozen", "trunk": "frozen", "rank": 8}
+    plan = training_plan(base_model, adapter=closed, aggregation={"sync": "step"}, **noised(hidden_std=50.0))
+    assert not plan.sends_gradients("a")
+    report = a7_update.run(attacker_of(plan, public=texts(8, 24, seed=4)), targets_of(texts(4, 24)))
+    assert report.cases[0].method == "matching"
+    assert report.cases[0].recall > 0.9
+    assert report.verdict is Verdict.EXPOSED
+
+
+def test_noise_on_an_update_of_the_output_side_hides_its_labels(base_model: Path) -> None:
+    closed = {"input": "frozen", "trunk": "frozen"}
+    for output in ("adapter", "full"):
+        noise = noised(hidden_std=1.0, update_std=10.0)
+        plan = training_plan(base_model, adapter=closed | {"output": output}, aggregation={"sync": "step"}, **noise)
+        attacker = attacker_of(plan, public=texts(8, 24, seed=4))
+        attacker.noise_std[Channel.UPDATE] = 10.0
+        report = a7_update.run(attacker, targets_of(texts(4, 24)))
+        assert report.verdict is not Verdict.EXPOSED
+        assert report.cases[0].conclusive == 0.0
+
+
+def test_the_output_blocks_are_left_as_they_were(base_model: Path) -> None:
+    plan = training_plan(base_model, aggregation={"sync": "step"})
+    split = SplitRun(plan, open_checkpoint(plan.model.path))
+    batch = pack(texts(2, 12))
+    pulls = {name: -tensor for name, tensor in split.gradients(batch)[1].items()}
+    before, blocks = split.parameters(), split.segments.output_blocks
+    found = name_labels(blocks, pulls, split.output_TH, batch.lengths, gradient=True)
+    assert found.found
+    assert blocks.model.training
+    assert all(torch.equal(tensor, before[name]) for name, tensor in split.parameters().items())
+
+
+@pytest.mark.parametrize(
+    "sections", [{"aggregation": {"sync": "personal"}}, {"adapter": {"input": "frozen", "output": "frozen"}}]
+)
 def test_an_update_that_does_not_leave_tells_nothing(base_model: Path, sections: dict[str, Any]) -> None:
     report = a7_update.run(attacker_of(training_plan(base_model, **sections)), targets_of(texts(8, 16)))
     assert report.cases == ()

@@ -8,6 +8,7 @@ S  sequences, C  candidates, T  tokens, H  hidden size, V  vocabulary size
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import TypeVar
@@ -194,7 +195,7 @@ class Attacker:
         """
         if self.plan.noise.unit == "token":
             return self._clip
-        return self._clip / most_rows**0.5 if most_rows else 0.0
+        return self._clip / math.sqrt(most_rows) if most_rows else 0.0
 
     def shrunk(self, length: int) -> float:
         """By how much the plan's clip has probably scaled all rows of a sequence that was sent whole; 1: not at all.
@@ -206,7 +207,7 @@ class Attacker:
         profile_T = self._squares
         rest = max(0, length - len(profile_T))
         squares = float(profile_T[:length].sum() + rest * profile_T[-1])
-        return min(1.0, self._clip / squares**0.5)
+        return min(1.0, self._clip / math.sqrt(squares))
 
     @property
     def _clip(self) -> float:

@@ -44,7 +44,7 @@ ATTACKS: tuple[Attack, ...] = (
     Attack("A0", "the public model's guesses", Channel.HIDDEN, "a0_prior", always=True),
     Attack("A1", "nearest hidden state over the vocabulary", Channel.HIDDEN, "a1_nearest", always=True),
     Attack("A5", "labels from gradients", Channel.GRADIENT, "a5_labels", always=True),
-    Attack("A7", "exact inversion of an update", Channel.UPDATE, "a7_update", "own"),
+    Attack("A7", "inversion of an update", Channel.UPDATE, "a7_update", "own"),
     Attack("A9", "test of the noise mechanism", Channel.HIDDEN, "a9_mechanism", "own", share=0.5),
     Attack("A8", "membership and canaries in the shared adapter", Channel.UPDATE, "a8_membership", "own", share=0.25),
     Attack("A2", "likelihood and prior, beam search", Channel.HIDDEN, "a2_likelihood", needs_more=True),

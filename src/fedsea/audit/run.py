@@ -45,6 +45,7 @@ _ALSO_IN_USE = ("A1", "A2")
 """A5 to A8 need gradients, updates or a training; whoever asks the same again is averaged (A4) as in training."""
 _PUBLIC = "public weights"
 _SENT = "public weights and the adapters that were sent to the server"
+_SUMMED = "public weights and the mean of the clients' adapters, which secure aggregation leaves the server"
 
 
 def audit(
@@ -290,8 +291,8 @@ class _Audit:
         if attack.channel is Channel.GRADIENT and not subject.plan.sends_gradients(subject.name):
             return "the backward channel is closed: this plan sends no gradients"
         leaves = Channel.UPDATE in open_channels(subject.plan, subject.name)
-        if attack.id == "A7" and not (leaves and subject.plan.trains_below_cut(subject.name)):
-            return "no update of the client's input side leaves it"
+        if attack.id == "A7" and not leaves:
+            return "no update of the client's own segments leaves it"
         if attack.id == "A8" and not leaves and subject.plan.adapter.trunk == "frozen":
             return "no adapter that was trained on the client's text leaves it"
         if attack.id == "A9" and not self._claims():
@@ -303,8 +304,7 @@ class _Audit:
     def _claims(self) -> bool:
         """Whether the plan's noise on a channel is one of which something could be claimed."""
         plan = self._subject.plan
-        channels = (Channel.HIDDEN, Channel.GRADIENT)
-        return plan.trust.mode == "noised" and any(plan.noise.clip(c) and plan.noise.std(c) for c in channels)
+        return plan.trust.mode == "noised" and any(plan.noise.clip(c) and plan.noise.std(c) for c in Channel)
 
     # --- what is said -----------------------------------------------------------------------------------------------
 
@@ -319,7 +319,7 @@ class _Audit:
             "trained": subject.parameters is not None,
             "trained_trunk": subject.trunk is not None,
             "audited": subject.states,
-            "attacker_model": _SENT if subject.sent else _PUBLIC,
+            "attacker_model": self._attacker_model(),
             "trust_mode": plan.trust.mode,
             "noise_std": {channel.value: std for channel, std in subject.noise_std().items()},
             "codecs": {channel.value: codec for channel, codec in self._attacker.codecs.items()},
@@ -338,6 +338,11 @@ class _Audit:
             "own_texts": bool(self._options.texts),
             "rho": self._rho(targets),
         }
+
+    def _attacker_model(self) -> str:
+        if not self._subject.sent:
+            return _PUBLIC
+        return _SUMMED if self._subject.plan.aggregation.secure else _SENT
 
     def _notes(self) -> tuple[str, ...]:
         notes = []

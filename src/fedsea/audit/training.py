@@ -53,6 +53,10 @@ class SplitRun:
         checkpoint: The base model.
         name: The client; "" for the plan's first.
         key: Of the noise, for a run that can be repeated; 32 bytes.
+
+    Attributes:
+        step: Optimizer steps so far.
+        output_TH: The trunk's outputs for the latest micro-batch.
     """
 
     def __init__(self, plan: FederationPlan, checkpoint: Checkpoint, name: str = "", key: bytes | None = None) -> None:
@@ -64,6 +68,7 @@ class SplitRun:
         )
         self._optimizer = SegmentOptimizer(adapters.trainable(self.trunk), plan.optimizer, plan.num_steps)
         self._boundary = Boundary.of(plan, self.name, key=key)
+        self.output_TH = torch.empty(0)
         self._encoder = Encoder("client", {Channel.HIDDEN: plan.wire.hidden, Channel.GRADIENT: plan.wire.gradient})
         self.step = 0
 
@@ -95,6 +100,7 @@ class SplitRun:
         wants = segments.trains_input
         entry = Entry(self.name, received_TH, batch.lengths, segments.trunk_blocks, wants)
         output_TH = self._passes.forward(self.step, 0, [entry])[self.name]
+        self.output_TH = output_TH.detach()
         loss, gradient_TH = segments.head(batch, output_TH, self.step, 0)
         if gradient_TH is not None:
             sent_TH = self.arrives(boundary.gradient(gradient_TH, origin))[""]

@@ -1,23 +1,29 @@
-"""A7, the uploaded update: which tokens the gradient, or the change, of a client's input side was made of.
+"""A7, the uploaded update: which tokens the gradient, or the change, of a client's segments was made of.
 
 It is attacked as the server receives it: of one client, and of the sum that secure aggregation leaves. Noise on the
-forward channel does not touch it, since the client's own gradients are taken at its clean inputs.
+forward channel does not touch it: the input side's gradients are taken at its clean inputs, the output side's at what
+the server itself computed. The input side names the tokens that were read, the output side those that followed.
 """
 
 from __future__ import annotations
 
+import functools
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
 
 from fedsea.audit.attacker import Attacker
+from fedsea.audit.attacks.output_inversion import name_labels
 from fedsea.audit.attacks.update_inversion import NOTHING, SpanFindings, invert, token_inputs
 from fedsea.audit.targets import Progress, Target, unheard
 from fedsea.audit.training import SplitRun, Tensors, batches_of, pack
 from fedsea.audit.verdict import Verdict
+from fedsea.plan import open_channels
+from fedsea.plan.trust import trains_output
+from fedsea.types import Channel
 
 _WARM_UP_STEPS = 5
 """Steps on public text first: LoRA's factor B begins at zero, so in the first step of all A has no gradient."""
@@ -28,7 +34,8 @@ _ROUND_STEPS = 2
 """Steps of the first round, which is the one that tells most: later ones carry the moments of all before."""
 
 _MOST_UPDATES = 24
-
+_MOST_MATCHED = 4
+"""Of a kind, whose output side is matched: each takes as long as some tens of steps."""
 
 _EXPOSED_EXCESS = 0.5
 _CLEAR_EXCESS = 0.05
@@ -49,6 +56,7 @@ class UpdateInversion:
         guess: Recall of naming as many of the commonest tokens of public text.
         quality: F1 of what was named: naming much that was not there counts against the attack.
         guess_quality: The best F1 of naming so many of the commonest tokens of public text, however many these are.
+        side: "input" or "output": of which segment.
         conclusive: Share of the updates of which the attacker knows that its answer is exact.
         method: See `SpanFindings`; the commonest.
     """
@@ -65,6 +73,7 @@ class UpdateInversion:
     method: str
     quality: float
     guess_quality: float
+    side: str = "input"
 
     @property
     def excess_share(self) -> float:
@@ -94,12 +103,12 @@ class UpdateReport:
     def sentence(self) -> str:
         """The worst update in one line."""
         if (worst := self.worst) is None:
-            return "No update of the client's input side leaves it."
+            return "No update that names tokens leaves this client."
         of = "one client" if worst.clients == 1 else f"the sum of {worst.clients} clients"
         return (
-            f"From a {worst.kind} of {of}, {worst.sequences} text(s) each, {worst.recall:.1%} of the distinct tokens "
-            f"were named ({worst.precision:.1%} of those named were there; guessing the commonest names "
-            f"{worst.guess:.1%}): F1 {worst.quality:.2f}, and {worst.guess_quality:.2f} by guessing."
+            f"From a {worst.kind} of the {worst.side} side of {of}, {worst.sequences} text(s) each, {worst.recall:.1%} "
+            f"of the distinct tokens were named ({worst.precision:.1%} of those named were there; guessing the "
+            f"commonest names {worst.guess:.1%}): F1 {worst.quality:.2f}, and {worst.guess_quality:.2f} by guessing."
         )
 
     def to_json(self) -> dict[str, Any]:
@@ -120,24 +129,40 @@ def run(attacker: Attacker, targets: Sequence[Target], progress: Progress = unhe
         progress: Told of every kind of update.
 
     Returns:
-        Nothing, if the clients' parameters stay at home (`sync = "personal"`) or nothing of the input side is trained.
+        Nothing, if the clients' parameters stay at home (`sync = "personal"`) or nothing of theirs is trained.
     """
-    plan = attacker.plan
-    if plan.aggregation.sync == "personal" or not plan.trains_below_cut(plan.client_names[0]):
+    plan, name = attacker.plan, attacker.plan.client_names[0]
+    if Channel.UPDATE not in open_channels(plan, name):
         return UpdateReport(())
-    inputs = token_inputs(attacker.input_blocks, attacker.vocab_size)
+    sides = [s for s, open_ in (("input", plan.trains_below_cut(name)), ("output", trains_output(plan, name))) if open_]
+    inputs = token_inputs(attacker.input_blocks, attacker.vocab_size) if "input" in sides else {}
     texts = [target.ids_T.long() for target in targets]
     public = [ids_T.long() for ids_T in attacker.public] or texts
     common = [token for token, _ in Counter(t for ids_T in public for t in ids_T.tolist()).most_common()]
-    micro_batch = plan.micro_batches_of(plan.client_names[0])[1]
+    micro_batch = plan.micro_batches_of(name)[1]
     by_step = plan.aggregation.sync == "step"
     split = SplitRun(plan, attacker.base.checkpoint)
     if by_step:
         split.train(batches_of(public, micro_batch, _WARM_UP_STEPS, attacker.seed))
 
-    def update(texts: Sequence[torch.Tensor]) -> Tensors:
+    def update(texts: Sequence[torch.Tensor]) -> _Update:
         return _gradient(split, texts) if by_step else _difference(attacker, texts)
 
+    def invert_all(updates: Sequence[_Update], side: str, progress: Progress) -> SpanFindings:
+        summed = {name: torch.stack([one.tensors[name] for one in updates]).sum(0) for name in updates[0].tensors}
+        if side == "input":
+            return invert(summed, inputs)
+        return name_labels(
+            start.segments.output_blocks,
+            {name: -tensor for name, tensor in summed.items()} if by_step else summed,
+            torch.cat([one.output_TH for one in updates]),
+            [length for one in updates for length in one.lengths],
+            gradient=by_step,
+            noise_std=attacker.noise_std.get(Channel.UPDATE, 0.0) * len(updates) ** 0.5,
+            progress=progress,
+        )
+
+    start = split if by_step else SplitRun(plan, attacker.base.checkpoint)
     results = []
     # Secure aggregation shows the server sums alone; without it a single client's update is there to be had.
     members = (_SUMMED_CLIENTS,) if plan.aggregation.secure else (1, _SUMMED_CLIENTS)
@@ -145,53 +170,79 @@ def run(attacker: Attacker, targets: Sequence[Target], progress: Progress = unhe
     for number, (size, clients) in enumerate(cases):
         progress(number, len(cases))
         chunks = [texts[i : i + size * clients] for i in range(0, len(texts) - size * clients + 1, size * clients)]
-        if chunks:
-            steps = 1 if by_step else _ROUND_STEPS
-            results.append(_attack(update, chunks[:_MOST_UPDATES], size, clients, steps, inputs, common))
+        if not chunks:
+            continue
+        cuts = [[chunk[at : at + size] for at in range(0, len(chunk), size)] for chunk in chunks[:_MOST_UPDATES]]
+        made = [(parts, [update(part) for part in parts]) for parts in cuts]
+        for side in sides:
+            most = _MOST_UPDATES if side == "input" else _MOST_MATCHED
+            told = functools.partial(_told, progress, number, len(cases))
+            found = [invert_all(updates, side, told) for _, updates in made[:most]]
+            texts_of = [[ids_T for part in parts for ids_T in part] for parts, _ in made[:most]]
+            case = _Case("gradient" if by_step else "difference", clients, size, 1 if by_step else _ROUND_STEPS, side)
+            results.append(_scored(case, found, texts_of, common))
     progress(len(cases), len(cases))
     return UpdateReport(tuple(results))
 
 
-def _attack(
-    update: Callable[[Sequence[torch.Tensor]], Tensors],
-    chunks: Iterable[Sequence[torch.Tensor]],
-    size: int,
-    clients: int,
-    steps: int,
-    inputs: dict[str, torch.Tensor],
-    common: Sequence[int],
+def _told(progress: Progress, number: int, total: int, _done: int, _all: int) -> None:
+    """Within one case: shows nothing new, and ends when the time is up."""
+    progress(number, total)
+
+
+@dataclass(frozen=True, slots=True)
+class _Update:
+    """What the server has of one client's update: its tensors, and its own outputs for the texts behind it."""
+
+    tensors: Tensors
+    output_TH: torch.Tensor
+    lengths: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class _Case:
+    """See the fields of `UpdateInversion`."""
+
+    kind: str
+    clients: int
+    sequences: int
+    steps: int
+    side: str
+
+
+def _scored(
+    case: _Case, found: Sequence[SpanFindings], texts: Sequence[Sequence[torch.Tensor]], common: Sequence[int]
 ) -> UpdateInversion:
-    found, truths, present = [], [], []
-    for texts in chunks:
-        updates = [update(texts[start : start + size]) for start in range(0, len(texts), size)]
-        summed = {name: torch.stack([one[name] for one in updates]).sum(0) for name in updates[0]}
-        found.append(invert(summed, inputs))
+    if case.side == "output":
+        truths = [{token for ids_T in chunk for token in ids_T[1:].tolist()} for chunk in texts]
+        present = truths
+    else:
         # The last token of a text carries no loss, and without noise no gradient comes back to it.
-        truths.append({token for ids_T in texts for token in ids_T[:-1].tolist()})
-        present.append({token for ids_T in texts for token in ids_T.tolist()})
+        truths = [{token for ids_T in chunk for token in ids_T[:-1].tolist()} for chunk in texts]
+        present = [{token for ids_T in chunk for token in ids_T.tolist()} for chunk in texts]
     there = sum(len(truth & set(one.found)) for one, truth in zip(found, present, strict=True))
     named = sum(len(one.found) for one in found)
-    kind = "gradient" if steps == 1 else "difference"
-    return _result(kind, clients, size, steps, found, truths, common, there / max(1, named))
+    return _result(case, found, truths, common, there / max(1, named))
 
 
-def _gradient(split: SplitRun, texts: Sequence[torch.Tensor]) -> Tensors:
-    return split.gradients(pack(texts))[1]
+def _gradient(split: SplitRun, texts: Sequence[torch.Tensor]) -> _Update:
+    batch = pack(texts)
+    tensors = split.gradients(batch)[1]
+    return _Update(tensors, split.output_TH, batch.lengths)
 
 
-def _difference(attacker: Attacker, texts: Sequence[torch.Tensor]) -> Tensors:
-    """What changed at one client in a first round over these texts."""
-    split = SplitRun(attacker.plan, attacker.base.checkpoint)
+def _difference(attacker: Attacker, texts: Sequence[torch.Tensor]) -> _Update:
+    """What changed at one client in a first round over these texts, and the outputs of its first step."""
+    split, batch = SplitRun(attacker.plan, attacker.base.checkpoint), pack(texts)
     before = split.segments.parameters()
-    split.train([pack(texts)] * _ROUND_STEPS)
-    return split.update(before)
+    split.train([batch])
+    output_TH = split.output_TH
+    split.train([batch] * (_ROUND_STEPS - 1))
+    return _Update(split.update(before), output_TH, batch.lengths)
 
 
 def _result(
-    kind: str,
-    clients: int,
-    size: int,
-    steps: int,
+    case: _Case,
     found: Sequence[SpanFindings],
     truths: Sequence[set[int]],
     common: Sequence[int],
@@ -200,13 +251,21 @@ def _result(
     hits = sum(len(truth & set(one.found)) for one, truth in zip(found, truths, strict=True))
     lucky = sum(len(truth & set(common[: len(one.found)])) for one, truth in zip(found, truths, strict=True))
     total = sum(len(truth) for truth in truths)
-    method = Counter(one.method for one in found).most_common(1)[0][0] if found else NOTHING.method
-    conclusive = sum(one.conclusive for one in found) / len(found)
     recall = hits / total
-    quality = 2 * precision * recall / max(precision + recall, 1e-9)
-    guess = _best_guess(truths, common)
     return UpdateInversion(
-        kind, clients, size, steps, total, recall, precision, lucky / total, conclusive, method, quality, guess
+        kind=case.kind,
+        clients=case.clients,
+        sequences=case.sequences,
+        steps=case.steps,
+        num_tokens=total,
+        recall=recall,
+        precision=precision,
+        guess=lucky / total,
+        conclusive=sum(one.conclusive for one in found) / len(found),
+        method=Counter(one.method for one in found).most_common(1)[0][0] if found else NOTHING.method,
+        quality=2 * precision * recall / max(precision + recall, 1e-9),
+        guess_quality=_best_guess(truths, common),
+        side=case.side,
     )
 
 

@@ -23,6 +23,12 @@ from fedsea.types import Channel, Origin, Purpose
 _WIDTH = 8
 """Columns of the inputs: the boundary takes any width, and what is tested does not depend on it."""
 
+_TRIALS = 50_000
+_UPDATE_TRIALS = 2_500
+"""Each is a call of its own, since an update is clipped as a whole."""
+
+_PARAMETER = "parameter"
+
 _ROWS = 4
 """Rows of a sequence, so that a clip of each row, where the sequence should be clipped, shows."""
 
@@ -81,7 +87,11 @@ class MechanismReport:
 
 
 def mechanism_of(boundary: Boundary, channel: Channel) -> Mechanism:
-    """What a boundary makes of hidden states or gradients, as a function."""
+    """What a boundary makes of hidden states, gradients, or updates of one parameter each, as a function."""
+    if channel is Channel.UPDATE:
+        return lambda rows_TH, lengths: torch.cat(
+            [_updated(boundary, part) for part in torch.split(rows_TH, list(lengths))]
+        )
     make = boundary.hidden if channel is Channel.HIDDEN else boundary.gradient
 
     def mechanism(rows_TH: torch.Tensor, lengths: tuple[int, ...]) -> torch.Tensor:
@@ -90,14 +100,18 @@ def mechanism_of(boundary: Boundary, channel: Channel) -> Mechanism:
     return mechanism
 
 
+def _updated(boundary: Boundary, values: torch.Tensor) -> torch.Tensor:
+    return boundary.update({_PARAMETER: values}).take()[_PARAMETER]
+
+
 def hold_against_claim(
-    plan: FederationPlan, channel: Channel, mechanism: Mechanism, num_trials: int = 50_000, seed: int = 0
+    plan: FederationPlan, channel: Channel, mechanism: Mechanism, num_trials: int = _TRIALS, seed: int = 0
 ) -> ChannelTest:
     """Test a mechanism against what the plan's settings claim of one release on a channel."""
     noise = plan.noise
     clip = noise.clip(channel)
     mu = charge_of(clip, noise.std(channel)) ** 0.5
-    rows = 1 if noise.unit == "token" else _ROWS
+    rows = 1 if noise.unit == "token" and channel is not Channel.UPDATE else _ROWS  # an update is clipped as a whole
     bound = bound_mechanism(
         mechanism, clip=clip, width=_WIDTH, delta=noise.delta, rows=rows, num_trials=num_trials, seed=seed
     )
@@ -120,10 +134,11 @@ def run(
     """
     plan = attacker.plan
     tested = boundary or Boundary.of(plan)
-    channels = [c for c in (Channel.HIDDEN, Channel.GRADIENT) if plan.noise.clip(c) and plan.noise.std(c)]
+    channels = [c for c in Channel if plan.noise.clip(c) and plan.noise.std(c)]
     tests = []
     for number, channel in enumerate(channels):
         progress(number, len(channels))
-        tests.append(hold_against_claim(plan, channel, mechanism_of(tested, channel), seed=attacker.seed))
+        trials = _UPDATE_TRIALS if channel is Channel.UPDATE else _TRIALS
+        tests.append(hold_against_claim(plan, channel, mechanism_of(tested, channel), trials, attacker.seed))
     progress(len(channels), len(channels))
     return MechanismReport(tuple(tests))

@@ -112,7 +112,8 @@ def _clipped(rows: torch.Tensor, bounds: torch.Tensor) -> torch.Tensor:
     """Rows [..., H] as the client scales each by itself; as they are where the bound is infinite."""
     if bool(torch.isinf(bounds).all()):
         return rows
-    return rows * (bounds / rows.norm(dim=-1, keepdim=True)).clamp_max(1.0)
+    scaled: torch.Tensor = rows * (bounds / rows.norm(dim=-1, keepdim=True)).clamp_max(1.0)
+    return scaled
 
 
 class _Group:
