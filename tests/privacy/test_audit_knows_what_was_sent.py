@@ -60,10 +60,24 @@ def test_the_audit_of_a_run_recovers_what_the_servers_adapters_explain(monkeypat
     assert a1["prior"] == found.by_attack()["A0"]["hidden"]["recovery"]
 
 
-@pytest.mark.parametrize("changed", [{"sync": "personal"}, {"sync": "round", "secure": True}])
-def test_adapters_that_the_server_was_not_sent_are_not_the_attackers(changed: dict[str, Any]) -> None:
+def _under(subject: Subject, **changed: Any) -> Subject:
+    aggregation = subject.plan.aggregation.model_copy(update=changed)
+    return replace(subject, plan=subject.plan.model_copy(update={"aggregation": aggregation}))
+
+
+def test_adapters_that_the_server_was_not_sent_are_not_the_attackers() -> None:
     subject = _trained()
     assert subject.sent
-    aggregation = subject.plan.aggregation.model_copy(update=changed)
-    assert not replace(subject, plan=subject.plan.model_copy(update={"aggregation": aggregation})).sent
+    assert not _under(subject, sync="personal").sent
     assert not open_subject(PLAN).sent
+
+
+def test_the_mean_that_secure_aggregation_leaves_is_the_attackers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every client goes on with it after a round, and the server has sent it to them."""
+    monkeypatch.setattr(settings, "QUICK", TINY)
+    subject = _under(_trained(), sync="round", secure=True)
+    assert subject.sent.keys() == {*(subject.parameters or ()), *(subject.trunk or ())}
+    options = AuditOptions(PLAN, quick=True, attacks=("A1",))
+    found = _Audit(subject, options, Clock(5.0, lambda *_: None), None, None, Member).run()
+    assert found.by_attack()["A1"]["hidden"]["recovery"] > 0.95
+    assert "the mean of the clients' adapters" in found.about["attacker_model"]

@@ -87,11 +87,12 @@ class Subject:
 
     @property
     def sent(self) -> Mapping[str, torch.Tensor]:
-        """Trained parameters that the server has: the client's, if they leave it and not in a sum alone; its trunk's.
+        """Trained parameters that the server has: the client's, if they leave it, alone or in a sum; its trunk's.
 
-        After a round all have the same ones, so those of the run are those that the server has.
+        After a round all have the same ones, so those of the run are those that the server has: with secure aggregation
+        the mean, which is what the masks leave of the sum.
         """
-        leaves = Channel.UPDATE in open_channels(self.plan, self.name) and not self.plan.aggregation.secure
+        leaves = Channel.UPDATE in open_channels(self.plan, self.name)
         return {**self.parameters, **(self.trunk or {})} if leaves and self.parameters is not None else {}
 
     def noise_std(self) -> dict[Channel, float]:
