@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any
 
 from fedsea.audit import curves as drawn
+from fedsea.audit.about import about, examples, notes
 from fedsea.audit.attacker import Attacker
 from fedsea.audit.attacks import a1_nearest
 from fedsea.audit.canaries import Texts
@@ -20,14 +19,14 @@ from fedsea.audit.masking import MakeMember, check_masks
 from fedsea.audit.observe import Change, Tap, Tapped
 from fedsea.audit.outcome import AuditReport, Outcome, own, scored
 from fedsea.audit.scoring import score
-from fedsea.audit.sessions import Use, answers_read, use
+from fedsea.audit.sessions import Use, use
 from fedsea.audit.settings import AuditOptions, Clock, Show
 from fedsea.audit.subject import Subject, open_subject, variant
 from fedsea.audit.targets import OutOfTime, Target
 from fedsea.audit.verdict import LEAST_SELF_CHECK, Finding, Verdict
 from fedsea.errors import ConfigError
 from fedsea.federation.secure import Member
-from fedsea.plan import backward_channel, open_channels
+from fedsea.plan import open_channels
 from fedsea.privacy.boundary import Boundary
 from fedsea.types import Channel, Partition
 
@@ -43,9 +42,6 @@ _MEMBERS = 32
 """Texts of the membership attack, half of which are trained on."""
 _ALSO_IN_USE = ("A1", "A2")
 """A5 to A8 need gradients, updates or a training; whoever asks the same again is averaged (A4) as in training."""
-_PUBLIC = "public weights"
-_SENT = "public weights and the adapters that were sent to the server"
-_SUMMED = "public weights and the mean of the clients' adapters, which secure aggregation leaves the server"
 
 
 def audit(
@@ -129,7 +125,7 @@ class _Audit:
         self._seconds["curves"] = time.monotonic() - started
         claim, spent = claimed(self._subject)
         return AuditReport(
-            self._about(targets),
+            about(self._subject, self._options, self._attacker, targets, self._used),
             tap.boundary.statement,
             claim,
             self_check,
@@ -137,11 +133,11 @@ class _Audit:
             tuple(findings),
             perplexity,
             found,
-            _examples(targets, outcomes, self._texts),
+            examples(targets, outcomes, self._texts),
             {part: round(value, 2) for part, value in self._seconds.items()},
             missing,
             spent,
-            self._notes(),
+            notes(self._subject, replace(self._attacker, base=self._knowing), self._used),
         )
 
     # --- what is attacked -------------------------------------------------------------------------------------------
@@ -305,89 +301,3 @@ class _Audit:
         """Whether the plan's noise on a channel is one of which something could be claimed."""
         plan = self._subject.plan
         return plan.trust.mode == "noised" and any(plan.noise.clip(c) and plan.noise.std(c) for c in Channel)
-
-    # --- what is said -----------------------------------------------------------------------------------------------
-
-    def _about(self, targets: Sequence[Target]) -> dict[str, Any]:
-        subject, plan = self._subject, self._subject.plan
-        cut = subject.partition
-        return {
-            "plan": plan.name,
-            "plan_sha256": (subject.agreed or plan).sha256(),
-            "own_noise": subject.stricter,
-            "client": subject.name,
-            "trained": subject.parameters is not None,
-            "trained_trunk": subject.trunk is not None,
-            "audited": subject.states,
-            "attacker_model": self._attacker_model(),
-            "trust_mode": plan.trust.mode,
-            "noise_std": {channel.value: std for channel, std in subject.noise_std().items()},
-            "codecs": {channel.value: codec for channel, codec in self._attacker.codecs.items()},
-            "secure_aggregation": "rounds played: masks and sums looked at" if plan.aggregation.secure else "off",
-            "backward_channel": backward_channel(plan, subject.name),
-            "k": cut.input_blocks,
-            "m": cut.output_blocks,
-            "blocks": subject.checkpoint.num_blocks,
-            "hidden_size": subject.checkpoint.hidden_size,
-            "vocab_size": self._attacker.vocab_size,
-            "scale": "quick" if self._options.quick else "full",
-            "seed": self._options.seed,
-            "sequences": len(targets),
-            "sessions": len(self._used),
-            "tokens": sum(len(target.ids_T) - target.begins for target in targets),
-            "own_texts": bool(self._options.texts),
-            "rho": self._rho(targets),
-        }
-
-    def _attacker_model(self) -> str:
-        if not self._subject.sent:
-            return _PUBLIC
-        return _SUMMED if self._subject.plan.aggregation.secure else _SENT
-
-    def _notes(self) -> tuple[str, ...]:
-        notes = []
-        if stricter := self._subject.stricter:
-            listed = ", ".join(f"{key} = {value:g}" for key, value in stricter.items())
-            notes.append(f"Audited with this client's own noise, stricter than the plan's: {listed}.")
-        if self._subject.pseudonyms:
-            notes.append(
-                "This client replaces identifiers by pseudonyms before it tokenises; the texts of this audit were not "
-                "replaced, so of what is recognised the surrogates come back, not the originals."
-            )
-        if self._used:
-            knowing = replace(self._attacker, base=self._knowing)
-            notes.append(
-                f"In use, {answers_read(knowing, self._used):.1%} of the answers' tokens are the likeliest ones behind "
-                "the server's own outputs, from which they are chosen: noise on what is sent does not hide an answer."
-            )
-        return tuple(notes)
-
-    def _rho(self, targets: Sequence[Target]) -> float:
-        """The plan's noise on hidden states as a share of their norm."""
-        std = self._subject.noise_std().get(Channel.HIDDEN, 0.0)
-        if not std:
-            return 0.0
-        return round(std * math.sqrt(self._subject.checkpoint.hidden_size) / drawn.norm_of(self._attacker, targets), 4)
-
-
-def _examples(targets: Sequence[Target], outcomes: Sequence[Outcome], texts: Texts) -> tuple[dict[str, Any], ...]:
-    """Original and best reconstruction, token by token, of some sequences of each channel."""
-    made: list[dict[str, Any]] = []
-    for channel in (Channel.HIDDEN, Channel.GRADIENT):
-        done = [
-            o
-            for o in outcomes
-            if o.attack.channel is channel and o.score is not None and o.attack.id != "A0" and not o.in_use
-        ]
-        if not done:
-            continue
-        best = max(done, key=lambda o: o.score.recovery.value if o.score else 0.0)
-        for target, answer in list(zip(targets, best.answers, strict=True))[:4]:
-            said, truth = answer.ids_T.tolist(), target.ids_T.tolist()
-            pieces = [
-                {"text": texts.decode([token]) or "·", "right": token == truth[i]}
-                for i, token in enumerate(said)
-                if i >= target.begins
-            ]
-            made.append({"channel": channel.value, "attack": best.attack.id, "original": target.text, "pieces": pieces})
-    return tuple(made)
