@@ -14,6 +14,7 @@ from fedsea.audit.attacks.membership import membership
 from fedsea.audit.attacks.output_inversion import name_labels
 from fedsea.audit.attacks.update_inversion import SpanFindings, invert, token_inputs
 from fedsea.audit.canaries import Texts
+from fedsea.audit.targets import OutOfTime
 from fedsea.audit.training import SplitRun, batches_of, pack
 from fedsea.audit.verdict import Verdict
 from fedsea.errors import ConfigError
@@ -126,6 +127,25 @@ def test_lora_of_the_output_blocks_gives_the_labels_away_though_no_gradient_leav
     assert report.verdict is Verdict.EXPOSED
 
 
+def test_what_was_attacked_before_the_time_was_up_is_kept(base_model: Path) -> None:
+    plan = training_plan(base_model, adapter={"rank": 1}, aggregation={"sync": "step"})
+    attacker = attacker_of(plan, public=texts(8, 24, seed=4))
+
+    def until_the_output_side(done: int, total: int) -> None:
+        if calls.append(done) or len(calls) > 1:
+            raise OutOfTime
+
+    calls: list[int] = []
+    report = a7_update.run(attacker, targets_of(texts(4, 24)), until_the_output_side)
+    assert [case.side for case in report.cases] == ["input"]
+    assert report.cut_short
+    assert report.verdict in (Verdict.INCONCLUSIVE, Verdict.EXPOSED)
+    assert "time was up" in report.sentence
+    calls = [0]
+    with pytest.raises(OutOfTime):  # of nothing nothing can be said
+        a7_update.run(attacker, targets_of(texts(4, 24)), until_the_output_side)
+
+
 def test_noise_on_an_update_of_the_output_side_hides_its_labels(base_model: Path) -> None:
     closed = {"input": "frozen", "trunk": "frozen"}
     for output in ("adapter", "full"):
@@ -133,7 +153,7 @@ def test_noise_on_an_update_of_the_output_side_hides_its_labels(base_model: Path
         plan = training_plan(base_model, adapter=closed | {"output": output}, aggregation={"sync": "step"}, **noise)
         attacker = attacker_of(plan, public=texts(8, 24, seed=4))
         attacker.noise_std[Channel.UPDATE] = 10.0
-        report = a7_update.run(attacker, targets_of(texts(4, 24)))
+        report = a7_update.run(attacker, targets_of(texts(1, 24)))
         assert report.verdict is not Verdict.EXPOSED
         assert report.cases[0].conclusive == 0.0
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -18,7 +18,7 @@ import torch
 from fedsea.audit.attacker import Attacker
 from fedsea.audit.attacks.output_inversion import name_labels
 from fedsea.audit.attacks.update_inversion import NOTHING, SpanFindings, invert, token_inputs
-from fedsea.audit.targets import Progress, Target, unheard
+from fedsea.audit.targets import OutOfTime, Progress, Target, unheard
 from fedsea.audit.training import SplitRun, Tensors, batches_of, pack
 from fedsea.audit.verdict import Verdict
 from fedsea.plan import open_channels
@@ -83,9 +83,15 @@ class UpdateInversion:
 
 @dataclass(frozen=True, slots=True)
 class UpdateReport:
-    """All kinds of update that leave under a plan."""
+    """All kinds of update that leave under a plan.
+
+    Attributes:
+        cases: Those that were attacked.
+        cut_short: The time was up before all were.
+    """
 
     cases: tuple[UpdateInversion, ...]
+    cut_short: bool = False
 
     @property
     def worst(self) -> UpdateInversion | None:
@@ -95,9 +101,12 @@ class UpdateReport:
     @property
     def verdict(self) -> Verdict:
         """By how far the worst update's F1 is above that of guessing: few of many named tokens right is no exposure."""
-        if (worst := self.worst) is None or worst.excess_share <= _CLEAR_EXCESS:
-            return Verdict.NOT_RECOVERED
-        return Verdict.EXPOSED if worst.excess_share > _EXPOSED_EXCESS else Verdict.PARTIAL
+        worst = self.worst
+        if worst is not None and worst.excess_share > _EXPOSED_EXCESS:
+            return Verdict.EXPOSED
+        if self.cut_short:
+            return Verdict.INCONCLUSIVE
+        return Verdict.NOT_RECOVERED if worst is None or worst.excess_share <= _CLEAR_EXCESS else Verdict.PARTIAL
 
     @property
     def sentence(self) -> str:
@@ -109,7 +118,7 @@ class UpdateReport:
             f"From a {worst.kind} of the {worst.side} side of {of}, {worst.sequences} text(s) each, {worst.recall:.1%} "
             f"of the distinct tokens were named ({worst.precision:.1%} of those named were there; guessing the "
             f"commonest names {worst.guess:.1%}): F1 {worst.quality:.2f}, and {worst.guess_quality:.2f} by guessing."
-        )
+        ) + (" The time was up before all kinds of update were attacked." if self.cut_short else "")
 
     def to_json(self) -> dict[str, Any]:
         """Plain values; of the worst update its recall, that of guessing, and the difference, as other attacks have."""
@@ -131,58 +140,78 @@ def run(attacker: Attacker, targets: Sequence[Target], progress: Progress = unhe
     Returns:
         Nothing, if the clients' parameters stay at home (`sync = "personal"`) or nothing of theirs is trained.
     """
-    plan, name = attacker.plan, attacker.plan.client_names[0]
-    if Channel.UPDATE not in open_channels(plan, name):
+    if Channel.UPDATE not in open_channels(attacker.plan, attacker.plan.client_names[0]):
         return UpdateReport(())
-    sides = [s for s, open_ in (("input", plan.trains_below_cut(name)), ("output", trains_output(plan, name))) if open_]
-    inputs = token_inputs(attacker.input_blocks, attacker.vocab_size) if "input" in sides else {}
-    texts = [target.ids_T.long() for target in targets]
-    public = [ids_T.long() for ids_T in attacker.public] or texts
-    common = [token for token, _ in Counter(t for ids_T in public for t in ids_T.tolist()).most_common()]
-    micro_batch = plan.micro_batches_of(name)[1]
-    by_step = plan.aggregation.sync == "step"
-    split = SplitRun(plan, attacker.base.checkpoint)
-    if by_step:
-        split.train(batches_of(public, micro_batch, _WARM_UP_STEPS, attacker.seed))
+    found: list[UpdateInversion] = []
+    try:
+        found.extend(_Updates(attacker, [target.ids_T.long() for target in targets]).attacked(progress))
+    except OutOfTime:
+        if not found:
+            raise
+        return UpdateReport(tuple(found), cut_short=True)
+    return UpdateReport(tuple(found))
 
-    def update(texts: Sequence[torch.Tensor]) -> _Update:
-        return _gradient(split, texts) if by_step else _difference(attacker, texts)
 
-    def invert_all(updates: Sequence[_Update], side: str, progress: Progress) -> SpanFindings:
+class _Updates:
+    """The updates that texts make under a plan.
+
+    Args:
+        attacker: See `run`.
+        texts: As ids.
+    """
+
+    def __init__(self, attacker: Attacker, texts: Sequence[torch.Tensor]) -> None:
+        self._attacker, self._texts = attacker, texts
+        plan = self._plan = attacker.plan
+        name = plan.client_names[0]
+        public = [ids_T.long() for ids_T in attacker.public] or list(texts)
+        tokens = Counter(token for ids_T in public for token in ids_T.tolist())
+        self._common = [token for token, _ in tokens.most_common()]
+        self._micro_batch = plan.micro_batches_of(name)[1]
+        self._by_step = plan.aggregation.sync == "step"
+        trained = (("input", plan.trains_below_cut(name)), ("output", trains_output(plan, name)))
+        self._sides = [side for side, is_trained in trained if is_trained]
+        self._inputs = token_inputs(attacker.input_blocks, attacker.vocab_size) if self._sides[0] == "input" else {}
+        self._start = SplitRun(plan, attacker.base.checkpoint)
+        if self._by_step:
+            self._start.train(batches_of(public, self._micro_batch, _WARM_UP_STEPS, attacker.seed))
+
+    def attacked(self, progress: Progress) -> Iterator[UpdateInversion]:
+        """Every kind of update that the texts suffice for, as soon as it was attacked."""
+        # Secure aggregation shows the server sums alone; without it a single client's update is there to be had.
+        members = (_SUMMED_CLIENTS,) if self._plan.aggregation.secure else (1, _SUMMED_CLIENTS)
+        kinds = [(size, clients) for size in sorted({1, self._micro_batch}) for clients in members]
+        for number, (size, clients) in enumerate(kinds):
+            progress(number, len(kinds))
+            told = functools.partial(_told, progress, number, len(kinds))
+            together = size * clients
+            chunks = [self._texts[at : at + together] for at in range(0, len(self._texts) - together + 1, together)]
+            cuts = [[chunk[at : at + size] for at in range(0, together, size)] for chunk in chunks[:_MOST_UPDATES]]
+            made = [[self._update(part) for part in parts] for parts in cuts]
+            for side in self._sides if chunks else ():
+                most = _MOST_UPDATES if side == "input" else _MOST_MATCHED
+                found = [self._invert(updates, side, told) for updates in made[:most]]
+                kind, steps = ("gradient", 1) if self._by_step else ("difference", _ROUND_STEPS)
+                case = _Case(kind, clients, size, steps, side)
+                yield _scored(case, found, chunks[: len(found)], self._common)
+        progress(len(kinds), len(kinds))
+
+    def _update(self, texts: Sequence[torch.Tensor]) -> _Update:
+        return _gradient(self._start, texts) if self._by_step else _difference(self._attacker, texts)
+
+    def _invert(self, updates: Sequence[_Update], side: str, progress: Progress) -> SpanFindings:
         summed = {name: torch.stack([one.tensors[name] for one in updates]).sum(0) for name in updates[0].tensors}
         if side == "input":
-            return invert(summed, inputs)
+            return invert(summed, self._inputs)
         return name_labels(
-            start.segments.output_blocks,
-            {name: -tensor for name, tensor in summed.items()} if by_step else summed,
+            self._start.segments.output_blocks,
+            {name: -tensor for name, tensor in summed.items()} if self._by_step else summed,
             torch.cat([one.output_TH for one in updates]),
             [length for one in updates for length in one.lengths],
-            gradient=by_step,
-            noise_std=attacker.noise_std.get(Channel.UPDATE, 0.0) * len(updates) ** 0.5,
+            gradient=self._by_step,
+            noise_std=self._attacker.noise_std.get(Channel.UPDATE, 0.0) * len(updates) ** 0.5,
             progress=progress,
         )
-
-    start = split if by_step else SplitRun(plan, attacker.base.checkpoint)
-    results = []
-    # Secure aggregation shows the server sums alone; without it a single client's update is there to be had.
-    members = (_SUMMED_CLIENTS,) if plan.aggregation.secure else (1, _SUMMED_CLIENTS)
-    cases = [(size, clients) for size in sorted({1, micro_batch}) for clients in members]
-    for number, (size, clients) in enumerate(cases):
-        progress(number, len(cases))
-        chunks = [texts[i : i + size * clients] for i in range(0, len(texts) - size * clients + 1, size * clients)]
-        if not chunks:
-            continue
-        cuts = [[chunk[at : at + size] for at in range(0, len(chunk), size)] for chunk in chunks[:_MOST_UPDATES]]
-        made = [(parts, [update(part) for part in parts]) for parts in cuts]
-        for side in sides:
-            most = _MOST_UPDATES if side == "input" else _MOST_MATCHED
-            told = functools.partial(_told, progress, number, len(cases))
-            found = [invert_all(updates, side, told) for _, updates in made[:most]]
-            texts_of = [[ids_T for part in parts for ids_T in part] for parts, _ in made[:most]]
-            case = _Case("gradient" if by_step else "difference", clients, size, 1 if by_step else _ROUND_STEPS, side)
-            results.append(_scored(case, found, texts_of, common))
-    progress(len(cases), len(cases))
-    return UpdateReport(tuple(results))
 
 
 def _told(progress: Progress, number: int, total: int, _done: int, _all: int) -> None:
