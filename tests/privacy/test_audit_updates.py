@@ -117,8 +117,11 @@ def test_rows_of_the_head_that_are_pulled_up_name_the_labels_whatever_the_noise_
     assert "of the output side" in report.sentence
 
 
-def test_lora_of_the_output_blocks_gives_the_labels_away_though_no_gradient_leaves_at_the_cut(base_model: Path) -> None:
-    closed = {"input": "frozen", "trunk": "frozen", "rank": 8}
+@pytest.mark.parametrize("targets", ["all-linear", ["lm_head"]])
+def test_lora_of_the_output_side_gives_the_labels_away_though_no_gradient_leaves_at_the_cut(
+    base_model: Path, targets: str | list[str]
+) -> None:
+    closed = {"input": "frozen", "trunk": "frozen", "rank": 8, "targets": targets}
     plan = training_plan(base_model, adapter=closed, aggregation={"sync": "step"}, **noised(hidden_std=50.0))
     assert not plan.sends_gradients("a")
     report = a7_update.run(attacker_of(plan, public=texts(8, 24, seed=4)), targets_of(texts(4, 24)))

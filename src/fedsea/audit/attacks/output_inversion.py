@@ -69,7 +69,8 @@ def name_labels(
         return NOTHING
     known = _Known(blocks, output_TH, lengths)
     with _evaluating(blocks):
-        heads = [name for name in parameters if unit_of(name) == "head" and parameters[name].dim() == 2]
+        heads = [name for name in parameters if unit_of(name) == "head" and name.endswith(".weight")]
+        heads = [name for name in heads if parameters[name].dim() == 2 and ".lora_" not in name]
         if heads and gradient:
             return _counted(known, pulls[heads[0]], noise_std)
         if heads:
