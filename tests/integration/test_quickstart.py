@@ -13,7 +13,7 @@ from fedsea.evaluation.quickstart import QuickstartOptions, run
 from fedsea.plan import load_plan
 
 
-@pytest.mark.timeout(300)
+@pytest.mark.timeout(600)
 def test_a_short_quickstart_compares_all_models_and_writes_its_page(tmp_path):
     told, presented, shown = [], [], []
     options = QuickstartOptions(tmp_path / "quick", steps=8)
