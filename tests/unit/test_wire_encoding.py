@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -144,6 +145,11 @@ def payload() -> Sealed:
     return Encoder("client", frames.codecs("fp32")).seal(boundary().hidden(frames.hidden()))
 
 
+def looks_like_one() -> SimpleNamespace:
+    one = payload()
+    return SimpleNamespace(channel=one.channel, specs=one.specs, pieces=one.pieces, num_rows=one.num_rows)
+
+
 MADE_ELSEWHERE: dict[str, Callable[[], object]] = {
     "made": lambda: Sealed(Channel.HIDDEN, (TensorSpec("", "fp32", (1, 1)),), (np.zeros(4, np.uint8),)),
     "replaced": lambda: dataclasses.replace(payload(), pieces=(np.zeros(4, np.uint8),)),
@@ -151,12 +157,15 @@ MADE_ELSEWHERE: dict[str, Callable[[], object]] = {
     "deeply copied": lambda: copy.deepcopy(payload()),
     "pickled": lambda: payload().__reduce_ex__(4),
     "subclassed": lambda: type("Mine", (Sealed,), {}),
+    "filled": lambda: object.__new__(Sealed).__setstate__([Channel.HIDDEN, payload().specs, payload().pieces]),
+    "cut from what looks like one": lambda: Sealed.head(looks_like_one(), 1),  # type: ignore[arg-type]
+    "joined with what looks like one": lambda: payload().followed_by(looks_like_one()),  # type: ignore[arg-type]
 }
 
 
 @pytest.mark.parametrize("make", MADE_ELSEWHERE.values(), ids=MADE_ELSEWHERE)
 def test_a_payload_that_no_encoder_made_is_refused(make: Callable[[], object]) -> None:
-    with pytest.raises(UnprotectedRelease, match=r"only an encoder|no encoder made|was about to be copied"):
+    with pytest.raises(UnprotectedRelease, match=r"only an enc|no encoder|about to be copied|no payload of an"):
         make()
 
 
@@ -170,6 +179,12 @@ def test_a_payload_cannot_be_changed_and_its_rows_can_be_cut_and_joined() -> Non
             one.channel = Channel.GRADIENT  # type: ignore[misc]
     assert joined.num_rows == 5
     assert joined.pieces[0].tobytes() == whole.head(3).pieces[0].tobytes() + whole.head(2).pieces[0].tobytes()
+
+
+def test_rows_of_different_channels_are_not_joined() -> None:
+    gradient = Encoder("client", frames.codecs("fp32")).seal(boundary().gradient(frames.hidden()))
+    with pytest.raises(UnprotectedRelease, match="different kinds"):
+        payload().followed_by(gradient)
 
 
 def test_what_only_looks_like_a_payload_is_not_sent() -> None:

@@ -27,7 +27,7 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Self
 
-from fedsea.errors import BudgetExhausted
+from fedsea.errors import BudgetExhausted, StorageError
 from fedsea.plan import FederationPlan, NoiseSection
 from fedsea.privacy.book import ANCHOR, FILE, VERSION, Book, refused
 from fedsea.privacy.pricing import Charge
@@ -68,6 +68,7 @@ class Ledger:
         self._path = folder / FILE
         self._about = {"version": VERSION, "plan_sha256": plan.sha256(), "client": client}
         self._thread_lock = threading.Lock()
+        self._pid = os.getpid()
         self._anchored = (0, 0.0)
         self._note = note
         try:
@@ -113,17 +114,19 @@ class Ledger:
                     "with the operator on a plan with more noise, fewer steps or a larger budget."
                 )
             self._append(_entry_of(charge, units, new), durable=charge.bounded or not spent.unbounded)
+            self._check_place()
 
     def close(self) -> None:
         """Anchor what was charged, and release the file; may be called twice."""
-        if self._file < 0:
-            return
-        try:
-            with self._thread_lock, self._locked():
-                self._anchor(at_once=True)
-        finally:
-            os.close(self._file)
-            self._file = -1
+        with self._thread_lock:
+            if self._file < 0:
+                return
+            try:
+                with self._locked():
+                    self._anchor(at_once=True)
+            finally:
+                os.close(self._file)
+                self._file = -1
 
     def __enter__(self) -> Self:
         return self
@@ -140,6 +143,10 @@ class Ledger:
 
     @contextlib.contextmanager
     def _held(self) -> Iterator[None]:
+        if self._file < 0:
+            raise StorageError(f"The ledger {self._path} is closed: nothing more can be charged to it.")
+        if os.getpid() != self._pid:  # a lock is held by both processes of a fork
+            raise StorageError(f"The ledger {self._path} was opened before this process was forked: open it in each.")
         try:
             fcntl.flock(self._file, fcntl.LOCK_EX)
         except OSError as error:
@@ -149,11 +156,18 @@ class Ledger:
         finally:
             fcntl.flock(self._file, fcntl.LOCK_UN)
 
-    def _catch_up(self) -> None:
+    def _check_place(self) -> os.stat_result:
         try:
             opened = os.fstat(self._file)
             if not _is_at(self._path, opened):
                 raise refused(self._path, "it was removed or replaced while it was in use")
+        except OSError as error:
+            raise storage_error("read", self._path, error) from None
+        return opened
+
+    def _catch_up(self) -> None:
+        opened = self._check_place()
+        try:
             size, end = opened.st_size, self._book.end
             if size < self._book.num_bytes:
                 raise refused(self._path, "it has become shorter while it was in use")

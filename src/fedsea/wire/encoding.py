@@ -78,6 +78,9 @@ class Sealed:
     def __reduce__(self) -> NoReturn:
         self.__copy__()
 
+    def __setstate__(self, state: object) -> NoReturn:
+        self.__copy__()
+
     @property
     def num_rows(self) -> int:
         """T of a hidden state or gradient."""
@@ -85,17 +88,33 @@ class Sealed:
 
     def head(self, num_rows: int) -> Sealed:
         """The first rows of a hidden state or gradient: the very same bytes."""
-        (spec,) = self.specs
+        (spec,) = _like(self, [])
         pieces = tuple(piece[: len(piece) // self.num_rows * num_rows] for piece in self.pieces)
         return Sealed(self.channel, (replace(spec, shape=(num_rows, *spec.shape[1:])),), pieces)
 
     def followed_by(self, *others: Sealed) -> Sealed:
         """The rows of several hidden states, one after the other: the very same bytes."""
-        (spec,) = self.specs
+        (spec,) = _like(self, others)
         every = (self, *others)
         pieces = tuple(np.concatenate(same) for same in zip(*(one.pieces for one in every), strict=True))
         shape = (sum(one.num_rows for one in every), *spec.shape[1:])
         return Sealed(self.channel, (replace(spec, shape=shape),), pieces)
+
+
+def _like(first: Sealed, others: Sequence[Sealed]) -> tuple[TensorSpec, ...]:
+    """What is in a payload, if it and all others came from an encoder and hold rows of one kind.
+
+    Raises:
+        UnprotectedRelease: They do not.
+    """
+    if any(type(one) is not Sealed for one in (first, *others)):
+        raise UnprotectedRelease("Rows were about to be taken from what is no payload of an encoder.")
+    kinds = {
+        (one.channel, *((spec.name, spec.codec, spec.shape[1:]) for spec in one.specs)) for one in (first, *others)
+    }
+    if len(kinds) > 1:
+        raise UnprotectedRelease("Payloads of different kinds were about to be joined.")
+    return first.specs
 
 
 class Encoder:

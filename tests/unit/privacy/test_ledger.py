@@ -147,6 +147,33 @@ def refused(folder: Path, reason: str) -> None:
             opened()
 
 
+def test_a_closed_ledger_and_one_of_before_a_fork_charge_nothing(tmp_path, monkeypatch):
+    ledger = Ledger(tmp_path, PLAN, "a")
+    with monkeypatch.context() as child:
+        child.setattr(os, "getpid", lambda: -1)
+        with pytest.raises(StorageError, match="forked"):
+            ledger.charge(charge(0.25, "same"))
+    ledger.charge(charge(0.25, "same"))
+    ledger.close()
+    ledger.close()
+    with pytest.raises(StorageError, match="closed"):
+        ledger.charge(charge(0.25, "same"))
+    assert Book.open(tmp_path).spent.total == pytest.approx(0.25)
+
+
+def test_a_ledger_that_is_exchanged_while_it_is_written_to_lets_nothing_be_sent(tmp_path, monkeypatch):
+    ledger = Ledger(tmp_path, PLAN, "a")
+    write = os.write
+
+    def exchanged(descriptor: int, line: bytes) -> int:
+        (tmp_path / FILE).unlink()
+        return write(descriptor, line)
+
+    monkeypatch.setattr(os, "write", exchanged)
+    with pytest.raises(StorageError, match="removed or replaced"):
+        ledger.charge(charge(0.25, "same"))
+
+
 def lines_of(folder: Path) -> list[bytes]:
     return (folder / FILE).read_bytes().splitlines(keepends=True)
 

@@ -85,7 +85,27 @@ def test_a_mapping_whose_beginning_was_killed_anywhere_is_begun_at_the_next_star
             Vault(path, KeyFile(key)).open()
         if not killed:
             break
-    assert states >= {(False, False), (0, False), (69, False), (69, True), (65, True)}
+    assert states >= {(False, False), (0, False), (69, False), (69, True)}
+
+
+def test_a_key_behind_a_link_stays_there_and_is_no_new_one_afterwards(tmp_path):
+    (tmp_path / "safe").mkdir()
+    target, key = tmp_path / "safe" / "key", tmp_path / "key"
+    key.symlink_to(target)
+    secret = Vault(tmp_path / "map", KeyFile(key)).open().secret
+    assert key.is_symlink()
+    assert Vault(tmp_path / "map", KeyFile(key)).open().secret == secret
+    (tmp_path / "map").unlink()
+    with pytest.raises(ConfigError, match="restore the mapping from a backup"):
+        Vault(tmp_path / "map", KeyFile(target)).open()
+
+
+@pytest.mark.parametrize("mark", ["new ", "    ", "  w ", ""])
+def test_a_key_is_read_whatever_is_left_of_its_mark(tmp_path, mark):
+    key = tmp_path / "key"
+    key.write_text(f"{mark}{'e5' * 32}\n")
+    key.chmod(0o600)
+    assert KeyFile(key).find(tmp_path / "map", {"kind": "file"}) == bytes.fromhex("e5" * 32)
 
 
 def test_two_mappings_that_are_begun_with_one_key_are_both_opened_with_it(tmp_path):

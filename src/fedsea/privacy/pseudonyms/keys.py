@@ -12,7 +12,7 @@ from typing import Any, Protocol
 from cryptography.hazmat.primitives.kdf.scrypt import Scrypt
 
 from fedsea.errors import ConfigError
-from fedsea.storage import storage_error, sync_folder, write_bytes_atomic
+from fedsea.storage import storage_error, sync_folder
 
 PASSPHRASE_VARIABLE = "FEDSEA_PSEUDONYMS_PASSPHRASE"  # noqa: S105 (the name of a variable)
 
@@ -108,11 +108,20 @@ class KeyFile:
             StorageError: The disk refuses.
         """
         try:
-            held = self.path.read_text(encoding="ascii")
+            if not self.path.read_bytes().startswith(_NEW.encode()):
+                return  # and may be under lock by now
+            descriptor = os.open(self.path, os.O_RDWR | os.O_CLOEXEC)
         except OSError as error:
-            raise storage_error("read", self.path, error) from None
-        if held.startswith(_NEW):
-            write_bytes_atomic(self.path, held.removeprefix(_NEW).encode())
+            raise storage_error("open", self.path, error) from None
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+            if os.pread(descriptor, len(_NEW), 0) == _NEW.encode():  # in place: the file may be a link or a mount
+                os.pwrite(descriptor, b" " * len(_NEW), 0)
+                os.fsync(descriptor)
+        except OSError as error:
+            raise storage_error("write", self.path, error) from None
+        finally:
+            os.close(descriptor)
 
     def find(self, mapping: Path, how: Mapping[str, Any]) -> bytes:
         """Read the file.
@@ -139,9 +148,10 @@ class KeyFile:
 
 
 def _key_of(text: str) -> bytes:
-    """The key that a file holds; empty if it holds none."""
+    """The key that a file holds, behind what is left of the mark of a new one; empty if it holds none."""
+    held = text.rstrip()
     try:
-        key = bytes.fromhex(text.removeprefix(_NEW).strip())
+        key = bytes.fromhex(held[len(_NEW) :] if len(held) == len(_NEW) + 64 else held)
     except ValueError:
         return b""
     return key if len(key) == 32 else b""
