@@ -177,17 +177,12 @@ class RemoteSession:
     def _go_on(self, *, lost: bool) -> None:
         unanswered = [sent for sent in self._history if sent.future is not None]
         self._in_flight.clear()
-        if lost:
+        if lost or self._rebuilding or not _repeatable(unanswered):
+            # The first message begins at token 0 of every sequence: whatever the server still holds, it forgets.
             if answered := len(self._history) - len(unanswered):
                 self.num_replays += 1
-                log.warning("The server lost a session's cache: %d messages are replayed.", answered)
-            self._unsent = deque(self._history)
-            self._rebuilding = any(sent.future is None for sent in self._history)
-        elif self._rebuilding or not _repeatable(unanswered):
-            # Nobody knows how far the server has come with its caches: begin with empty ones.
-            self._owner.post.send(m.SessionClose(self.number))
-            self.ask()
-            return
+                log.warning("A session's cache is rebuilt at the server: %d messages are replayed.", answered)
+            self._unsent, self._rebuilding = deque(self._history), answered > 0
         else:
             self._unsent = deque(unanswered)
         self._pump()
