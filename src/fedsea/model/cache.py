@@ -10,6 +10,7 @@ is made, charged and given back by the slab, which is several sequences' room.
 from __future__ import annotations
 
 import contextlib
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass, field
@@ -20,7 +21,7 @@ from torch import nn
 from transformers.cache_utils import Cache
 
 from fedsea.errors import CapacityError, ConfigError
-from fedsea.model.slabs import PAGE_TOKENS, Slab, pages_for
+from fedsea.model.slabs import PAGE_TOKENS, Slab, capacity_for
 
 _MOST_SLOTS = 16
 _UNBOUNDED_TOKENS = 4 << 10
@@ -60,6 +61,7 @@ class CacheArena:
         self.pages = 0
         self._num_blocks = num_blocks
         self._slabs: dict[int, list[Slab]] = {}
+        self._free_slots: Counter[int] = Counter()
         self._num_tokens = 0
         self._token_bytes = 0
         self._max_bytes = 0
@@ -81,12 +83,26 @@ class CacheArena:
         """
         if max_tokens < 1:
             raise ConfigError("A sequence needs room for at least one token.")
-        slab = self._slab_for(pages_for(max_tokens) * PAGE_TOKENS)
+        slab = self._slab_for(capacity_for(max_tokens))
         self.pages += slab.capacity // PAGE_TOKENS
         # The lowest slot: sequences that lie side by side are attended to without a copy.
         slot = min(slab.free)
         slab.free.remove(slot)
+        self._free_slots[slab.capacity] -= 1
         return SequenceCache(self, slab, slot)
+
+    def free_slots(self, capacity: int) -> int:
+        """Slots of at least this capacity that no sequence has."""
+        return sum(num for at, num in self._free_slots.items() if at >= capacity)
+
+    @property
+    def free_tokens(self) -> int:
+        """Tokens for which a bounded arena could still make slabs."""
+        return self._max_bytes // self._token_bytes - self._num_tokens
+
+    def room_for(self, capacity: int) -> int:
+        """How many sequences of this capacity a bounded arena could open now."""
+        return self.free_slots(capacity) + self.free_tokens // capacity
 
     def _slab_for(self, capacity: int) -> Slab:
         """A slab with a free slot: of this capacity, or where memory is short also of a larger one."""
@@ -95,6 +111,7 @@ class CacheArena:
         if num_slots := self._slots_of_new(capacity):
             slab = Slab(self._num_blocks, capacity, num_slots)
             self._slabs.setdefault(capacity, []).append(slab)
+            self._free_slots[capacity] += num_slots
             self._num_tokens += slab.num_tokens
             return slab
         for larger in sorted(self._slabs):
@@ -119,8 +136,10 @@ class CacheArena:
         slab = cache.slab
         self.pages -= slab.capacity // PAGE_TOKENS
         slab.free.append(cache.slot)
+        self._free_slots[slab.capacity] += 1
         if len(slab.free) == slab.num_slots:
             self._slabs[slab.capacity].remove(slab)
+            self._free_slots[slab.capacity] -= slab.num_slots
             self._num_tokens -= slab.num_tokens
             slab.drop()
 
@@ -152,11 +171,6 @@ class SequenceCache:
     def capacity(self) -> int:
         """Most tokens."""
         return self.slab.capacity
-
-    @property
-    def kept_tokens(self) -> float:
-        """Tokens whose memory it keeps: of its slab, the part of each sequence in it."""
-        return self.slab.num_tokens / (self.slab.num_slots - len(self.slab.free))
 
     def write(self, block: int, keys_NTD: torch.Tensor, values_NTD: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Put the new tokens' keys and values behind the old ones'.

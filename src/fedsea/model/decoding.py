@@ -15,7 +15,7 @@ import torch
 from fedsea.errors import CapacityError, FedseaError, NonFiniteError, ProtocolError
 from fedsea.model.cache import Extension, Frozen, SequenceCache
 from fedsea.model.segments import Trunk
-from fedsea.model.slabs import PAGE_TOKENS, pages_for
+from fedsea.model.slabs import capacity_for
 from fedsea.model.trunk import CachedPart
 from fedsea.types import BlockRange
 
@@ -42,6 +42,11 @@ class Memory:
     def held(self) -> tuple[int, ...]:
         """Tokens of each sequence."""
         return tuple(cache.length for cache in self.caches)
+
+    @property
+    def num_tokens(self) -> int:
+        """Of the room that its sequences need."""
+        return len(self.caches) * capacity_for(self.max_tokens)
 
     def close(self) -> None:
         """Give the pages back."""
@@ -145,11 +150,11 @@ class TrunkDecoder:
 
     def bytes_for(self, num_sequences: int, max_tokens: int) -> int:
         """Memory that a session needs at least; more is charged where it begins a slab of which others get a part."""
-        return num_sequences * pages_for(max_tokens) * PAGE_TOKENS * self.token_bytes
+        return num_sequences * capacity_for(max_tokens) * self.token_bytes
 
-    def bytes_of(self, memory: Memory) -> float:
-        """Memory that an open session keeps; those of all sessions together are what is charged."""
-        return sum(cache.kept_tokens for cache in memory.caches) * self.token_bytes
+    def fits(self, num_sequences: int, max_tokens: int) -> bool:
+        """Whether `open` would find memory now; of bounded caches."""
+        return self.trunk.arena.room_for(capacity_for(max_tokens)) >= num_sequences
 
     def open(self, num_sequences: int, max_tokens: int, blocks: BlockRange, frozen: Frozen) -> Memory:
         """An empty session.

@@ -24,6 +24,11 @@ def pages_for(num_tokens: int) -> int:
     return 1 << (-(-num_tokens // PAGE_TOKENS) - 1).bit_length()
 
 
+def capacity_for(num_tokens: int) -> int:
+    """Tokens of those pages."""
+    return pages_for(num_tokens) * PAGE_TOKENS
+
+
 class Slab:
     """Memory for several sequences of one capacity, so that one attention call serves them all.
 

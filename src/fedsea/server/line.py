@@ -2,11 +2,12 @@
 
 An opening that finds no room is refused once, for messages follow a first opening at once and cannot wait with it; when
 its client asks again, its answer waits for room, for a bounded time. It keeps its place while it asks, and loses it
-when it does not come back.
+when it does not come back, or is away for longer than it is there.
 """
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
@@ -18,7 +19,8 @@ RETRY_AFTER_S = 0.2
 HELD_S = 2.0
 """So long the answer to an opening waits for room."""
 BACK_WITHIN_S = 5.0
-"""Whoever was refused, or whose stream broke, and does not ask again within this, has lost its place."""
+"""Whoever was refused, or whose stream broke, and does not ask again within this, has lost its place; so has whoever is
+away for so much longer than it is there."""
 _MOST_OF_A_CLIENT = 256
 """Openings; more are refused and not remembered."""
 
@@ -32,22 +34,35 @@ class Waiter:
 
     Attributes:
         owners: The stream on which it came last.
-        since: When it came first.
-        answer: Queues the answer on that stream; None when it was refused, or its stream has ended.
+        answer: Queues the answer on that stream; None when it was refused, or its stream has ended: it is away.
+        changed_at: Since when it is there, or away.
         until: When it is refused; or forgotten, if there is nobody to be answered.
+        owed_since: Since when it is first among those who are owed room; see `Admission.lenders`.
     """
 
     client: str
     owners: Owners
     opening: m.SessionOpen
-    since: float
     answer: Answer | None
+    changed_at: float
     until: float
+    owed_since: float | None = None
+    _away_s: float = 0.0
 
     @property
     def key(self) -> Key:
         """Whose it is."""
         return self.client, self.opening.owner, self.opening.session
+
+    def away_s(self, now: float) -> float:
+        """So much longer it was away than there; the last `HELD_S` of being there count."""
+        passed_s = now - self.changed_at
+        return self._away_s + passed_s if self.answer is None else max(-HELD_S, self._away_s - passed_s)
+
+    def turn(self, answer: Answer | None, now: float) -> None:
+        """It is there from now on, or away."""
+        self._away_s, self.changed_at, self.answer = self.away_s(now), now, answer
+        self.until = now + (HELD_S if answer else BACK_WITHIN_S - max(0.0, self._away_s))
 
 
 class Line:
@@ -60,6 +75,7 @@ class Line:
     def __init__(self, clock: Callable[[], float]) -> None:
         self._clock = clock
         self._waiters: dict[Key, Waiter] = {}
+        self._num_of: Counter[str] = Counter()
 
     def __iter__(self) -> Iterator[Waiter]:
         return iter(self._waiters.values())
@@ -76,13 +92,18 @@ class Line:
         Raises:
             CapacityError: Too many of its client do.
         """
-        key = (client, opening.owner, opening.session)
-        before, now = self._waiters.get(key), self._clock()
-        if before is None and sum(waiter.client == client for waiter in self) >= _MOST_OF_A_CLIENT:
+        now = self._clock()
+        waiter = self._waiters.get((client, opening.owner, opening.session))
+        if waiter is not None:
+            waiter.turn(answer, now)
+            waiter.owners, waiter.opening = owners, opening
+            return True
+        if self._num_of[client] >= _MOST_OF_A_CLIENT:
             raise CapacityError(f"Client {client} waits for {_MOST_OF_A_CLIENT} sessions already; try again later.")
-        since = now if before is None else before.since
-        self._waiters[key] = Waiter(client, owners, opening, since, answer, now + HELD_S)  # a dict keeps a key's place
-        return before is not None
+        waiter = Waiter(client, owners, opening, answer, now, now + HELD_S)
+        self._waiters[waiter.key] = waiter
+        self._num_of[client] += 1
+        return False
 
     def find(self, key: Key) -> Waiter | None:
         """A waiter, if it is there."""
@@ -92,30 +113,39 @@ class Line:
         """Tell a waiter to ask again; it keeps its place."""
         if waiter.answer is not None:
             waiter.answer(failure(waiter.opening.session, error))
-            self._expect(waiter)
+            waiter.turn(None, self._clock())
 
-    def _expect(self, waiter: Waiter) -> None:
-        waiter.answer, waiter.until = None, self._clock() + BACK_WITHIN_S
+    def admit(self, waiter: Waiter) -> None:
+        """It has its room, and does not wait any more."""
+        del self._waiters[waiter.key]
+        self._num_of[waiter.client] -= 1
 
-    def forget(self, key: Key) -> None:
-        """It does not wait any more."""
-        self._waiters.pop(key, None)
+    def forget(self, waiter: Waiter) -> None:
+        """It does not wait any more, and there is no such session."""
+        self.admit(waiter)
+        forget_owner(waiter.owners, waiter.opening.session, waiter.opening.owner)
 
     def stream_ended(self, owners: Owners, *, for_good: bool) -> None:
         """Nobody can be answered on a stream any more; after a break, its client may be back soon."""
         for waiter in [waiter for waiter in self if waiter.owners is owners]:
             if for_good:
-                self.forget(waiter.key)
+                self.forget(waiter)
             elif waiter.answer is not None:
-                self._expect(waiter)
+                waiter.turn(None, self._clock())
 
     def due(self) -> list[Waiter]:
         """Who has waited its time and is to be refused; who did not come back is forgotten."""
         over = [waiter for waiter in self if self._clock() >= waiter.until]
         for waiter in over:
             if waiter.answer is None:
-                self.forget(waiter.key)
+                self.forget(waiter)
         return [waiter for waiter in over if waiter.answer is not None]
+
+
+def forget_owner(owners: Owners, session: int, owner: int) -> None:
+    """A stream's session is over; the number may have another owner meanwhile."""
+    if owners.get(session) == owner:
+        del owners[session]
 
 
 def failure(session: int, error: FedseaError) -> m.SessionFailed:

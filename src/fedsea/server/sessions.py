@@ -24,7 +24,7 @@ from fedsea.server.admission import Admission
 from fedsea.server.batches import Answer, Batcher, Owners, Ready, Session
 from fedsea.server.engine import Engine
 from fedsea.server.executor.local import Priority
-from fedsea.server.line import failure
+from fedsea.server.line import failure, forget_owner
 from fedsea.server.ports import Member, Ports
 from fedsea.types import Reply
 from fedsea.wire import messages as m
@@ -125,7 +125,8 @@ class Sessions:
         if session is None:
             again = self._admission.ask(client, owners, message, answer)
             owners[message.session] = message.owner
-            self._admit()
+            if self._admission.fits(message):
+                self._admit()
             if not again:
                 self._admission.refuse(key)
             return
@@ -140,7 +141,7 @@ class Sessions:
 
     def _close(self, client: str, owners: Owners, message: m.SessionClose) -> None:
         key = (client, message.owner or owners.get(message.session, -1), message.session)
-        self._admission.forget(key)
+        self._admission.close(key, None if message.owner else owners)
         session = self._sessions.get(key)
         if session is not None and (message.owner or session.owners is owners):
             self._end(session)
@@ -243,7 +244,7 @@ class Sessions:
             return
         session.closed = True
         del self._sessions[session.client, *session.key]
-        session.owners.pop(session.key[1], None)
+        forget_owner(session.owners, session.key[1], session.key[0])
         self._drop_waiting(session)
         if session.running:
             self._num_ending += 1
@@ -292,13 +293,15 @@ class Sessions:
         self._reclaim()
 
     def _reclaim(self) -> None:
-        if self._num_ending or (session := self._admission.lender(self._sessions.values())) is None:
+        if self._num_ending:
             return
-        if session.running or session.waiting:  # else it hears of it, as after a lease, when it goes on
-            lost = SessionLost("Another client waited for its share of the memory for keys and values.")
-            session.answer(failure(session.key[1], lost))
-        log.info("a session of client %s ended: others waited for their share of memory", session.client)
-        self._end(session)
+        for session in self._admission.lenders(self._sessions.values()):
+            if session.running or session.waiting:  # else it hears of it, as after a lease, when it goes on
+                lost = SessionLost("Another client waited for its share of the memory for keys and values.")
+                session.answer(failure(session.key[1], lost))
+            log.info("a session of client %s ended: others waited for their share of memory", session.client)
+            self._admission.remember(session)
+            self._end(session)
 
     def status(self) -> dict[str, Any]:
         """For `fedsea status`."""

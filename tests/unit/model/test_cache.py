@@ -10,7 +10,7 @@ import torch
 
 from fedsea.errors import CapacityError
 from fedsea.model.cache import CacheArena
-from fedsea.model.slabs import pages_for
+from fedsea.model.slabs import capacity_for, pages_for
 
 BLOCKS, HEADS, SIZE = 2, 2, 4
 TOKEN_BYTES = 2 * BLOCKS * HEADS * SIZE * 4
@@ -44,11 +44,16 @@ def test_memory_is_never_more_than_the_bound_and_all_of_it_comes_back(seed):
         if caches and draw.random() < 0.45:
             caches.pop(draw.randrange(len(caches))).close()
         else:
+            tokens = draw.choice((1, 20, 60, 200, 900))
+            room = arena.room_for(capacity_for(tokens))
             try:
-                caches.append(arena.open(draw.choice((1, 20, 60, 200, 900))))
+                caches.append(arena.open(tokens))
             except CapacityError:
+                assert room == 0
                 refused += 1
             else:
+                assert room > 0
+                assert arena.room_for(capacity_for(tokens)) == room - 1
                 if draw.random() < 0.7:
                     fill(caches[-1])
         assert arena.pages * PAGE_BYTES <= arena.num_bytes <= LIMIT

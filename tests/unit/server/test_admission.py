@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from fedsea.server.admission import OWED_AFTER_S, OWED_IN_USE_AFTER_S, _Rank
+from fedsea.server.admission import _HOLDS_S, OWED_AFTER_S, OWED_IN_USE_AFTER_S, _Rank
 from fedsea.server.line import _MOST_OF_A_CLIENT, BACK_WITHIN_S, HELD_S, RETRY_AFTER_S
 from fedsea.wire import messages as m
 from tests.unit.server.session_world import TOKEN_BYTES, Stream, World, rows
@@ -201,6 +201,116 @@ def _raise(error: Exception) -> None:
     raise error
 
 
+def never_there(world: World, client: str, session: int = 0) -> Stream:
+    """Somebody asks for what is within a share of three, and more than a quarter, and does not wait for the answer."""
+    stream = Stream(world, client)
+    stream.open_silently(session, max_tokens=1024, num_sequences=10)
+    assert not has(stream, session)
+    return stream
+
+
+def test_who_never_waits_for_an_answer_holds_nobody_up_however_many_sessions_it_asks_for():
+    world = small_world("a", "b", "c")
+    holder = Stream(world, "a")
+    for session in range(3):
+        assert isinstance(ask(holder, session), m.SessionOpened)
+    for session in range(3):
+        never_there(world, "c", session)
+        later(world, 4.0)
+        assert isinstance(ask(Stream(world, "b"), session, 32), m.SessionOpened)
+        assert isinstance(ask(holder, 3 + session, 32), m.SessionOpened)
+
+
+def test_who_was_there_and_pauses_as_it_was_told_is_not_passed_by_those_who_need_less():
+    world = small_world("a", "b", "c")
+    holder = Stream(world, "a")
+    for session in range(3):
+        assert isinstance(ask(holder, session), m.SessionOpened)
+    stream = never_there(world, "c")
+    stream.open_silently(0, max_tokens=1024, num_sequences=10)
+    later(world, HELD_S)
+    assert is_refused(stream.answers[-1])
+    later(world, RETRY_AFTER_S)
+    assert is_refused(ask(Stream(world, "b"), 0, 32))
+
+
+def test_place_is_lost_when_somebody_is_away_for_much_longer_than_there_though_it_always_comes_back():
+    world = small_world("a", "b", "c")
+    filled(world)
+    stream = Stream(world, "c")
+    wait(stream)
+    world.sessions.broke(stream.owners)
+    later(world, BACK_WITHIN_S - 0.2)
+    again = Stream(world, "c")
+    assert ask(again) is None, "it has its place"
+    world.sessions.broke(again.owners)
+    later(world, 0.3)
+    assert world.sessions.status()["waiting"] == 0
+
+
+def test_who_asks_as_often_as_it_is_told_keeps_its_place_for_as_long_as_it_likes():
+    world = small_world("a", "b")
+    filled(world)
+    stream = Stream(world, "b")
+    wait(stream)
+    world.sessions._admission._share_bytes = 1 << 20  # nobody has more than its own
+    for _ in range(100):
+        later(world, HELD_S)
+        assert is_refused(stream.answers[-1])
+        later(world, 1.0)
+        assert ask(stream) is None
+
+
+def test_large_session_is_not_overtaken_by_later_ones_of_its_own_client():
+    world = small_world("a")
+    client = filled(world)
+    wait(client, 10, ROOM // 2)
+    wait(client, 11, 32)
+    client.send(m.SessionClose(0))
+    for _ in owed(world, client, 4 * _HOLDS_S, 11, 32):
+        client.open_silently(10, max_tokens=ROOM // 2)
+    assert not has(client, 11)
+    client.answers.clear()
+    client.send(m.SessionClose(1))
+    later(world, RETRY_AFTER_S)
+    assert (has(client, 10), has(client, 11)) == (True, False)
+
+
+def test_late_word_of_a_broken_stream_does_not_concern_a_waiter_on_the_next_one():
+    world = small_world("a", "b")
+    holder = filled(world)
+    old, new = Stream(world, "b"), Stream(world, "b")
+    wait(old)
+    assert ask(new) is None
+    old.send(m.SessionClose(0))
+    holder.send(m.SessionClose(0))
+    assert has(new)
+
+
+def test_stream_keeps_nothing_of_openings_that_are_not_wanted_any_more():
+    world = small_world("a", "b")
+    filled(world)
+    stream = Stream(world, "b")
+    for session in range(5):
+        ask(stream, session)
+        stream.send(m.SessionClose(session, 7))
+    ask(stream, 6)
+    later(world, BACK_WITHIN_S)
+    assert stream.owners == {}
+
+
+def test_number_that_two_processes_use_on_one_stream_stays_that_of_the_last_one():
+    world = small_world("a")
+    stream = Stream(world, "a")
+    stream.open(0, owner=7)
+    stream.open(0, owner=8)
+    stream.send(m.SessionClose(0, 7))
+    stream.answers.clear()
+    stream.forward(0, 0, rows(1))
+    world.run()
+    assert set(stream.outputs()) == {(0, 0)}
+
+
 # --- shares -----------------------------------------------------------------------------------------------------------
 
 
@@ -308,6 +418,7 @@ def test_session_at_the_engine_is_ended_once_and_its_room_is_free_when_it_has_ru
         greedy.forward(session, 0, rows(1))
     deliver = world.start()
     wait(modest)
+    world.sessions.tick()
     world.now += OWED_IN_USE_AFTER_S
     for _ in range(3):
         ask(modest)
@@ -332,10 +443,121 @@ def test_only_session_of_a_client_does_not_end_for_one_that_is_larger_than_a_sha
     assert not has(large)
     large.send(m.SessionClose(0))
     wait(large, tokens=QUARTER)
+    world.sessions.tick()
     world.now += OWED_AFTER_S
     ask(large, tokens=QUARTER)
     world.sessions.tick()
     assert has(large), "but for what is within one it does"
+
+
+def test_wish_that_cannot_be_met_ends_no_session_and_holds_others_up_for_a_while_only():
+    world = small_world("a", "b", "c")
+    page, greedy, vain = (Stream(world, client) for client in "abc")
+    assert isinstance(ask(page, 0, 32), m.SessionOpened)
+    for session in range(3):
+        assert isinstance(ask(greedy, session), m.SessionOpened)
+    wait(vain, tokens=ROOM)  # more than all others together would lend
+    wait(greedy, 3, 32)
+    began = world.now
+    while not has(greedy, 3):
+        later(world, RETRY_AFTER_S)
+        for stream, session, tokens in ((vain, 0, ROOM), (greedy, 3, 32)):
+            if not has(stream, session):
+                ask(stream, session, tokens)
+        assert world.now - began < 2 * _HOLDS_S
+    assert world.now - began > _HOLDS_S / 2
+    for _ in owed(world, vain, 4 * _HOLDS_S, tokens=ROOM):
+        pass
+    assert world.used[2] == 5
+    assert len(world.sessions._sessions) == 5
+
+
+@pytest.mark.parametrize(("held", "wanted", "most"), [(512, 1024, 4), (256, 2048, 8), (256, 256, 1)])
+def test_so_few_sessions_end_as_a_slab_has(held, wanted, most):
+    world = small_world("a", "b", max_sequences=4096)
+    greedy, modest = Stream(world, "a"), Stream(world, "b")
+    count = ROOM // held
+    for session in range(count):
+        assert isinstance(ask(greedy, session, held), m.SessionOpened)
+    order = list(range(count))
+    random.Random(5).shuffle(order)
+    for session in order:  # those of a slab are not those that were idle for longest
+        world.now += 0.01
+        greedy.forward(session, 0, rows(1))
+        world.run()
+    wait(modest, 0, wanted)
+    for _ in owed(world, modest, 2 * OWED_AFTER_S, 0, wanted):
+        pass
+    assert has(modest)
+    assert len(world.sessions._sessions) == count - most + 1
+
+
+def test_sessions_with_several_sequences_end_with_what_else_they_free_and_no_other():
+    world = small_world("a", "b", max_sequences=4096)
+    greedy, modest = Stream(world, "a"), Stream(world, "b")
+    for session in range(16):
+        assert isinstance(ask(greedy, session, 512, 4), m.SessionOpened)
+    wait(modest, 0, 1024, 7)
+    for _ in range(40):
+        later(world, RETRY_AFTER_S)
+        if not has(modest):
+            ask(modest, 0, 1024, 7)
+    assert has(modest)
+    assert len(world.sessions._sessions) == 16 - 4 + 1
+
+
+def test_client_within_its_share_lends_nothing_though_a_slab_is_not_full():
+    names = [f"c{number}" for number in range(32)]
+    world = small_world(*names)
+    streams = {name: Stream(world, name) for name in names}
+    for name in names[:-1]:
+        assert isinstance(ask(streams[name], tokens=ROOM // 32), m.SessionOpened)
+    last = streams[names[-1]]
+    wait(last, 0, ROOM // 64, 2)  # as much, in a slab of its own, for which the half of one that is left is too small
+    for _ in range(150):
+        later(world, RETRY_AFTER_S)
+        assert not has(last)
+        ask(last, 0, ROOM // 64, 2)
+    streams[names[0]].send(m.SessionClose(0))
+    later(world, RETRY_AFTER_S)
+    assert has(last)
+
+
+def test_time_for_which_a_client_waits_for_its_own_sessions_is_not_owed():
+    world = small_world("a", "b", max_sequences=4)
+    greedy, modest = filled(world, "b"), Stream(world, "a")
+    greedy.send(m.SessionClose(3))
+    for session in range(4):
+        assert isinstance(ask(modest, session, 32), m.SessionOpened)
+    assert "max_sequences" in ask(modest, 9).message
+    for _ in owed(world, modest, 2 * OWED_IN_USE_AFTER_S, 9):
+        pass
+    modest.send(m.SessionClose(0, 7))  # now it waits for memory
+    world.sessions.tick()
+    assert not has(modest, 9)
+    for _ in owed(world, modest, 2 * OWED_AFTER_S, 9):
+        pass
+    assert has(modest, 9)
+
+
+def test_session_that_ended_for_others_comes_back_with_the_adapters_that_it_saw():
+    world = small_world("a", "b", lease_s=60)
+    greedy, modest = filled(world), Stream(world, "b")
+    world.publish(5)
+    for session in range(2):
+        wait(modest, session)
+        for _ in owed(world, modest, 2 * OWED_AFTER_S, session):
+            pass
+        assert has(modest, session)
+    gone = sorted({0, 1, 2, 3} - {number for client, _, number in world.sessions._sessions if client == "a"})
+    assert len(gone) == 2
+    for session in range(2):
+        modest.send(m.SessionClose(session))
+    assert ask(greedy, gone[0]).version == 0
+    greedy.send(m.SessionClose(gone[0], 7))
+    assert ask(greedy, gone[0]).version == 5, "another one of the same number"
+    later(world, 61.0)
+    assert ask(greedy, gone[1]).version == 5, "it would have ended by now"
 
 
 # --- everything at once -----------------------------------------------------------------------------------------------
@@ -401,7 +623,7 @@ class Watch:
     def look(self) -> None:
         now = self.world.now
         admission = self.world.sessions._admission
-        ranks = {w.key: admission._rank(w, admission._used_bytes(w.client)) for w in admission._in_order()}
+        ranks = {w.key: rank for w, rank in admission._in_order()}
         within = {key for key, rank in ranks.items() if rank is _Rank.WITHIN}
         self.since = {key: self.since.get(key, now) for key in within}
         self.longest = max([self.longest, *(now - since for since in self.since.values())])
