@@ -20,8 +20,9 @@ from fedsea.wire import messages as m
 
 __all__ = ["Post", "RemoteSession", "RemoteSessions"]
 
-_MOST_CLOSED = 64
-"""So many ends of sessions are told again on a new stream, for the old one may have been broken when they were."""
+_MOST_CLOSED_WAITING = 64
+"""So many ends of sessions are told again on a new stream, besides as many as can be open: the old one may have been
+broken when they were. Those that only wait at the server are forgotten there soon anyway."""
 _LONGEST_NUMBER = 1 << 14
 """Session numbers start again here: they are part of every message, and short."""
 
@@ -45,6 +46,7 @@ class RemoteSessions:
         post: The stream.
         blocks: What the plan leaves to the trunk.
         prefill_tokens: The plan's bound of a message.
+        max_sequences: The plan's bound of what is open.
         retry: How long a server without room is asked again.
         online: Whether the stream is there already.
         clock: Monotonic seconds.
@@ -55,6 +57,7 @@ class RemoteSessions:
         post: Post,
         blocks: BlockRange,
         prefill_tokens: int,
+        max_sequences: int,
         retry: RetryPolicy,
         *,
         online: bool = False,
@@ -70,7 +73,7 @@ class RemoteSessions:
         self.lock = threading.RLock()
         self._sessions: dict[int, RemoteSession] = {}
         self._lost: FedseaError | None = None
-        self._closed: deque[int] = deque(maxlen=_MOST_CLOSED)
+        self._closed: deque[int] = deque(maxlen=max_sequences + _MOST_CLOSED_WAITING)
         self._next = 0
         self._answered = False  # any session, since the last look
         self._due: deque[tuple[Future[torch.Tensor], Any]] = deque()

@@ -156,8 +156,8 @@ class RemoteTrunk:
             if self._sessions is None:
                 plan = self.invitation.plan
                 blocks = plan.partition_of(self._identity().name).trunk(self._limits.num_blocks)
-                prefill_tokens = plan.inference.prefill_tokens
-                self._sessions = RemoteSessions(self, blocks, prefill_tokens, self._retry, online=self._joined)
+                bounds = plan.inference.prefill_tokens, plan.inference.max_sequences
+                self._sessions = RemoteSessions(self, blocks, *bounds, self._retry, online=self._joined)
                 if self._given_up is not None:
                     self._sessions.lost(self._given_up)
         return self._sessions.open(max_tokens, num_sequences)

@@ -13,7 +13,7 @@ import torch
 
 from fedsea.client.patience import LOOKS
 from fedsea.client.remote_session import _MOST_LOSSES, _WINDOW
-from fedsea.client.remote_sessions import _MOST_CLOSED, RemoteSession, RemoteSessions
+from fedsea.client.remote_sessions import _MOST_CLOSED_WAITING, RemoteSession, RemoteSessions
 from fedsea.client.retry import RetryPolicy
 from fedsea.errors import CapacityError, FedseaError, ProtocolError, SessionLost, TransportError
 from fedsea.privacy.boundary import Boundary
@@ -22,6 +22,7 @@ from fedsea.wire import messages as m
 from fedsea.wire.encoding import Encoder
 
 BLOCKS = BlockRange(1, 4)
+MAX_SEQUENCES = 100
 COPIED: list[int] = []
 """Rows that were copied, join by join."""
 
@@ -76,7 +77,13 @@ class Bench:
         self.post = Post()
         self.now = 0.0
         self.sessions = RemoteSessions(
-            self.post, BLOCKS, prefill_tokens, RetryPolicy(retry_for_s), online=online, clock=lambda: self.now
+            self.post,
+            BLOCKS,
+            prefill_tokens,
+            MAX_SEQUENCES,
+            RetryPolicy(retry_for_s),
+            online=online,
+            clock=lambda: self.now,
         )
 
     def open(self, num_sequences: int = 1, *, answered: bool = True) -> RemoteSession:
@@ -210,9 +217,9 @@ def test_end_of_a_session_is_told_when_the_stream_is_back_and_again_if_it_breaks
         bench.break_connection()
 
 
-def test_ends_that_are_told_again_are_few_and_their_numbers_not_used_again():
+def test_ends_that_are_told_again_are_as_many_as_can_be_open_and_few_more_and_their_numbers_not_used_again():
     bench = Bench()
-    closed = [bench.open() for _ in range(_MOST_CLOSED + 3)]
+    closed = [bench.open() for _ in range(MAX_SEQUENCES + _MOST_CLOSED_WAITING + 3)]
     for session in closed:
         session.close()
     bench.reconnect()
