@@ -155,8 +155,10 @@ class Admission:
         now = self._clock()
         for waiter in self._line.due():
             self.refuse(waiter.key)
-        for key in [key for key, (_, _, until) in self._ended.items() if now > until]:
-            del self._ended[key]
+        over = [key for key, (_, _, until) in self._ended.items() if now > until]
+        for key in over:
+            if self._line.find(key) is None:
+                del self._ended[key]
 
     # --- memory -----------------------------------------------------------------------------------------------------
 

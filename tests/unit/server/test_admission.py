@@ -540,6 +540,27 @@ def test_time_for_which_a_client_waits_for_its_own_sessions_is_not_owed():
     assert has(modest, 9)
 
 
+def test_session_that_waits_to_come_back_for_longer_than_its_lease_still_has_its_adapters():
+    world = small_world("a", "b", lease_s=10)
+    greedy, modest = filled(world), Stream(world, "b")
+    world.publish(5)
+    wait(modest)
+    for _ in owed(world, modest, 2 * OWED_AFTER_S):
+        pass
+    wait(greedy, 0)
+    for _ in range(100):
+        later(world, RETRY_AFTER_S)
+        assert not has(greedy)
+        ask(greedy)
+        modest.forward(0, 0, rows(1))
+        for session in (1, 2, 3):
+            greedy.forward(session, 0, rows(1))
+        world.run()
+    greedy.answers.clear()
+    modest.send(m.SessionClose(0))
+    assert greedy.answers == [m.SessionOpened(0, (0,), 0, 10.0)]
+
+
 def test_session_that_ended_for_others_comes_back_with_the_adapters_that_it_saw():
     world = small_world("a", "b", lease_s=60)
     greedy, modest = filled(world), Stream(world, "b")
