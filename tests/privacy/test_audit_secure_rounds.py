@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import ClassVar
 
+import numpy as np
 import pytest
 import torch
 
@@ -13,8 +14,10 @@ from fedsea.audit.masking import check_masks
 from fedsea.audit.run import audit
 from fedsea.audit.settings import AuditOptions
 from fedsea.audit.subject import open_subject
+from fedsea.audit.uniform import looks_uniform
 from fedsea.audit.verdict import Verdict
-from fedsea.federation.secure import Member, Setting
+from fedsea.federation.secure import Member, Setting, aggregator, member
+from fedsea.federation.secure.masks import add_streams
 from fedsea.federation.secure.messages import Notary
 from fedsea.federation.secure.shamir import SHARE_BYTES
 from tests.support.audited import PLAN, TINY
@@ -115,3 +118,42 @@ def test_words_without_a_mask_are_found(plan: Path) -> None:
     subject = open_subject(plan)
     found = check_masks(subject.plan, subject.checkpoint, NoMasks)
     assert any("not masked" in finding.sentence for finding in found)
+
+
+@pytest.mark.parametrize("bits", [8, 32, 56])
+def test_masks_whose_lowest_bits_are_zero_are_found_though_they_are_fresh_and_cancel(
+    plan: Path, monkeypatch: pytest.MonkeyPatch, bits: int
+) -> None:
+    kept = np.uint64((2**64 - 1) ^ (2**bits - 1))
+
+    def weak(words, adding, subtracting=()):
+        for keys, change in ((adding, np.add), (subtracting, np.subtract)):
+            for key in keys:
+                mask = np.zeros(len(words), dtype=np.uint64)
+                add_streams(mask, [key])
+                change(words, mask & kept, out=words)
+
+    for module in (member, aggregator):
+        monkeypatch.setattr(module, "add_streams", weak)
+    subject = open_subject(plan)
+    (found,) = check_masks(subject.plan, subject.checkpoint)
+    assert found.verdict is Verdict.BROKEN
+    assert f"weak masks (client {', '.join(subject.plan.client_names)})" in found.sentence
+
+
+@pytest.mark.parametrize("count", [0, 1, 3, 64, 1000, 20_000])
+def test_uniform_words_pass_and_others_do_not(count: int) -> None:
+    # Of all seeds at once a false alarm is as rare as one in a million.
+    seeds = 20 if count > 1000 else 300
+    for seed in range(seeds):
+        words = np.random.default_rng(seed).integers(0, 2**64, count, dtype=np.uint64)
+        assert looks_uniform(words, 1e-9), seed
+    if count >= 64:
+        for bit in range(64):
+            assert not looks_uniform(words & ~np.uint64(1 << bit), 1e-9), bit
+            assert not looks_uniform(words | np.uint64(1 << bit), 1e-9), bit
+        assert not looks_uniform(np.resize(words[: count // 2], count), 1e-9)
+        assert not looks_uniform(np.full(count, words[0]), 1e-9)
+    if count >= 1000:
+        low = words & np.uint64(255)
+        assert not looks_uniform(words - low + np.minimum(low, np.uint64(127)), 1e-9)

@@ -1,21 +1,25 @@
 """Small rounds of secure aggregation with the real members and aggregator: whether masks are used once, and cancel.
 
 The parameters have the plan's names and holders, cut to a few values each; the same values are summed in all rounds,
-so that a mask which comes again shows at once. In the last round a member leaves after it has shared its keys, if the
-plan's threshold lets the others go on without it.
+so that a mask which comes again, or leaves bits of the values open, shows at once. In the last round a member leaves
+after it has shared its keys, if the plan's threshold lets the others go on without it.
 """
 
 from __future__ import annotations
 
 import hashlib
+import itertools
 import secrets
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from cryptography.exceptions import InvalidSignature
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
 
+from fedsea.audit.uniform import looks_uniform
 from fedsea.audit.verdict import Finding, Verdict
 from fedsea.client.secure import layout_of
 from fedsea.errors import AggregationError, AuthError, FedseaError
@@ -30,6 +34,8 @@ _ROUNDS = 2
 """With all members."""
 _MOST_VALUES = 64
 """Of each parameter; a mask that comes again shows in so many words together."""
+_FALSE_ALARM = 1e-9
+"""Bound of the probability that sound masks of a plan are said to be weak."""
 
 
 class _Notary:
@@ -83,7 +89,33 @@ def check_masks(plan: FederationPlan, checkpoint: Checkpoint, make: MakeMember =
         "such masks off; use no secure aggregation with this version of fedsea."
         for found in check_fresh(transcripts)
     ]
-    return [Finding(Verdict.BROKEN, sentence) for sentence in (*fresh, *wrong)]
+    return [Finding(Verdict.BROKEN, sentence) for sentence in (*fresh, *_weak(transcripts), *wrong)]
+
+
+def _weak(transcripts: Sequence[Transcript]) -> list[str]:
+    """Clients whose masks do not cover all 64 bits.
+
+    A client's values are the same in all rounds, so what differs between two rounds is the difference of two masks.
+    """
+    pairs = [
+        (one, other)
+        for one, other in itertools.combinations([t for t in transcripts if t.tensors], 2)
+        if one.client == other.client
+    ]
+    allowed = _FALSE_ALARM / max(1, len(pairs))
+    weak = {one.client: None for one, other in pairs if not looks_uniform(_words(one) - _words(other), allowed)}
+    if not weak:
+        return []
+    return [
+        f"Secure aggregation, weak masks (client {', '.join(weak)}): between two rounds with the same values the words "
+        "differ by what does not look random in all of its bits, so the masks leave bits of the values open to the "
+        "server; use no secure aggregation with this version of fedsea."
+    ]
+
+
+def _words(transcript: Transcript) -> npt.NDArray[np.uint64]:
+    parts = [tensor.reshape(-1).numpy().view(np.uint64) for _, tensor in sorted(transcript.tensors.items())]
+    return np.concatenate(parts)
 
 
 def _who_may_leave(setting: Setting) -> list[str]:
