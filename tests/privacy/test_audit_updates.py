@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from fedsea.audit.attacks import a7_update, a8_membership
+from fedsea.audit.attacks import a7_update, a8_membership, a9_mechanism
 from fedsea.audit.attacks.membership import membership
 from fedsea.audit.attacks.output_inversion import name_labels
 from fedsea.audit.attacks.update_inversion import SpanFindings, invert, token_inputs
@@ -236,3 +237,24 @@ def test_exposure_is_the_rank_in_bits() -> None:
     assert membership([1.0, 1.0], [1.0] * 7).exposure == pytest.approx(3.0 - math.log2(4.5)), (
         "no rank is the best of equals"
     )
+
+
+@pytest.mark.parametrize("sync", ["step", "round"])
+def test_the_same_seed_gives_the_noise_that_attacks_make_themselves_again(
+    base_model: Path, monkeypatch: pytest.MonkeyPatch, sync: str
+) -> None:
+    monkeypatch.setattr(a9_mechanism, "_TRIALS", 2000)
+    monkeypatch.setattr(a9_mechanism, "_UPDATE_TRIALS", 500)
+    noise = {"hidden_std": 0.05, "gradient_std": 1e-4, "update_std": 5e-4}
+    clips = {"hidden_clip": 50.0, "gradient_clip": 1.0, "update_clip": 10.0}
+    clients = [{"name": name} for name in "abc"]
+    training = {"micro_batch_sequences": 2, "steps_per_round": 2, "rounds": 1}
+    optimizer = {"learning_rate": 3e-3, "max_norm": 0.0}
+    sections = {"aggregation": {"sync": sync}, "clients": clients, "training": training, "optimizer": optimizer}
+    sections["adapter"] = {"rank": 16, "output": "frozen"}  # what it takes to match an output side is not needed here
+    plan = plan_of(base_model, 1, 1, **sections, **noised(**noise, **clips))
+
+    attacker = attacker_of(plan, public=texts(4, 12, seed=4), seed=3)
+    aims = {a7_update: targets_of(texts(6, 12)), a8_membership: targets_of(texts(16, 12)), a9_mechanism: []}
+    once, again = ([json.dumps(attack.run(attacker, aim).to_json()) for attack, aim in aims.items()] for _ in range(2))
+    assert once == again

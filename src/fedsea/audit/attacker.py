@@ -8,6 +8,7 @@ S  sequences, C  candidates, T  tokens, H  hidden size, V  vocabulary size
 from __future__ import annotations
 
 import functools
+import hashlib
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -147,6 +148,10 @@ class Attacker:
     def vocab_size(self) -> int:
         """V."""
         return self.base.vocab_size
+
+    def noise_key(self, *purpose: object) -> bytes:
+        """Key of the noise on what an attack makes itself: the same seed gives the same, no two purposes share it."""
+        return hashlib.sha256(repr(("fedsea audit attack", self.seed, *purpose)).encode()).digest()
 
     def branches(self, num: int) -> Branches:
         """Hypotheses through the client's input blocks: what the server would see of them."""

@@ -172,7 +172,8 @@ class _Updates:
         trained = (("input", plan.trains_below_cut(name)), ("output", trains_output(plan, name)))
         self._sides = [side for side, is_trained in trained if is_trained]
         self._inputs = token_inputs(attacker.input_blocks, attacker.vocab_size) if self._sides[0] == "input" else {}
-        self._start = SplitRun(plan, attacker.base.checkpoint)
+        self._start = SplitRun(plan, attacker.base.checkpoint, key=attacker.noise_key("A7"))
+        self._made = 0
         if self._by_step:
             self._start.train(batches_of(public, self._micro_batch, _WARM_UP_STEPS, attacker.seed))
 
@@ -197,7 +198,10 @@ class _Updates:
         progress(len(kinds), len(kinds))
 
     def _update(self, texts: Sequence[torch.Tensor]) -> _Update:
-        return _gradient(self._start, texts) if self._by_step else _difference(self._attacker, texts)
+        if self._by_step:
+            return _gradient(self._start, texts)
+        self._made += 1  # no two clients' updates are under the same noise, which would add up in their sum
+        return _difference(self._attacker, texts, self._attacker.noise_key("A7", self._made))
 
     def _invert(self, updates: Sequence[_Update], side: str, progress: Progress) -> SpanFindings:
         summed = {name: torch.stack([one.tensors[name] for one in updates]).sum(0) for name in updates[0].tensors}
@@ -260,9 +264,9 @@ def _gradient(split: SplitRun, texts: Sequence[torch.Tensor]) -> _Update:
     return _Update(tensors, split.output_TH, batch.lengths)
 
 
-def _difference(attacker: Attacker, texts: Sequence[torch.Tensor]) -> _Update:
+def _difference(attacker: Attacker, texts: Sequence[torch.Tensor], key: bytes) -> _Update:
     """What changed at one client in a first round over these texts, and the outputs of its first step."""
-    split, batch = SplitRun(attacker.plan, attacker.base.checkpoint), pack(texts)
+    split, batch = SplitRun(attacker.plan, attacker.base.checkpoint, key=key), pack(texts)
     before = split.segments.parameters()
     split.train([batch])
     output_TH = split.output_TH

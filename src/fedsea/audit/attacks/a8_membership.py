@@ -97,12 +97,12 @@ def run(attacker: Attacker, targets: Sequence[Target], progress: Progress = unhe
     plan = attacker.plan
     size = plan.micro_batches_of(plan.client_names[0])[1]
     steps = min(plan.num_steps, _STEPS)
-    trained = SplitRun(plan, attacker.base.checkpoint)
+    trained = SplitRun(plan, attacker.base.checkpoint, key=attacker.noise_key("A8"))
     until = time.monotonic() + attacker.budget_s
     batches = batches_of(members + background, size, steps, attacker.seed)
     in_time = itertools.takewhile(lambda _: time.monotonic() < until, batches)
     trained.train(in_time, told=lambda step: progress(step, steps))
-    reference = SplitRun(plan, attacker.base.checkpoint)
+    reference = SplitRun(plan, attacker.base.checkpoint, key=attacker.noise_key("A8", "reference"))
     before = [reference.losses(part, noised=False) for part in (members, others)]
     if which == "trunk":
         adapters.load(reference.trunk, adapters.read(trained.trunk))

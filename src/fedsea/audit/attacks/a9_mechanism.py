@@ -133,7 +133,7 @@ def run(
         boundary: What is tested; None: the plan's own, which charges nothing, since nothing leaves.
     """
     plan = attacker.plan
-    tested = boundary or Boundary.of(plan)
+    tested = boundary or Boundary.of(plan, key=attacker.noise_key("A9"))
     channels = [c for c in Channel if plan.noise.clip(c) and plan.noise.std(c)]
     tests = []
     for number, channel in enumerate(channels):
