@@ -53,6 +53,10 @@ def test_a_run_is_audited_with_the_trained_segments(tmp_path: Path, monkeypatch:
     assert "DP claim: epsilon = " in page
     assert "<td>gradient</td>" in page
     assert "folder" not in spent
+    own = tmp_path / "client.toml"
+    own.write_text("[noise]\nhidden_std = 400.0\n")
+    with pytest.raises(ConfigError, match="audited with the noise that it was trained with; leave --settings out"):
+        open_subject(run, settings=own)
     with pytest.raises(ConfigError, match="is the run of bank"):
         open_subject(run, client="clinic")
     shutil.rmtree(run / "trunk")

@@ -109,12 +109,17 @@ def open_subject(path: Path, model: str | None = None, client: str = "", setting
         path: One of them.
         model: This machine's copy of the base model, if not where the plan says.
         client: Which client of a plan file or of the server's run; the first one if empty.
-        settings: This client's own settings file: its noise, where that is stricter, is audited.
+        settings: This client's own settings file: its noise, where that is stricter, is audited; for a plan file only.
 
     Raises:
-        ConfigError: There is neither, the model or the settings cannot be read, or the client would refuse this plan.
+        ConfigError: There is neither, the model or the settings cannot be read, the client would refuse this plan, or
+            settings are given for a run.
     """
     run = _open_run(path, client) if path.is_dir() else None
+    if run is not None and settings is not None:
+        raise ConfigError(
+            "A run folder is audited with the noise that it was trained with; leave --settings out, or audit the plan."
+        )
     plan, client = (load_plan(path), client) if run is None else (run.plan, run.client)
     name = plan.client(client).name if client else plan.client_names[0]
     own = ClientSettings() if settings is None else load_settings(settings)

@@ -31,7 +31,10 @@ def audit(
     model: o.Model = None,
     settings: Annotated[
         Path | None,
-        typer.Option(metavar="TOML", help="A client's own settings: audited is the noise that this client adds."),
+        typer.Option(
+            metavar="TOML",
+            help="A client's own settings, beside a plan file: audited is the noise that this client adds.",
+        ),
     ] = None,
     client: Annotated[str, typer.Option(help="Client of the plan; its first one if not given.")] = "",
     text: Annotated[
