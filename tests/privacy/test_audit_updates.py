@@ -15,6 +15,9 @@ from fedsea.audit.attacks.membership import membership
 from fedsea.audit.attacks.output_inversion import name_labels
 from fedsea.audit.attacks.update_inversion import SpanFindings, invert, token_inputs
 from fedsea.audit.canaries import Texts
+from fedsea.audit.curves import attacker_of as audited_attacker_of
+from fedsea.audit.settings import AuditOptions
+from fedsea.audit.subject import variant
 from fedsea.audit.targets import OutOfTime
 from fedsea.audit.training import SplitRun, batches_of, pack
 from fedsea.audit.verdict import Verdict
@@ -129,6 +132,27 @@ def test_lora_of_the_output_side_gives_the_labels_away_though_no_gradient_leaves
     assert report.cases[0].method == "matching"
     assert report.cases[0].recall > 0.9
     assert report.verdict is Verdict.EXPOSED
+
+
+@pytest.mark.parametrize(("federation", "sums"), [(1, {1}), (2, {1, 2}), (5, {1, 3})])
+def test_no_sum_is_spoken_of_that_has_more_clients_than_the_federation(
+    base_model: Path, federation: int, sums: set[int]
+) -> None:
+    plan = training_plan(base_model, adapter={"rank": 1, "output": "frozen"}, aggregation={"sync": "step"})
+    attacker = attacker_of(
+        plan, public=texts(2, 8, seed=4), num_clients=federation
+    )  # an audit's plan keeps one of them
+    report = a7_update.run(attacker, targets_of(texts(3, 8)))
+    assert {case.clients for case in report.cases} == sums
+
+
+def test_an_audit_knows_how_many_clients_the_federation_has() -> None:
+    subject = subject_of()
+    options, made = AuditOptions(PLAN), Texts(subject.tokenizer, subject.plan, 24)
+    plan = variant(subject.plan, subject.name)
+    assert len(plan.client_names) == 1
+    attacker = audited_attacker_of(subject, subject.partition, {}, made, options, plan)
+    assert attacker.num_clients == len(subject.plan.client_names) > 1
 
 
 def test_what_was_attacked_before_the_time_was_up_is_kept(base_model: Path) -> None:

@@ -115,6 +115,7 @@ class Attacker:
         seed: Of everything that an attack draws.
         most_rows: Candidate rows that a search runs as one batch.
         budget_s: Seconds that one attack should stay under; learned attacks read it.
+        num_clients: Of the federation; 0: as many as `plan` has, which may be cut to the one that is attacked.
     """
 
     base: BaseModel
@@ -128,6 +129,7 @@ class Attacker:
     seed: int = 0
     most_rows: int = 8192
     budget_s: float = 60.0
+    num_clients: int = 0
 
     @property
     def input_blocks(self) -> InputBlocks:

@@ -47,6 +47,7 @@ def attacker_of(
         texts.beginning,
         beam=options.scale.beam,
         seed=options.seed,
+        num_clients=len(subject.plan.client_names),
     )
 
 

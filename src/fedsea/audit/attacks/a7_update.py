@@ -29,6 +29,7 @@ _WARM_UP_STEPS = 5
 """Steps on public text first: LoRA's factor B begins at zero, so in the first step of all A has no gradient."""
 
 _SUMMED_CLIENTS = 3
+"""At most: fewer if the plan has fewer."""
 
 _ROUND_STEPS = 2
 """Steps of the first round, which is the one that tells most: later ones carry the moments of all before."""
@@ -180,8 +181,9 @@ class _Updates:
     def attacked(self, progress: Progress) -> Iterator[UpdateInversion]:
         """Every kind of update that the texts suffice for, as soon as it was attacked."""
         # Secure aggregation shows the server sums alone; without it a single client's update is there to be had.
-        members = (_SUMMED_CLIENTS,) if self._plan.aggregation.secure else (1, _SUMMED_CLIENTS)
-        kinds = [(size, clients) for size in sorted({1, self._micro_batch}) for clients in members]
+        summed = min(_SUMMED_CLIENTS, self._attacker.num_clients or len(self._plan.client_names))
+        members = {summed} if self._plan.aggregation.secure else {1, summed}
+        kinds = [(size, clients) for size in sorted({1, self._micro_batch}) for clients in sorted(members)]
         for number, (size, clients) in enumerate(kinds):
             progress(number, len(kinds))
             told = functools.partial(_told, progress, number, len(kinds))
