@@ -59,7 +59,10 @@ def quickstart(
         found = run(QuickstartOptions(folder, steps), parts, present, _Indented())
     _show_audit(folder)
     output.say(f"\nPlots and details: {found.report}")
-    output.say(f"Try next: look into {folder}/plan.toml, then `fedsea init my-federation` for one of your own.")
+    output.say(
+        f"Try next: look into {folder}/plan.toml, then `fedsea init my-federation --model {folder}/model` for one of "
+        "your own."
+    )
 
 
 def _audited(folder: Path) -> tuple[list[TableRow], list[tuple[str, str]]]:
