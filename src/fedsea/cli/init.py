@@ -48,8 +48,8 @@ A client that has limits of its own (which segments may be trained there, how ma
 or replaces names and identifiers by pseudonyms copies `client.toml` to its
 machine, looks it over, and adds `--settings client.toml`.
 
-Anybody with an identity: `fedsea status --server fedsea.example.org:7443`. A process that was stopped or killed is started again with
-the same command and goes on.
+Anybody with an identity: `fedsea status --server fedsea.example.org:7443`. A process that was stopped or killed is
+started again with the same command and goes on.
 
 ## Afterwards
 
