@@ -536,7 +536,7 @@ def test_a_stopping_server_asks_to_come_back(federation: Federation) -> None:
         async with running(federation) as (server, address):
             async with await join(address, clinic(federation)) as stream:
                 receiving = asyncio.create_task(stream.receive())
-                await server.stop(1.0)
+                await server.stop(10.0)
                 with pytest.raises(TransportError, match="stopping"):
                     await receiving
             with pytest.raises(TransportError, match="Nothing listens"):
