@@ -5,7 +5,9 @@ from __future__ import annotations
 import asyncio
 import logging
 import socket
+import time
 from pathlib import Path
+from typing import Any
 
 import grpc
 import pytest
@@ -22,13 +24,14 @@ from fedsea.errors import (
 )
 from fedsea.types import Reply
 from fedsea.wire import messages as m
+from fedsea.wire.arrival import Arrival
 from fedsea.wire.channel import ClientStream, call_renew, call_status
 from fedsea.wire.encoding import Encoder
 from fedsea.wire.errors import PeerClosed
 from fedsea.wire.identity import Identity, begin_renewal, finish_renewal
 from fedsea.wire.identity.peers import PeerIdentity
 from fedsea.wire.limits import HANDSHAKE, MAX_CHUNK_BYTES
-from fedsea.wire.server import PeerSession, serve
+from fedsea.wire.server import PeerSession, WireServer, serve
 from fedsea.wire.transport import SESSION, Timing
 from tests.contract.loopback import CODECS, LIMITS, Federation, echo, forward, join, run, running
 from tests.fault.frames import Thrower
@@ -541,6 +544,33 @@ def test_a_stopping_server_asks_to_come_back(federation: Federation) -> None:
                     await receiving
             with pytest.raises(TransportError, match="Nothing listens"):
                 await join(address, clinic(federation))
+
+    run(work())
+
+
+def test_a_stream_let_in_while_the_server_stops_is_told_too(
+    federation: Federation, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    let_in = WireServer._let_in
+
+    async def slowly(server: WireServer, arrival: Arrival, context: Any) -> None:
+        await let_in(server, arrival, context)
+        while not server._stopping:
+            await asyncio.sleep(0)
+        await asyncio.sleep(0.3)  # the streams there were have been told
+
+    async def work() -> None:
+        monkeypatch.setattr(WireServer, "_let_in", slowly)
+        async with (
+            running(federation) as (server, address),
+            await join(address, clinic(federation)) as stream,
+        ):
+            receiving = asyncio.create_task(stream.receive())
+            began = time.monotonic()
+            await server.stop(20.0)
+            with pytest.raises(TransportError, match="stopping"):
+                await receiving
+            assert time.monotonic() - began < 15.0  # far from the grace: nobody waits for a stream that nobody ends
 
     run(work())
 

@@ -116,7 +116,7 @@ class WireServer:
             self._watch.cancel()
             await asyncio.gather(self._watch, return_exceptions=True)
         for session in self.sessions:
-            session.end(TransportError("The server is stopping; reconnect when it is back."))
+            session.end(_stopping())
         await self._server.stop(grace_s)
 
     def _handlers(self) -> Any:
@@ -135,7 +135,7 @@ class WireServer:
         try:
             arrival = Arrival(self._gate, context)
             if self._stopping:
-                raise TransportError("The server is stopping; reconnect when it is back.")
+                raise _stopping()
             await self._let_in(arrival, context)
             error = await self._serve(arrival)
             if error is None:
@@ -176,6 +176,8 @@ class WireServer:
             return None
         session = PeerSession(arrival, self._limits, self._pool, self._timing)
         self._sessions.add(session)
+        if self._stopping:  # begun while this stream was let in
+            session.end(_stopping())
         arrival.keep(self._timing)
         try:
             return await session.run(self._handler, self._timing.close_s)
@@ -250,6 +252,10 @@ class WireServer:
             return
         if not any(session.peer.name == error.name and not session.ended for session in self._sessions):
             self._refused(error.name, error.reason)
+
+
+def _stopping() -> TransportError:
+    return TransportError("The server is stopping; reconnect when it is back.")
 
 
 async def serve(
