@@ -219,9 +219,9 @@ _REAL += [list(one.chunks) for one in encoded("fp32", "server")[1:]]
 
 
 @st.composite
-def mutated(draw: st.DrawFn) -> list[bytes]:
+def mutated(draw: st.DrawFn, real: Sequence[list[bytes]] = _REAL) -> list[bytes]:
     """Real frames with bytes changed, cut out, put in, or sent twice."""
-    chunks = [bytearray(chunk) for chunk in draw(st.sampled_from(_REAL))]
+    chunks = [bytearray(chunk) for chunk in draw(st.sampled_from(real))]
     for _ in range(draw(st.integers(1, 4))):
         chunk = chunks[draw(st.integers(0, len(chunks) - 1))]
         # Mostly near the front, where prefix and header are.
