@@ -7,6 +7,9 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 import peft.tuners.lora  # noqa: F401
 import transformers.models.llama.modeling_llama  # noqa: F401
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast  # noqa: F401
+from transformers.conversion_mapping import get_checkpoint_conversion_mapping
 
 import fedsea.client.run
 import fedsea.server.run  # noqa: F401
+
+get_checkpoint_conversion_mapping("llama")  # a thousand regular expressions, which peft wants at every first injection
