@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from fedsea.audit import curves as drawn
+from fedsea.audit.attacker import Attacker
 from fedsea.audit.attacks import a1_nearest, a2_likelihood, a5_labels
 from fedsea.audit.canaries import Texts
 from fedsea.audit.observe import Tap
-from fedsea.audit.scoring import score
+from fedsea.audit.scoring import Decode, score
 from fedsea.audit.settings import AuditOptions, Clock
 from fedsea.audit.subject import Subject, variant
-from fedsea.audit.targets import OutOfTime
+from fedsea.audit.targets import OutOfTime, Progress, Recovered, Target
 from fedsea.data.tokenizer import load_tokenizer
 from fedsea.model.checkpoint import open_checkpoint
 from fedsea.plan import FederationPlan
@@ -22,6 +25,10 @@ from fedsea.types import Channel
 
 PAPERS_RHO = 0.5
 """Noise norm over hidden norm: about as much as leaves a model of use, and more than the papers' own."""
+
+NO_TIME = "no time"
+NO_LOSS = "no token with a loss was found"
+"""Why a row is left out."""
 
 _SEQUENCES = 4
 _TOKENS = 48
@@ -54,6 +61,33 @@ class TableRow:
         return asdict(self)
 
 
+@dataclass(frozen=True, slots=True)
+class LeftOut:
+    """A channel under a trust mode of which the table has no row.
+
+    Attributes:
+        defence: As in `TableRow`.
+        channel: Likewise.
+        why: In a few words.
+    """
+
+    defence: str
+    channel: str
+    why: str
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values."""
+        return asdict(self)
+
+
+@dataclass(frozen=True, slots=True)
+class QuickTable:
+    """The rows, and what they lack."""
+
+    rows: tuple[TableRow, ...]
+    left_out: tuple[LeftOut, ...]
+
+
 def quick_table(
     plan: FederationPlan,
     model_folder: str | Path,
@@ -63,7 +97,7 @@ def quick_table(
     rho: float = PAPERS_RHO,
     seed: int = 0,
     limit_s: float = 30.0,
-) -> list[TableRow]:
+) -> QuickTable:
     """What the server reads at trusted-server, and at the papers' noise on the forward channel.
 
     Args:
@@ -73,7 +107,7 @@ def quick_table(
         client: Whose cut.
         rho: Noise norm over the hidden states' norm.
         seed: Of notes and noise.
-        limit_s: What does not fit is left out.
+        limit_s: What does not fit is left out, and said to be.
 
     Raises:
         FedseaError: The model or a file cannot be read.
@@ -89,35 +123,53 @@ def quick_table(
     std = rho * drawn.norm_of(plain, targets) / checkpoint.hidden_size**0.5
     clock = Clock(limit_s / 60, lambda *_: None)
     clock.start()
-    rows: list[TableRow] = []
+    found: list[TableRow | LeftOut] = []
     for words, noise in (("trusted-server", 0.0), (f"Gaussian noise, {rho:g} of the hidden states' norm", std)):
+        jobs: list[_Job] = [("hidden", "A2", a2_likelihood.run) if noise else ("hidden", "A1", a1_nearest.run)]
+        if plan.sends_gradients(name):
+            jobs.append(("gradient", "A5", a5_labels.run))
+        if not clock.left_s:
+            found += [LeftOut(words, channel, NO_TIME) for channel, _, _ in jobs]
+            continue
         under = variant(plan, name, hidden_std=noise)
         sent = drawn.fresh(targets, _TOKENS)
         tap = Tap(under, checkpoint, name, key=options.key("table", noise))
         tap.observe(sent)
         attacker = replace(plain, plan=under, noise_std={Channel.HIDDEN: noise} if noise else {})
-        guesses = drawn.guesses_of(attacker, sent)
-        jobs = [("hidden", "A2", a2_likelihood) if noise else ("hidden", "A1", a1_nearest)]
-        if plan.sends_gradients(name):
-            jobs.append(("gradient", "A5", a5_labels))
-        for channel, attack, module in jobs:
-            try:
-                answers = module.run(attacker, sent, clock.watch(attack))
-            except OutOfTime:
-                return rows
-            if all(answer.scored_T is not None and not answer.scored_T.any() for answer in answers):
-                continue
-            found = score(sent, answers, guesses, made.decode, seed)
-            named = sum(found.identifiers[kind] * count for kind, count in found.num_identifiers.items())
-            rows.append(
-                TableRow(
-                    words,
-                    channel,
-                    attack,
-                    found.recovery.value,
-                    found.prior.value,
-                    named / max(1, sum(found.num_identifiers.values())),
-                    tap.perplexity,
-                )
-            )
-    return rows
+        seen = _Seen(words, attacker, sent, drawn.guesses_of(attacker, sent), made.decode, tap.perplexity, seed)
+        found += [_attack(seen, job, clock) for job in jobs]
+    rows = tuple(one for one in found if isinstance(one, TableRow))
+    return QuickTable(rows, tuple(one for one in found if isinstance(one, LeftOut)))
+
+
+_Job = tuple[str, str, Callable[[Attacker, Sequence[Target], Progress], Sequence[Recovered]]]
+"""Channel, attack, and how it is run."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Seen:
+    """What is attacked under one defence."""
+
+    defence: str
+    attacker: Attacker
+    sent: Sequence[Target]
+    guesses: Sequence[torch.Tensor]
+    decode: Decode
+    perplexity: float
+    seed: int
+
+
+def _attack(seen: _Seen, job: _Job, clock: Clock) -> TableRow | LeftOut:
+    channel, attack, attempt = job
+    try:
+        answers = attempt(seen.attacker, seen.sent, clock.watch(attack))
+    except OutOfTime:
+        return LeftOut(seen.defence, channel, NO_TIME)
+    if all(answer.scored_T is not None and not answer.scored_T.any() for answer in answers):
+        return LeftOut(seen.defence, channel, NO_LOSS)
+    found = score(seen.sent, answers, seen.guesses, seen.decode, seen.seed)
+    named = sum(found.identifiers[kind] * count for kind, count in found.num_identifiers.items())
+    identifiers = named / max(1, sum(found.num_identifiers.values()))
+    return TableRow(
+        seen.defence, channel, attack, found.recovery.value, found.prior.value, identifiers, seen.perplexity
+    )

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from rich.console import Console
     from rich.table import Table
 
-    from fedsea.audit.quick import TableRow
+    from fedsea.audit.quick import QuickTable
     from fedsea.evaluation.quickstart import QuickstartResult
 
 _TITLE_WIDTH = 44
@@ -47,8 +47,9 @@ def quickstart(
     with Parts(silent) as parts:
         if as_json:
             result = run(QuickstartOptions(folder, steps), parts)
-            rows, left_out = _audited(folder)
-            audit = {"audit": [row.to_json() for row in rows], "audit_left_out": [" ".join(row) for row in left_out]}
+            found = _audited(folder)
+            audit = {"audit": [row.to_json() for row in found.rows]}
+            audit["audit_left_out"] = [left.to_json() for left in found.left_out]
             output.result(json.loads(result.to_json()) | audit)
             return
 
@@ -65,20 +66,12 @@ def quickstart(
     )
 
 
-def _audited(folder: Path) -> tuple[list[TableRow], list[tuple[str, str]]]:
-    """What this server could have read of notes with planted identifiers, had a client sent them.
-
-    Returns:
-        The rows of the table, and defence and channel of those that there was no time for.
-    """
+def _audited(folder: Path) -> QuickTable:
+    """What this server could have read of notes with planted identifiers, had a client sent them."""
     from fedsea.audit.quick import quick_table
     from fedsea.plan import load_plan
 
-    plan = load_plan(folder / "plan.toml")
-    rows = quick_table(plan, folder / "model")
-    channels = ("hidden", "gradient") if plan.sends_gradients(plan.client_names[0]) else ("hidden",)
-    asked = [(defence, channel) for defence in ("trusted-server", "Gaussian noise") for channel in channels]
-    return rows, asked[len(rows) :]
+    return quick_table(load_plan(folder / "plan.toml"), folder / "model")
 
 
 def _show_audit(folder: Path) -> None:
@@ -87,12 +80,12 @@ def _show_audit(folder: Path) -> None:
 
     columns = ("defence", "channel", "tokens recovered", "by guessing", "identifiers")
     table = Table(*columns, title="What the server could have read: planted notes, sent as the clinic sends")
-    rows, left_out = _audited(folder)
-    for row in rows:
+    found = _audited(folder)
+    for row in found.rows:
         shares = (f"{100 * value:.0f} %" for value in (row.recovery, row.prior, row.identifiers))
         table.add_row(row.defence, f"{row.channel} ({row.attack})", *shares)
-    for defence, channel in left_out:
-        table.add_row(defence, channel, "left out: no time")
+    for left in found.left_out:
+        table.add_row(left.defence, left.channel, f"left out: {left.why}")
     output.say("\n")
     Console().print(table)
     output.say(f"The whole audit: fedsea audit {folder}/plan.toml --quick")

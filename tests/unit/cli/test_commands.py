@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from fedsea.audit.quick import TableRow
+from fedsea.audit.quick import QuickTable, TableRow
 from fedsea.cli import main
 from fedsea.cli import quickstart as cli_quickstart
 from fedsea.client import run as client_run
@@ -218,7 +218,7 @@ def test_quickstart_shows_losses_bytes_times_sample_and_report(
 
     monkeypatch.setattr(quickstart, "run", run)
     row = TableRow("trusted-server", "hidden", "A1", 1.0, 0.25, 0.5, 7.0)
-    monkeypatch.setattr(cli_quickstart, "_audited", lambda folder: ([row], []) if folder == tmp_path / "q" else [])
+    monkeypatch.setattr(cli_quickstart, "_audited", lambda folder: QuickTable((row,) * (folder == tmp_path / "q"), ()))
     assert main.run(["quickstart", "--folder", str(tmp_path / "q"), "--steps", "4"]) == 0
     shown = capsys.readouterr()
     for part in ("federated", "2.5625", "clinic alone", "3.2500", "hidden states to the server", "2.00 MB"):
