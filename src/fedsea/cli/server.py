@@ -27,10 +27,14 @@ def _check_form(listen: str) -> str:
 
 def _check_metrics(asked: str | None) -> str | None:
     if asked not in (None, "off"):
-        from fedsea.observe.metrics import split_listen
-
-        split_listen(asked)
+        _split_metrics(asked)
     return asked
+
+
+def _split_metrics(asked: str) -> tuple[str, int]:
+    from fedsea.wire.listening import split_listen
+
+    return split_listen(asked, "for metrics", "127.0.0.1:9464")
 
 
 def server(
@@ -121,10 +125,10 @@ def _serve_metrics(asked: str | None, stack: contextlib.ExitStack) -> ServerMetr
     if asked == "off":
         return None
     from fedsea.errors import ConfigError
-    from fedsea.observe.metrics import DEFAULT_LISTEN, serve_metrics
+    from fedsea.observe.metrics import serve_metrics
 
     try:
-        return stack.enter_context(serve_metrics(asked or DEFAULT_LISTEN))
+        return stack.enter_context(serve_metrics(*(_split_metrics(asked) if asked else ())))
     except ConfigError as error:
         if asked is not None:
             raise

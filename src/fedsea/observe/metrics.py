@@ -13,7 +13,7 @@ from fedsea.errors import ConfigError
 if TYPE_CHECKING:
     from fedsea.observe.snapshots import ServerSnapshot
 
-DEFAULT_LISTEN = "127.0.0.1:9464"
+DEFAULT_HOST, DEFAULT_PORT = "127.0.0.1", 9464
 _STEP_BUCKETS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 25, 60, 120, 300)
 
 
@@ -93,37 +93,28 @@ class ServerMetrics:
         return total - before if total >= before else total
 
 
-def split_listen(listen: str) -> tuple[str, int]:
-    """Host and port of `HOST:PORT`.
-
-    Raises:
-        ConfigError: It has another form.
-    """
-    host, _, port = listen.rpartition(":")
-    if not host or not port.isascii() or not port.isdigit() or int(port) > 65535:
-        raise ConfigError(f"{listen!r} is no address for metrics: give HOST:PORT, for example {DEFAULT_LISTEN}.")
-    return host, int(port)
-
-
 @contextmanager
-def serve_metrics(listen: str = DEFAULT_LISTEN, registry: CollectorRegistry | None = None) -> Iterator[ServerMetrics]:
+def serve_metrics(
+    host: str = DEFAULT_HOST, port: int = DEFAULT_PORT, registry: CollectorRegistry | None = None
+) -> Iterator[ServerMetrics]:
     """Serve metrics over HTTP while the `with` block runs.
 
     Args:
-        listen: `HOST:PORT`. There is no access control: listen on loopback, or behind your own.
+        host: Name or address of this machine, IPv6 without brackets. There is no access control: listen on loopback, or
+            behind your own.
+        port: A free one.
         registry: A new one by default.
 
     Raises:
-        ConfigError: The address is none, or the port is in use.
+        ConfigError: The host is none, or the port is in use.
     """
-    host, port = split_listen(listen)
     metrics = ServerMetrics(registry or CollectorRegistry())
     try:
-        server, thread = start_http_server(port, addr=host.strip("[]"), registry=metrics.registry)
+        server, thread = start_http_server(port, addr=host, registry=metrics.registry)
     except OSError as error:
         raise ConfigError(
-            f"Metrics cannot be served at {listen} ({error.strerror or 'no such address'}): choose another port or "
-            "address with --metrics, or --metrics off."
+            f"Metrics cannot be served on port {port} of {host} ({error.strerror or 'no such address'}): choose "
+            "another port or address with --metrics, or --metrics off."
         ) from None
     try:
         yield metrics

@@ -26,14 +26,26 @@ def split_address(address: str) -> tuple[str, int]:
     Raises:
         ConfigError: It has another form.
     """
-    host, colon, port = address.removeprefix(_RELAY).removeprefix("dns:///").rpartition(":")
-    bracketed = host.startswith("[") and host.endswith("]")
-    host = host[1:-1] if bracketed else host
-    if not colon or not host or (":" in host and not bracketed) or not port.isascii() or not port.isdigit():
+    found = host_and_port(address.removeprefix(_RELAY).removeprefix("dns:///"))
+    if found is None:
         raise ConfigError(
             f"{address[:120]!r} is not an address: write HOST:PORT, or [ADDRESS]:PORT for IPv6, with relay:// before "
             "it if TLS ends at a relay there."
         )
-    if not 0 < int(port) < 65536:
+    if not 0 < found[1] < 65536:
         raise ConfigError(f"{address[:120]!r} has a port outside 1 to 65535: use the one that the server listens on.")
+    return found
+
+
+def host_and_port(text: str) -> tuple[str, int] | None:
+    """The parts of `HOST:PORT` or `[ADDRESS]:PORT`, the host without brackets and the port whatever it is; else None.
+
+    >>> host_and_port("h:1"), host_and_port("[::1]:70000"), host_and_port("::1:1")
+    (('h', 1), ('::1', 70000), None)
+    """
+    host, colon, port = text.rpartition(":")
+    bracketed = host.startswith("[") and host.endswith("]")
+    host = host[1:-1] if bracketed else host
+    if not colon or not host or (":" in host and not bracketed) or not port.isascii() or not port.isdigit():
+        return None
     return host, int(port)

@@ -6,6 +6,7 @@ import errno
 import socket
 
 from fedsea.errors import ConfigError
+from fedsea.wire.address import host_and_port
 
 
 def check_listen(listen: str) -> None:
@@ -17,16 +18,23 @@ def check_listen(listen: str) -> None:
     _check_free(*split_listen(listen))
 
 
-def split_listen(listen: str) -> tuple[str, int]:
-    """Host and port of `HOST:PORT`, where the port may be 0.
+def split_listen(listen: str, what: str = "to listen on", example: str = "0.0.0.0:7443") -> tuple[str, int]:
+    """Host and port of `HOST:PORT` or `[ADDRESS]:PORT`, where the port may be 0.
+
+    Args:
+        listen: The text.
+        what: What the address is for, behind "is no address".
+        example: One that is.
 
     Raises:
         ConfigError: It has another form.
     """
-    host, _, port = listen.rpartition(":")
-    if not host or not port.isascii() or not port.isdigit() or int(port) > 65535:
-        raise ConfigError(f"{listen!r} is no address to listen on: give HOST:PORT, for example 0.0.0.0:7443.")
-    return host.removeprefix("[").removesuffix("]"), int(port)
+    found = host_and_port(listen)
+    if found is None or found[1] > 65535:
+        raise ConfigError(
+            f"{listen[:120]!r} is no address {what}: give HOST:PORT, for example {example}, or [ADDRESS]:PORT for IPv6."
+        )
+    return found
 
 
 def _check_free(host: str, port: int) -> None:

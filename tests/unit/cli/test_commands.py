@@ -38,7 +38,7 @@ def stubbed(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
 
     monkeypatch.setattr(client_run, "train", train)
     monkeypatch.setattr(server_run, "serve", serve)
-    monkeypatch.setattr(metrics, "serve_metrics", lambda _: nullcontext())
+    monkeypatch.setattr(metrics, "serve_metrics", lambda *_: nullcontext())
     return seen
 
 
@@ -141,14 +141,14 @@ def test_the_servers_identity_is_in_the_authoritys_folder_by_default(
 
 
 @pytest.fixture
-def metrics_asked(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """Where metrics were to be served; "127.0.0.1:9464" is taken already."""
-    asked: list[str] = []
+def metrics_asked(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, int]]:
+    """Where metrics were to be served; the default is taken already."""
+    asked: list[tuple[str, int]] = []
 
     @contextmanager
-    def endpoint(listen: str) -> Any:
-        asked.append(listen)
-        if listen == metrics.DEFAULT_LISTEN:
+    def endpoint(host: str = metrics.DEFAULT_HOST, port: int = metrics.DEFAULT_PORT) -> Any:
+        asked.append((host, port))
+        if port == 9464:
             raise ConfigError("Metrics cannot be served there.")
         yield None
 
@@ -158,15 +158,20 @@ def metrics_asked(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
 @pytest.mark.parametrize(
     ("option", "where"),
-    [([], ["127.0.0.1:9464"]), (["--metrics", "127.0.0.1:1234"], ["127.0.0.1:1234"]), (["--metrics", "off"], [])],
+    [
+        ([], [("127.0.0.1", 9464)]),
+        (["--metrics", "127.0.0.1:1234"], [("127.0.0.1", 1234)]),
+        (["--metrics", "[::1]:1234"], [("::1", 1234)]),
+        (["--metrics", "off"], []),
+    ],
 )
 def test_metrics_are_served_on_loopback_or_where_asked(
     stubbed: dict[str, Any],
     tmp_path: Path,
     plan_file: Path,
-    metrics_asked: list[str],
+    metrics_asked: list[tuple[str, int]],
     option: list[str],
-    where: list[str],
+    where: list[tuple[str, int]],
 ) -> None:
     arguments = ["server", "--plan", str(plan_file), "--run", str(tmp_path / "run"), *option]
     assert main.run(arguments) == 0

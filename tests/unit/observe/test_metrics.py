@@ -49,11 +49,11 @@ def test_gauges_follow_and_counters_grow_by_the_difference() -> None:
 
 
 def test_metrics_are_served_while_the_block_runs_and_the_port_is_free_after() -> None:
-    listen = f"127.0.0.1:{free_port()}"
+    port = free_port()
     for _ in range(2):
-        with serve_metrics(listen) as metrics:
+        with serve_metrics("127.0.0.1", port) as metrics:
             metrics.update(snapshot(5))
-            with urllib.request.urlopen(f"http://{listen}/metrics", timeout=10) as answer:
+            with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=10) as answer:
                 assert "fedsea_step 7.0" in answer.read().decode()
 
 
@@ -61,15 +61,8 @@ def test_a_port_in_use_names_the_option() -> None:
     with socket.socket() as sock:
         sock.bind(("127.0.0.1", 0))
         sock.listen()
-        address = f"127.0.0.1:{sock.getsockname()[1]}"
-        with pytest.raises(ConfigError, match="--metrics"), serve_metrics(address):
+        with pytest.raises(ConfigError, match="--metrics"), serve_metrics("127.0.0.1", sock.getsockname()[1]):
             pass
-
-
-@pytest.mark.parametrize("address", ["9464", ":9464", "127.0.0.1:x", "127.0.0.1:70000"])
-def test_what_is_no_address_is_refused(address: str) -> None:
-    with pytest.raises(ConfigError, match="HOST:PORT"), serve_metrics(address):
-        pass
 
 
 @pytest.fixture
