@@ -34,7 +34,8 @@ class Parts:
         self._clock = clock
         self._began: dict[str, tuple[float, int]] = {}
         self._told: dict[str, int] = {}
-        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+        left = TextColumn("{task.fields[left]}")
+        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), left)
         self._bars = Progress(*columns, console=console, disable=silent or not console.is_terminal)
 
     def __enter__(self) -> Self:
@@ -52,21 +53,29 @@ class Parts:
 
     def __call__(self, what: str, done: int, total: int) -> None:
         """A part has come so far."""
-        if what not in self._tasks:
-            self._tasks[what] = self._bars.add_task(what, total=total)
-        self._bars.update(self._tasks[what], completed=done)
-        if self._lines:
-            self._line(what, done, total)
-
-    def _line(self, what: str, done: int, total: int) -> None:
         now = self._clock()
         began, first = self._began.setdefault(what, (now, done))
+        if not first:  # up to the first step one waits for others, which says nothing of the steps' own pace
+            self._began[what] = (began, first) = (now, done)
+        gone = done - first
+        left = (now - began) / gone * (total - done) if gone and done < total else None
+        if what not in self._tasks:
+            self._tasks[what] = self._bars.add_task(what, total=total, left="")
+        self._bars.update(self._tasks[what], completed=done, left="" if left is None else _about(left))
+        if self._lines:
+            self._line(what, done, total, now - began if gone else None, left)
+
+    def _line(self, what: str, done: int, total: int, took_s: float | None, left_s: float | None) -> None:
         told, every = self._told.get(what), max(_LINE_EVERY, total // _MOST_LINES)
         if told is None or done // every > told // every or told < done == total:
             self._told[what] = done
             said = [f"{what}: {done} of {total}", "done" if done == total else "under way"]
-            if (gone := done - first) > 0:
-                said.append(f"{now - began:.0f} s")
-                if done < total:
-                    said.append(f"about {(now - began) / gone * (total - done):.0f} s left")
+            said += [] if took_s is None else [f"{took_s:.0f} s"]
+            said += [] if left_s is None else [_about(left_s)]
             self._console.print(", ".join(said), markup=False, highlight=False, soft_wrap=True)
+
+
+def _about(left_s: float) -> str:
+    from fedsea.observe.figures import duration_text
+
+    return f"about {duration_text(left_s)} left"

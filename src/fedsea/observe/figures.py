@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Callable
 
 _WINDOW = 30
 _MINUTE_S, _HOUR_S, _DAY_S = 60, 3600, 86400
@@ -47,6 +48,30 @@ def number_text(value: float) -> str:
 def counted(count: int, noun: str) -> str:
     """With an s where there is not exactly one: `1 session`, `2,000 sessions`."""
     return f"{count:,} {noun}{'' if count == 1 else 's'}"
+
+
+class WorkingTime:
+    """Seconds that do not go on while somebody is waited for, so that a pace is the work's own.
+
+    Args:
+        clock: Monotonic seconds.
+    """
+
+    def __init__(self, clock: Callable[[], float]) -> None:
+        self._clock = clock
+        self._waited = 0.0
+        self._since: float | None = None
+
+    def wait(self, waiting: bool) -> None:
+        """From now on somebody is waited for, or nobody any more."""
+        now = self._clock()
+        if self._since is not None:
+            self._waited += now - self._since
+        self._since = now if waiting else None
+
+    def __call__(self) -> float:
+        """Seconds, monotonic."""
+        return (self._clock() if self._since is None else self._since) - self._waited
 
 
 class Pace:

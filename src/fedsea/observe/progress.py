@@ -13,7 +13,7 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from fedsea.observe.figures import Pace, bytes_text, counted, duration_text, number_text
+from fedsea.observe.figures import Pace, WorkingTime, bytes_text, counted, duration_text, number_text
 from fedsea.observe.observers import EvaluationLike, Link, StepLike
 from fedsea.observe.snapshots import ServerSnapshot
 from fedsea.plan import FederationPlan
@@ -100,16 +100,17 @@ class ClientDisplay(_Screen):
         self._here = 0  # thereof by this process
         self._round = 0
         self._loss: float | None = None
-        self._held_out: float | None = None
+        self._held_out: EvaluationLike | None = None
         self._waiting: tuple[str, ...] = ()
         self._bytes = (0, 0)
+        self._working = WorkingTime(clock)
         self._pace = Pace()
         self._tokens = 0
 
     def begin(self, plan: FederationPlan, name: str, link: Link | None = None) -> None:
         """The plan is agreed on; bytes are read from `link` from now on."""
         self._name, self._num_steps, self._link = name, plan.num_steps, link
-        self._pace.mark(self._clock(), 0, 0)
+        self._pace.mark(self._working(), 0, 0)
 
     def step(self, report: StepLike) -> None:
         """A step was applied."""
@@ -118,12 +119,13 @@ class ClientDisplay(_Screen):
         self._round, self._loss, self._waiting = report.round, report.mean_loss, ()
         self._tokens += report.num_tokens
         self._here += 1
-        self._pace.mark(self._clock(), self._here, self._tokens)
+        self._working.wait(False)
+        self._pace.mark(self._working(), self._here, self._tokens)
         self._changed(now=first or self._done == self._num_steps)
 
     def evaluation(self, report: EvaluationLike) -> None:
         """The held-out split was evaluated."""
-        self._held_out = report.mean_loss
+        self._held_out = report
         self._say(f"{self._prefix()}held-out loss {report.mean_loss:.4f} after {report.next_step} steps")
 
     def waiting(self, names: Sequence[str]) -> None:
@@ -132,6 +134,7 @@ class ClientDisplay(_Screen):
         if names and names != self._waiting:
             self._plain(f"{self._prefix()}waiting for {', '.join(names)}")
         self._waiting = names
+        self._working.wait(bool(names))
 
     def bytes(self, up: int, down: int) -> None:
         """Bytes sent and received so far."""
@@ -158,8 +161,9 @@ class ClientDisplay(_Screen):
         if self._loss is None:
             return ["waiting for the first step"]
         facts = [f"round {self._round + 1}", f"loss {self._loss:.4f}"]
-        if self._held_out is not None:
-            facts.append(f"held-out {self._held_out:.4f}")
+        if (held := self._held_out) is not None:
+            when = f"at step {held.next_step}" if held.next_step else "before training"
+            facts.append(f"held-out {held.mean_loss:.4f} {when}")
         facts += _speed(self._pace)
         up, down = self._link.num_bytes if self._link is not None else self._bytes
         if up or down:
@@ -190,6 +194,7 @@ class ServerDisplay(_Screen):
         super().__init__(quiet, console, clock, every_s)
         self._plan = plan
         self._snapshot: ServerSnapshot | None = None
+        self._working = WorkingTime(clock)
         self._pace = Pace()
         self._decoding = Pace()
 
@@ -197,7 +202,9 @@ class ServerDisplay(_Screen):
         """Show how the server stands; called as often as one likes."""
         before, self._snapshot = self._snapshot, snapshot
         if before is None or snapshot.step != before.step:
-            self._pace.mark(self._clock(), snapshot.step, snapshot.tokens)
+            self._working.wait(False)
+            self._pace.mark(self._working(), snapshot.step, snapshot.tokens)
+        self._working.wait(bool(_missing(snapshot)))
         if snapshot.inference is not None:
             self._decoding.mark(self._clock(), 0, snapshot.inference.tokens)
         people = before is None or (snapshot.connected, snapshot.refused) != (before.connected, before.refused)
@@ -212,8 +219,7 @@ class ServerDisplay(_Screen):
             return "starting"
         facts = [f"step {snapshot.step}/{snapshot.num_steps}", f"round {self._round(snapshot)}"]
         facts.append(f"{len(snapshot.connected)}/{len(self._plan.clients)} clients")
-        missing = [name + _why(name, snapshot) for name in snapshot.waiting_for if name not in snapshot.connected]
-        if missing:
+        if missing := [name + _why(name, snapshot) for name in _missing(snapshot)]:
             facts.append(f"waiting for {', '.join(missing)}")
         sessions = self._sessions(snapshot)
         return _SEPARATOR.join([*facts, *self._figures(snapshot), *([sessions] if sessions else [])])
@@ -251,6 +257,11 @@ class ServerDisplay(_Screen):
         memory = f"KV {bytes_text(now.kv_bytes)} of {bytes_text(now.kv_bytes_limit)}"
         people = f"{counted(now.sessions, 'session')}, {counted(now.sequences, 'sequence')}"
         return _SEPARATOR.join([f"inference: {people}", memory, *_speed(self._decoding)])
+
+
+def _missing(snapshot: ServerSnapshot) -> list[str]:
+    """Who is waited for and not there; whoever is there works, which takes its time."""
+    return [name for name in snapshot.waiting_for if name not in snapshot.connected]
 
 
 def _why(name: str, snapshot: ServerSnapshot) -> str:

@@ -111,6 +111,49 @@ def test_an_evaluation_is_always_said() -> None:
     assert out.getvalue() == "clinic: held-out loss 1.2500 after 10 steps\n"
 
 
+def test_the_held_out_loss_is_the_latest_and_says_of_when_it_is() -> None:
+    display = ClientDisplay(PLAN, "clinic", console=plain()[1])
+    display.step(Step(0))
+    assert "held-out" not in display.line()
+    display.evaluation(Evaluation(next_step=0, mean_loss=7.5))
+    assert "held-out 7.5000 before training" in display.line()
+    display.evaluation(Evaluation())
+    assert "held-out 1.2500 at step 10" in display.line()
+
+
+def test_a_clients_pace_leaves_out_what_it_waited_for_others() -> None:
+    clock = Clock()
+    display = ClientDisplay(console=plain()[1], clock=clock)
+    display.begin(PLAN, "clinic", Link())
+    for step, waited in ((0, 600.0), (1, 0.0), (2, 60.0)):
+        if waited:
+            display.waiting(("bank", "law-office"))
+            clock.now += waited / 2
+            display.waiting(("bank",))
+            clock.now += waited / 2
+        display.waiting(())
+        clock.now += 2.0
+        display.step(Step(step))
+    assert "500 tokens/s" in display.line()
+    assert "34 s left" in display.line()
+
+
+def test_a_servers_pace_leaves_out_what_it_waited_for_clients_that_were_away() -> None:
+    clock = Clock()
+    display = ServerDisplay(PLAN, console=plain()[1], clock=clock)
+    both = replace(snapshot(), step=0, tokens=0, connected=("clinic", "bank"))
+    for now, seen in (
+        (0.0, replace(both, connected=("clinic",))),
+        (600.0, both),  # it is there, and works
+        (602.0, replace(both, step=1, tokens=1000)),
+        (604.0, replace(both, step=2, tokens=2000)),
+    ):
+        clock.now = now
+        display.update(seen)
+    assert "500 target tokens/s" in display.line()
+    assert "36 s left" in display.line()
+
+
 def test_quiet_shows_nothing_on_a_terminal_or_elsewhere() -> None:
     for terminal in (True, False):
         out = io.StringIO()
