@@ -55,6 +55,27 @@ def storage_error(action: str, path: Path, error: OSError) -> StorageError:
     return StorageError(f"Cannot {action} {path}: {advice}.")
 
 
+def check_new_folder(folder: Path, option: str = "") -> None:
+    """Whether a folder can be made: it is not there, or is empty.
+
+    Args:
+        folder: Which one.
+        option: What names it on the command line, such as "--out".
+
+    Raises:
+        ConfigError: It holds something already, or a file is in its place.
+        StorageError: It cannot be read.
+    """
+    named = f" with {option}" if option else ""
+    try:
+        if folder.exists() and not folder.is_dir():
+            raise ConfigError(f"{folder} is a file: choose another folder{named}.")
+        if folder.exists() and any(folder.iterdir()):
+            raise ConfigError(f"{folder} is not empty: remove it, or choose another folder{named}.")
+    except OSError as error:
+        raise storage_error("read", folder, error) from None
+
+
 def _sync(path: Path, flags: int) -> None:
     descriptor = os.open(path, flags)
     try:

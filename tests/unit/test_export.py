@@ -230,7 +230,7 @@ def test_an_existing_export_is_not_overwritten(tmp_path: Path) -> None:
     tensors, _ = trained(checkpoint, settings)
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "precious").write_text("x")
-    with pytest.raises(ConfigError, match="exists already; choose another folder"):
+    with pytest.raises(ConfigError, match="is not empty: remove it, or choose another folder"):
         write_adapter(tmp_path / "out", tensors, settings, checkpoint.config, "b", {})
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["precious"]
 

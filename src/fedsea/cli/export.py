@@ -34,8 +34,10 @@ def export(
     At the operator: `fedsea export --server-run runs/server --out adapter`
     """
     from fedsea.errors import ConfigError
+    from fedsea.storage import check_new_folder
 
     output.begin(as_json=as_json)
+    check_new_folder(out, "--out")
     if server_run is not None:
         if server is not None or model is not None:
             raise ConfigError("--server-run stands alone: the base model is the one that the plan in it names.")

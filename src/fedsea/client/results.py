@@ -22,6 +22,7 @@ from fedsea.errors import ConfigError
 from fedsea.federation.schedule import place
 from fedsea.model import export
 from fedsea.plan import FederationPlan
+from fedsea.storage import check_new_folder
 from fedsea.wire.channel import call_status
 from fedsea.wire.identity.identity import Identity
 from fedsea.wire.limits import WireLimits
@@ -85,9 +86,11 @@ def export_adapter(options: ClientOptions, out: Path, merged: bool = False) -> N
         merged: Merge into the base weights (which must all be here).
 
     Raises:
-        ConfigError: The folder holds no run or another one, or its run and the server's trunk are not at one step.
+        ConfigError: `out` holds something already, the run folder holds no run or another one, or its run and the
+            server's trunk are not at one step.
         FedseaError: The server cannot be reached or does not share the trunk.
     """
+    check_new_folder(out)
     invited = setup.ask(options)
     plan, name = invited.plan, invited.name
     state, found = _look(options.run, invited.key)

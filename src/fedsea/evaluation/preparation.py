@@ -6,29 +6,12 @@ import shutil
 from importlib import resources
 from pathlib import Path
 
-from fedsea.errors import ConfigError
 from fedsea.plan import FederationPlan, load_plan
-from fedsea.storage import storage_error
+from fedsea.storage import check_new_folder, storage_error
 from fedsea.wire.identity.authority import Authority
 from fedsea.wire.identity.enrollment import enroll, install
 
 CLIENTS = ("clinic", "bank", "law-office")
-
-
-def check_new(folder: Path) -> None:
-    """Whether a quickstart can be written there.
-
-    Raises:
-        ConfigError: The folder holds something already.
-        StorageError: It cannot be read.
-    """
-    if folder.exists() and not folder.is_dir():
-        raise ConfigError(f"{folder} is a file: choose another folder with --folder.")
-    try:
-        if folder.exists() and any(folder.iterdir()):
-            raise ConfigError(f"{folder} is not empty: remove it, or choose another folder with --folder.")
-    except OSError as error:
-        raise storage_error("read", folder, error) from None
 
 
 def prepare(folder: Path, steps: int | None) -> None:
@@ -38,7 +21,7 @@ def prepare(folder: Path, steps: int | None) -> None:
         ConfigError: The folder holds something already.
         StorageError: The disk refused.
     """
-    check_new(folder)
+    check_new_folder(folder, "--folder")
     try:
         text = _copy_assets(folder)
     except OSError as error:

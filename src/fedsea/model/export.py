@@ -23,7 +23,7 @@ from fedsea.errors import ConfigError
 from fedsea.model.layout import block_of, is_target, is_tied, linears_of
 from fedsea.model.partition import build
 from fedsea.plan import AdapterSection, FederationPlan
-from fedsea.storage import storage_error, write_bytes_atomic, write_safetensors_atomic
+from fedsea.storage import check_new_folder, storage_error, write_bytes_atomic, write_safetensors_atomic
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -254,8 +254,7 @@ def _write_json(path: Path, values: Mapping[str, Any]) -> None:
 @contextlib.contextmanager
 def _appearing(folder: Path) -> Iterator[Path]:
     """Give a temporary folder that becomes `folder` when the body succeeds, and vanishes when it fails."""
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise ConfigError(f"{folder} exists already; choose another folder, or remove it first.")
+    check_new_folder(folder)
     temporary = folder.parent / f".{folder.name}.{os.getpid()}.tmp"
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)

@@ -26,7 +26,7 @@ from fedsea.server.executor.local import EngineThread
 from fedsea.server.ports import Member
 from fedsea.server.service import Service
 from fedsea.server.state import RunState, ServerStore
-from fedsea.storage import write_bytes_atomic
+from fedsea.storage import check_new_folder, write_bytes_atomic
 from fedsea.types import BlockRange, SegmentKind
 from fedsea.wire.identity.authority import Authority
 from fedsea.wire.identity.certificates import utc_now
@@ -291,8 +291,10 @@ def export_run(run: Path, out: Path, merged: bool = False) -> None:
         merged: Merge into the base weights.
 
     Raises:
-        ConfigError: There is no run, no round is complete, or the clients' parameters are personal.
+        ConfigError: `out` holds something already, there is no run, no round is complete, or the clients' parameters
+            are personal.
     """
+    check_new_folder(out)
     try:
         plan = parse_plan_json((run / "plan.json").read_text(encoding="utf-8"))
     except OSError:

@@ -40,6 +40,8 @@ _WRONG: dict[str, tuple[int, list[str], str]] = {
     "drafter": (2, ["chat", "--server", "h:1", "--drafter", "x"], "--drafter"),
     "key of the gateway": (2, ["gateway", "--server", "h:1", "--host", "0.0.0.0"], "needs an API key"),
     "run of the server": (2, ["export", "--server-run", "r"], "no folder r"),
+    "folder of an export": (2, ["export", "--server", "h:1", "--out", "."], "choose another folder with --out"),
+    "file of an export": (2, ["export", "--server-run", ".", "--out", "a.csv"], "a.csv is a file"),
     "plan": (2, ["server", "--plan", "none.toml"], "no file none.toml"),
     "listen": (2, ["server", "--listen", "nonsense"], "no address to listen on"),
     "metrics": (2, ["server", "--metrics", "nonsense"], "no address for metrics"),
