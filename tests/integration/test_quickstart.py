@@ -15,9 +15,14 @@ from fedsea.plan import load_plan
 
 @pytest.mark.timeout(600)
 def test_a_short_quickstart_compares_all_models_and_writes_its_page(tmp_path):
-    told, presented, shown = [], [], []
+    told, presented, shown, audited = [], [], [], []
+
+    def audit(result):
+        audited.append(result.sample["answer"])
+        return ("defence", "channel"), ("some defence", "left out: <no time>")
+
     options = QuickstartOptions(tmp_path / "quick", steps=8)
-    found = run(options, lambda *report: told.append(report), presented.append, shown.append)
+    found = run(options, lambda *report: told.append(report), presented.append, shown.append, audit)
 
     assert set(found.val_loss) == {"base", "alone", "federated", "central"}
     assert set(found.val_loss["alone"]) == set(CLIENTS)
@@ -30,7 +35,9 @@ def test_a_short_quickstart_compares_all_models_and_writes_its_page(tmp_path):
     assert ("federation", 8, 8) in told
     assert found.bytes_by_kind["Forward"] > found.bytes_by_kind["Backward"] > 0
     assert [result.sample["answer"] for result in presented] == [""]
+    assert audited == [found.sample["answer"]]
     assert found.sample["through"] == "gateway"
+    assert found.sample["finish_reason"] in ("stop", "length")
     assert "".join(shown) == found.sample["answer"]
     assert len(shown) > 1
     log = (tmp_path / "quick" / "logs" / "gateway.log").read_text()
@@ -38,6 +45,9 @@ def test_a_short_quickstart_compares_all_models_and_writes_its_page(tmp_path):
     page = found.report.read_text(encoding="utf-8")
     assert page.count("<svg") == 2
     assert "CAN reconstruct" in page
+    assert f"trained alone {min(found.val_loss['alone'].values()):.3f} to " in page
+    assert ("(cut off after 60 tokens)" in page) == (found.sample["finish_reason"] == "length")
+    assert "<td>some defence</td><td>left out: &lt;no time&gt;</td>" in page
     assert not re.search(r"""(src|href)=["']https?:|url\(["']?https?:|@import|<script""", page), "it loads something"
 
 

@@ -18,8 +18,8 @@ from fedsea.evaluation.processes import Processes
 Serve = Callable[..., str]
 
 
-def event(text: str) -> bytes:
-    return b"data: " + json.dumps({"choices": [{"text": text}]}).encode() + b"\n\n"
+def event(text: str, ended: str | None = None) -> bytes:
+    return b"data: " + json.dumps({"choices": [{"text": text, "finish_reason": ended}]}).encode() + b"\n\n"
 
 
 @pytest.fixture
@@ -50,10 +50,10 @@ def serve() -> Iterator[Serve]:
 
 def test_pieces_are_shown_as_they_come_and_joined_at_the_end(serve: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("http_proxy", "http://192.0.2.1:9")  # is for the world, not for this machine
-    url = serve(event("a") + event("") + event("é b") + b"data: [DONE]\n\n")
+    url = serve(event("a") + event("") + event("é b") + event("", "length") + b"data: [DONE]\n\n")
     shown: list[str] = []
-    assert asking.ask(url, "m", "the prompt", shown.append) == "aé b"
-    assert shown == ["a", "", "é b"]
+    assert asking.ask(url, "m", "the prompt", shown.append) == ("aé b", "length")
+    assert shown == ["a", "", "é b", ""]
     asked = serve.asked
     assert (asked["model"], asked["prompt"], asked["stream"], asked["temperature"]) == ("m", "the prompt", True, 0)
 

@@ -18,7 +18,8 @@ if TYPE_CHECKING:
     from rich.table import Table
 
     from fedsea.audit.quick import QuickTable
-    from fedsea.evaluation.quickstart import QuickstartResult
+    from fedsea.evaluation.quickstart import QuickstartOptions, QuickstartResult
+    from fedsea.evaluation.report import Cells
 
 _TITLE_WIDTH = 44
 
@@ -33,37 +34,55 @@ def quickstart(
 ) -> None:
     """See a federation work: an authority, a server and three clients on this machine, and what they gain.
 
-    Needs nothing but the package: a small model and three invented silos come with it. Takes two to five
-    minutes on two cores.
+    Needs nothing but the package: a small model and three invented silos come with it. Five processes run side by
+    side: have two cores free and 4 GB of memory, and it takes two to five minutes; where others use the cores, longer.
 
     Example: `fedsea quickstart`
     """
     silent = output.begin(as_json=as_json, quiet=quiet, kept=f"Remove {folder} before you start again.")
-    from fedsea.evaluation.preparation import check_new
+    from fedsea.storage import check_new_folder
 
-    check_new(folder)
+    check_new_folder(folder, "--folder")
     from fedsea.evaluation.quickstart import QuickstartOptions, run
 
+    options = QuickstartOptions(folder, steps)
     with Parts(silent) as parts:
         if as_json:
-            result = run(QuickstartOptions(folder, steps), parts)
-            found = _audited(folder)
-            audit = {"audit": [row.to_json() for row in found.rows]}
-            audit["audit_left_out"] = [left.to_json() for left in found.left_out]
-            output.result(json.loads(result.to_json()) | audit)
+            _as_document(options, parts)
             return
 
         def present(found: QuickstartResult) -> None:
             parts.done()
             _show(found)
 
-        found = run(QuickstartOptions(folder, steps), parts, present, _Indented())
-    _show_audit(folder)
+        def audit(found: QuickstartResult) -> Cells:
+            _show_end(found)
+            table = _audited(folder)
+            _show_audit(table, folder)
+            return _cells(table)
+
+        found = run(options, parts, present, _Indented(), audit)
     output.say(f"\nPlots and details: {found.report}")
     output.say(
         f"Try next: look into {folder}/plan.toml, then `fedsea init my-federation --model {folder}/model` for one of "
         "your own."
     )
+
+
+def _as_document(options: QuickstartOptions, parts: Parts) -> None:
+    from fedsea.evaluation.quickstart import run
+
+    tables: list[QuickTable] = []
+
+    def audit(_: QuickstartResult) -> Cells:
+        tables.append(_audited(options.folder))
+        return _cells(tables[0])
+
+    result = run(options, parts, audit=audit)
+    document = json.loads(result.to_json())
+    document["audit"] = [row.to_json() for table in tables for row in table.rows]
+    document["audit_left_out"] = [left.to_json() for table in tables for left in table.left_out]
+    output.result(document)
 
 
 def _audited(folder: Path) -> QuickTable:
@@ -74,19 +93,26 @@ def _audited(folder: Path) -> QuickTable:
     return quick_table(load_plan(folder / "plan.toml"), folder / "model")
 
 
-def _show_audit(folder: Path) -> None:
+def _cells(found: QuickTable) -> Cells:
+    """The table as text, for the terminal and for the page."""
+    rows = [("defence", "channel", "tokens recovered", "by guessing", "identifiers")]
+    for row in found.rows:
+        recovered, guessed, identifiers = (
+            f"{100 * value:.0f} %" for value in (row.recovery, row.prior, row.identifiers)
+        )
+        rows.append((row.defence, f"{row.channel} ({row.attack})", recovered, guessed, identifiers))
+    rows += [(left.defence, left.channel, f"left out: {left.why}", "", "") for left in found.left_out]
+    return rows
+
+
+def _show_audit(found: QuickTable, folder: Path) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    columns = ("defence", "channel", "tokens recovered", "by guessing", "identifiers")
-    table = Table(*columns, title="What the server could have read: planted notes, sent as the clinic sends")
-    found = _audited(folder)
-    for row in found.rows:
-        shares = (f"{100 * value:.0f} %" for value in (row.recovery, row.prior, row.identifiers))
-        table.add_row(row.defence, f"{row.channel} ({row.attack})", *shares)
-    for left in found.left_out:
-        table.add_row(left.defence, left.channel, f"left out: {left.why}")
-    output.say("\n")
+    heading, *rows = _cells(found)
+    table = Table(*heading, title="What the server could have read: planted notes, sent as the clinic sends")
+    for row in rows:
+        table.add_row(*row)
     Console().print(table)
     output.say(f"The whole audit: fedsea audit {folder}/plan.toml --quick")
 
@@ -107,8 +133,11 @@ class _Indented:
 def _show(found: QuickstartResult) -> None:
     from rich.console import Console
 
+    from fedsea.evaluation.report import in_words
+
     console = Console()
     console.print(_losses(found))
+    output.say(in_words(found) + "\n")
     _show_costs(console, found)
     asked = "A program at the clinic asks the federation's model through `fedsea gateway`:"
     if found.sample["through"] == "process":
@@ -116,6 +145,14 @@ def _show(found: QuickstartResult) -> None:
     output.say(f"\n{asked}\n")
     output.say(textwrap.indent(found.sample["prompt"].strip(), "    "))
     output.say("\nAnd this is what it writes:\n")
+
+
+def _show_end(found: QuickstartResult) -> None:
+    """What stands below the answer."""
+    from fedsea.evaluation.report import cut_off
+
+    remark = cut_off(found)
+    output.say(f" …\n\n    {remark}\n" if remark else "\n")
 
 
 def _losses(found: QuickstartResult) -> Table:

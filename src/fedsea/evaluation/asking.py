@@ -12,7 +12,8 @@ from pathlib import Path
 from fedsea.errors import FedseaError
 from fedsea.evaluation.processes import Processes
 
-_MOST_TOKENS = 60
+MOST_TOKENS = 60
+"""Longest answer."""
 _PATIENCE_S = 120.0
 
 
@@ -36,7 +37,7 @@ def start_gateway(folder: Path, address: str, name: str, processes: Processes) -
     return ready
 
 
-def ask(url: str, model: str, prompt: str, show: Callable[[str], None]) -> str:
+def ask(url: str, model: str, prompt: str, show: Callable[[str], None]) -> tuple[str, str]:
     """Let the model go on from a text, as any program that speaks OpenAI's API does.
 
     Args:
@@ -45,24 +46,29 @@ def ask(url: str, model: str, prompt: str, show: Callable[[str], None]) -> str:
         prompt: The text.
         show: Given the answer, piece by piece as it comes.
 
+    Returns:
+        The answer, and why it ended: "stop", or "length" where it was cut off after `MOST_TOKENS`.
+
     Raises:
         FedseaError: There was no whole answer.
     """
-    wanted = {"model": model, "prompt": prompt, "max_tokens": _MOST_TOKENS, "temperature": 0, "stream": True}
+    wanted = {"model": model, "prompt": prompt, "max_tokens": MOST_TOKENS, "temperature": 0, "stream": True}
     headers = {"Content-Type": "application/json"}
     request = urllib.request.Request(f"{url}/completions", json.dumps(wanted).encode(), headers)  # noqa: S310 (http, ours)
     directly = urllib.request.build_opener(urllib.request.ProxyHandler({}))  # it is on this machine
     pieces: list[str] = []
+    ended = "stop"
     try:
         with directly.open(request, timeout=_PATIENCE_S) as answer:
             for line in answer:
                 event = line.decode().strip().removeprefix("data: ")
                 if event == "[DONE]":
-                    return "".join(pieces)
+                    return "".join(pieces), ended
                 if event:
-                    piece = json.loads(event)["choices"][0]["text"]
-                    pieces.append(piece)
-                    show(piece)
+                    choice = json.loads(event)["choices"][0]
+                    pieces.append(choice["text"])
+                    ended = choice["finish_reason"] or ended
+                    show(choice["text"])
     except (OSError, ValueError, LookupError) as error:
         why = f"status {error.code}" if isinstance(error, urllib.error.HTTPError) else type(error).__name__
         raise FedseaError(f"The gateway gave no answer ({why}): see gateway.log among the logs.") from None

@@ -79,8 +79,8 @@ class Comparison:
             tokens += count
         return Losses(total / tokens, by_silo)
 
-    def generate(self, parameters: Tensors | None, prompt: str, max_new_tokens: int = 60) -> str:
-        """Greedy continuation of a prompt."""
+    def generate(self, parameters: Tensors | None, prompt: str, max_new_tokens: int) -> tuple[str, str]:
+        """Greedy continuation of a prompt, and why it ended: "stop" or "length"."""
         self._load(parameters)
         trunk = LocalTrunk(self._trunk, self._plan, self._segments.name)
         ids = self._tokenizer(prompt)["input_ids"]
@@ -92,7 +92,7 @@ class Comparison:
         settings = GenerationSettings(max_new_tokens=most, stop_tokens=() if end is None else (end,))
         with generate(decoder, ids, settings) as generation:
             new = [token.id for token in generation]
-        return str(self._tokenizer.decode(new, skip_special_tokens=True))
+        return str(self._tokenizer.decode(new, skip_special_tokens=True)), generation.finish_reason or "length"
 
     def _load(self, parameters: Tensors | None) -> None:
         wanted = self._base if parameters is None else parameters

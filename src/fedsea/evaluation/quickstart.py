@@ -26,7 +26,7 @@ from fedsea.evaluation import asking
 from fedsea.evaluation.comparison import Comparison, Losses
 from fedsea.evaluation.preparation import CLIENTS, prepare
 from fedsea.evaluation.processes import Processes
-from fedsea.evaluation.report import write_report
+from fedsea.evaluation.report import Cells, write_report
 from fedsea.observe.run_log import read_lines
 from fedsea.plan import FederationPlan, load_plan, trust_statement
 from fedsea.server.state import ServerStore
@@ -61,8 +61,9 @@ class QuickstartResult:
         bytes_by_kind: Kind of message to bytes, over all clients.
         phases_s: Phase to seconds, summed over the clients' steps.
         seconds: Wall time by part.
-        sample: A prompt, the federation's greedy answer, and what was asked ("through"): "gateway", or "process" where
-            the gateway's packages are not installed.
+        sample: A prompt, the federation's greedy answer, why that ended ("finish_reason": "stop", or "length" where it
+            was cut off), and what was asked ("through"): "gateway", or "process" where the gateway's packages are not
+            installed.
         report: The HTML page.
     """
 
@@ -84,14 +85,17 @@ def run(
     progress: Progress = lambda *_: None,
     present: Callable[[QuickstartResult], None] = lambda _: None,
     show: Callable[[str], None] = lambda _: None,
+    audit: Callable[[QuickstartResult], Cells] = lambda _: (),
 ) -> QuickstartResult:
-    """Run the whole comparison, and ask the model something.
+    """Run the whole comparison, ask the model something, and write the page.
 
     Args:
         options: See `QuickstartOptions`.
         progress: Told how far each part is.
         present: Given the result before the model is asked: the answer is empty yet, and there is no page.
         show: Given the answer, piece by piece as it comes.
+        audit: Asked, when the answer is there, what the server could have read, for the page: a table of text, its
+            first row the heading.
 
     Raises:
         ConfigError: The folder holds something already.
@@ -126,17 +130,19 @@ def run(
         seconds = {"federation": watcher.seconds, "comparison": others_s, "all": time.monotonic() - started}
         prompt = _held_out_prompt(folder, comparison, CLIENTS[0])
         sample = {"prompt": prompt, "answer": "", "through": "process" if url is None else "gateway"}
+        sample["finish_reason"] = ""
         result = _result(folder, losses, sample, seconds)
         present(result)
         if url is None:
-            answer = comparison.generate(models["federated"], prompt)
+            answer, ended = comparison.generate(models["federated"], prompt, asking.MOST_TOKENS)
             show(answer)
         else:
-            answer = asking.ask(processes.wait_for(url, timeout_s=120), plan.name, prompt, show)
-    all_s = round(time.monotonic() - started, 1)
-    result = replace(result, sample=sample | {"answer": answer}, seconds=result.seconds | {"all": all_s})
+            answer, ended = asking.ask(processes.wait_for(url, timeout_s=120), plan.name, prompt, show)
+    result = replace(result, sample=sample | {"answer": answer, "finish_reason": ended})
+    reading = audit(result)
+    result = replace(result, seconds=result.seconds | {"all": round(time.monotonic() - started, 1)})
     curves = {name: read_lines(folder / "runs" / name / "metrics.jsonl") for name in CLIENTS}
-    write_report(result, plan, curves)
+    write_report(result, plan, curves, reading)
     return result
 
 

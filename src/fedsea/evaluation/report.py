@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import jinja2
 
+from fedsea.evaluation.asking import MOST_TOKENS
 from fedsea.plan import FederationPlan, trust_statement
 from fedsea.storage import write_bytes_atomic
 
@@ -17,6 +18,9 @@ if TYPE_CHECKING:
     from fedsea.evaluation.quickstart import QuickstartResult
 
 Curves = Mapping[str, Sequence[Mapping[str, Any]]]
+
+Cells = Sequence[Sequence[str]]
+"""A table of text, row by row, its heading first."""
 
 KINDS = {
     "Forward": "hidden states to the server",
@@ -70,13 +74,30 @@ def loss_rows(result: QuickstartResult) -> list[tuple[str, float, dict[str, floa
     return rows
 
 
-def write_report(result: QuickstartResult, plan: FederationPlan, curves: Curves) -> None:
+def in_words(result: QuickstartResult) -> str:
+    """What the losses say, in a sentence of the run's own figures."""
+    values = result.val_loss
+    alone = sorted(values["alone"].values())
+    return (
+        f"Together the clients reach a validation loss of {values['federated']:.3f} over everybody's text; trained on "
+        f"all text in one place it is {values['central']:.3f}, trained alone {alone[0]:.3f} to {alone[-1]:.3f}, and "
+        f"untrained {values['base']:.3f}."
+    )
+
+
+def cut_off(result: QuickstartResult) -> str:
+    """A remark behind an answer that was longer than it may be; "" behind any other."""
+    return f"(cut off after {MOST_TOKENS} tokens)" if result.sample["finish_reason"] == "length" else ""
+
+
+def write_report(result: QuickstartResult, plan: FederationPlan, curves: Curves, reading: Cells = ()) -> None:
     """Write the page to `result.report`.
 
     Args:
         result: What the quickstart found.
         plan: For its settings and its trust mode.
         curves: Client to the lines of its `metrics.jsonl`.
+        reading: What the server could have read; nothing if it was not audited.
     """
     environment = jinja2.Environment(loader=jinja2.PackageLoader("fedsea.evaluation", "."), autoescape=True)
     page = environment.get_template("report.html.j2").render(
@@ -84,6 +105,9 @@ def write_report(result: QuickstartResult, plan: FederationPlan, curves: Curves)
         plan=plan,
         statement=trust_statement(plan),
         losses=loss_rows(result),
+        summary=in_words(result),
+        cut_off=cut_off(result),
+        reading=reading,
         silos=list(curves),
         traffic=traffic_rows(result.bytes_by_kind),
         phases=phase_rows(result.phases_s),

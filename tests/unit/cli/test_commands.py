@@ -1,6 +1,7 @@
 """What the commands make of their options."""
 
 from contextlib import contextmanager, nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -199,14 +200,19 @@ def test_a_port_of_metrics_that_was_asked_for_must_be_free(
     assert "serve" not in stubbed
 
 
+@pytest.mark.parametrize(
+    ("ended", "below"),
+    [("stop", "\n    A B\n    C\n"), ("length", "\n    A B\n    C …\n\n    (cut off after 60 tokens)\n")],
+    ids=["stop", "length"],
+)
 def test_quickstart_shows_losses_bytes_times_sample_and_report(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], ended: str, below: str
 ) -> None:
     by_silo = {"clinic": 1.0, "bank": 2.0}
     models = {"base": by_silo, "clinic": by_silo, "bank": by_silo, "central": by_silo, "federated": by_silo}
 
     def run(
-        options: quickstart.QuickstartOptions, progress: quickstart.Progress, present: Any, show: Any
+        options: quickstart.QuickstartOptions, progress: quickstart.Progress, present: Any, show: Any, audit: Any
     ) -> quickstart.QuickstartResult:
         assert options == quickstart.QuickstartOptions(tmp_path / "q", 4)
         for step in range(24):
@@ -214,11 +220,14 @@ def test_quickstart_shows_losses_bytes_times_sample_and_report(
         val_loss = {"base": 3.5, "alone": {"clinic": 3.25, "bank": 3.125}, "central": 2.5, "federated": 2.5625}
         found = quickstart.QuickstartResult(
             val_loss, models, {"Forward": 2_000_000}, {"trunk": 4.0}, {"all": 9.0},
-            {"prompt": "Q?\ntwo lines\n", "answer": "", "through": "gateway"}, tmp_path / "report.html",
+            {"prompt": "Q?\ntwo lines\n", "answer": "", "through": "gateway", "finish_reason": ""},
+            tmp_path / "report.html",
         )  # fmt: skip
         present(found)
         for piece in ("\n", " A", " B", "\nC"):
             show(piece)
+        cells = audit(replace(found, sample=found.sample | {"finish_reason": ended}))
+        assert cells[1] == ("trusted-server", "hidden (A1)", "100 %", "25 %", "50 %")
         return found
 
     monkeypatch.setattr(quickstart, "run", run)
@@ -234,8 +243,11 @@ def test_quickstart_shows_losses_bytes_times_sample_and_report(
     for part in ("What the server could have read", "hidden (A1)", "100 %", "25 %", "50 %", "fedsea audit"):
         assert part in shown.out
     assert "through `fedsea gateway`" in shown.out
-    assert "\n    A B\n    C\n" in shown.out
-    assert "left out" not in shown.out
+    assert below in shown.out
+    said = "reach a validation loss of 2.562 over everybody's text; trained on all text in one place it is 2.500"
+    assert f"{said}, trained alone 3.125 to 3.250, and untrained 3.500." in shown.out
+    for part in ("left out", "cut off" if ended == "stop" else "A B\n    C\n"):
+        assert part not in shown.out
     assert [line.split(", ")[:2] for line in shown.err.splitlines()] == [
         ["federation: 1 of 24", "under way"],
         ["federation: 10 of 24", "under way"],

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import io
 import json
 import shutil
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import rich.console
+from rich.console import Console
 
 from fedsea.audit import quick
 from fedsea.audit.quick import LeftOut, QuickTable, TableRow
@@ -25,9 +29,11 @@ def test_quickstart_says_which_rows_its_audit_lacks_and_why(
 ) -> None:
     folder = tmp_path / "new"
 
-    def run(*_: Any) -> SimpleNamespace:
+    def run(*_: Any, audit: Any) -> SimpleNamespace:
         folder.mkdir()
         shutil.copy(PLAN, folder)
+        cells = audit(None)
+        assert [row[2] for row in cells] == ["tokens recovered", "100 %", "left out: no loss", "left out: no time"]
         return SimpleNamespace(to_json=lambda: "{}")
 
     row = TableRow("some defence", "hidden", "A1", 1.0, 0.25, 0.5, 7.0)
@@ -41,7 +47,7 @@ def test_quickstart_says_which_rows_its_audit_lacks_and_why(
         {"defence": "some defence", "channel": "gradient", "why": "no loss"},
         {"defence": "other defence", "channel": "hidden", "why": "no time"},
     ]
-    cli_quickstart._show_audit(folder)
+    cli_quickstart._show_audit(QuickTable((row,), left), folder)
     lines = [line for line in capsys.readouterr().out.splitlines() if "left out: " in line]
     shown = [" ".join(line.replace("│", " ").split()) for line in lines]
     assert shown == ["some defence gradient left out: no loss", "other defence hidden left out: no time"]
@@ -58,3 +64,26 @@ def test_lines_about_a_part_say_how_long_it_takes_and_what_is_left(capsys: pytes
         "federation: 20 of 24, under way, 38 s, about 8 s left",
         "federation: 24 of 24, done, 46 s",
     ]
+
+
+def test_waiting_for_a_parts_first_step_is_not_taken_for_its_pace(capsys: pytest.CaptureFixture[str]) -> None:
+    now = iter((100.0, 190.0, 200.0, 210.0))
+    parts = Parts(silent=False, clock=lambda: next(now))
+    for done in (0, 0, 4, 10):
+        parts("federation", done, 20)
+    assert capsys.readouterr().err.splitlines() == [
+        "federation: 0 of 20, under way",
+        "federation: 10 of 20, under way, 10 s, about 17 s left",
+    ]
+
+
+def test_a_bar_says_what_is_left_as_soon_as_that_is_known(monkeypatch: pytest.MonkeyPatch) -> None:
+    out = io.StringIO()
+    monkeypatch.setattr(rich.console, "Console", partial(Console, file=out, force_terminal=True, width=80))
+    now = iter((100.0, 110.0))
+    with Parts(silent=False, clock=lambda: next(now)) as parts:
+        parts("federation", 1, 24)
+        parts._bars.refresh()
+        assert "left" not in out.getvalue()
+        parts("federation", 11, 24)
+    assert "about 13 s left" in out.getvalue()
