@@ -251,9 +251,10 @@ def test_a_revoked_client_is_sent_away_in_the_middle_of_a_run_and_the_server_say
         assert "was revoked" in ended[0]
         assert fed.server.service.status()["refused"] == {"b": "revoked"}
         fed.server.service._refused.clear()  # as a server that was started again has it
+        assert fed.server.service.status()["refused"] == {"b": "revoked"}, "the journal alone says so"
         with pytest.raises(AuthError, match="was revoked"):
             fed.start_client("b", retry_for_s=0.0).finish()
-        assert fed.server.service.status()["refused"] == {"b": "revoked"}
+        assert fed.server.service._refused == {"b": "revoked"}
         monkeypatch.setattr(peers, "LOOK_EVERY_S", 0.0)  # the journal is read before the next client is looked at
         authority = Authority.open(own / "ca")
         certificate = authority.approve(enroll(own / "new", "b").csr_pem, again=True)

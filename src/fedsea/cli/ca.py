@@ -11,6 +11,8 @@ import typer
 from fedsea.cli import output
 
 if TYPE_CHECKING:
+    from datetime import datetime
+
     from fedsea.wire.identity.journal import Entry
     from fedsea.wire.identity.requests import SigningRequest
 
@@ -195,16 +197,25 @@ def list_(
         ]
         output.result({"ca_fingerprint": authority.fingerprint, "certificates": rows})
         return
+    _show_entries(entries, now)
+    typer.echo(f"Authority {authority.fingerprint}")
+
+
+def _show_entries(entries: list[Entry], now: datetime) -> None:
+    """Two lines or more for each, so that names and serial numbers stay whole at 80 columns, to be copied."""
     from rich.console import Console
     from rich.table import Table
+    from rich.text import Text
 
-    table = Table("name", "role", "status", "until (UTC)")
-    table.add_column("serial", overflow="fold")
+    table = Table(box=None, padding=(0, 2, 0, 0))
+    table.add_column("name, serial", overflow="fold")
+    for heading in ("role", "status", "until (UTC)"):
+        table.add_column(heading, no_wrap=True)
     for entry in entries:
         until = f"{entry.not_after:%Y-%m-%d %H:%M}"
-        table.add_row(entry.name, entry.role.value, entry.status(now), until, entry.serial)
+        names = Text(entry.name.replace(",", "\n")).append(f"\n{entry.serial}", style="dim")
+        table.add_row(names, entry.role.value, entry.status(now), until)
     Console().print(table)
-    typer.echo(f"Authority {authority.fingerprint}")
 
 
 @app.command("server")

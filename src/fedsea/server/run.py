@@ -177,7 +177,8 @@ async def _serve(
     gate: PeerGate,
     watch: Watcher | None,
 ) -> None:
-    service = Service(plan, engine, store, state, roster, executor, CertificateVerifier(identity.ca_pem))
+    verifier = CertificateVerifier(identity.ca_pem)
+    service = Service(plan, engine, store, state, roster, executor, verifier, gate.barred)
     stopped = asyncio.Event()
     if threading.current_thread() is threading.main_thread():  # elsewhere, signals are somebody else's
         for number in (signal.SIGINT, signal.SIGTERM):

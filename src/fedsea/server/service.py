@@ -101,6 +101,7 @@ class Service:
         roster: What each client has.
         executor: The engine thread.
         verifier: Checks clients' certificates for each other; needed with `aggregation.secure`.
+        barred: Says why a client that is away would be turned away, in a word, or "".
     """
 
     def __init__(
@@ -112,6 +113,7 @@ class Service:
         roster: dict[str, Member],
         executor: EngineThread,
         verifier: Verifier | None = None,
+        barred: Callable[[str], str] = lambda _: "",
     ) -> None:
         self.plan = plan
         self.roster = roster
@@ -128,6 +130,7 @@ class Service:
         self._links: dict[str, _Link] = {}
         self._left: set[str] = set()
         self._refused: dict[str, str] = {}
+        self._barred = barred
         self._alone_since: float | None = None
         self._sent: Counter[str] = Counter()
         self._received: Counter[str] = Counter()
@@ -327,6 +330,7 @@ class Service:
     def status(self, _: PeerIdentity | None = None) -> dict[str, Any]:
         """Where the run stands, for `fedsea status`."""
         coordinator, state = self.coordinator, self.coordinator.state
+        away = [name for name in self.plan.client_names if name not in coordinator.connected]
         live = [link.session.stats for link in self._links.values()]
         sent = sum((stats.sent for stats in live), self._sent)
         received = sum((stats.received for stats in live), self._received)
@@ -347,7 +351,7 @@ class Service:
             "clients": list(self.plan.client_names),
             "connected": [name for name in self.plan.client_names if name in coordinator.connected],
             "waiting_for": list(coordinator.waiting_for()),
-            "refused": dict(self._refused),
+            "refused": self._refused | {name: why for name in away if (why := self._barred(name))},
             "target_tokens": coordinator.num_target_tokens,
             "bytes_sent": sent.total(),
             "bytes_received": received.total(),

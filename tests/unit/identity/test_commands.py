@@ -134,6 +134,19 @@ def test_the_list_for_people_names_every_certificate(fedsea):
     assert "clinic" in output
 
 
+def test_the_list_keeps_names_and_serials_whole_at_80_columns(fedsea, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    hosts = ["fedsea.hospital-network.example.org", "192.0.2.10", "localhost"]
+    fedsea("ca init " + " ".join(f"--host {host}" for host in hosts))
+    fedsea("enroll --name clinic")
+    fedsea("ca approve identity/clinic.request.pem --yes")
+    lines = [line.split() for line in fedsea("ca list").splitlines()]
+    until = listed(fedsea)["certificates"][1]["not_after"].replace("T", " ")[:16].split()
+    assert lines[1] == [hosts[0], "server", "valid", *until]
+    assert lines[2:5] == [[hosts[1]], [hosts[2]], [listed(fedsea)["certificates"][0]["serial"]]]
+    assert lines[5:7] == [["clinic", "client", "valid", *until], [listed(fedsea)["certificates"][1]["serial"]]]
+
+
 def test_the_server_is_renewed_for_the_same_hosts(fedsea):
     fedsea("ca init --host fedsea.example.org")
     assert "fedsea.example.org" in fedsea("ca server")

@@ -42,6 +42,25 @@ def test_a_revocation_takes_effect_within_a_second(office):
         gate.check(identity.certificate_pem)
 
 
+def test_a_client_that_never_comes_is_known_to_be_barred(office):
+    office.add("clinic")
+    lost = office.add("bank")
+    gate = gate_of(office)
+    assert [gate.barred(name) for name in ("clinic", "bank", "nobody")] == ["", "", ""]
+    office.authority.revoke("clinic", "left")
+    office.authority.revoke(lost.serial)
+    look_again(office)
+    assert [gate.barred(name) for name in ("clinic", "bank")] == ["revoked", "revoked"]
+    office.authority.approve(enroll(office.folder / "clinic", "clinic", again=True).csr_pem, again=True)
+    look_again(office)
+    assert gate.barred("clinic") == ""
+    office.clock.move(days=31)
+    assert gate.barred("clinic") == "expired"
+    (office.folder / "ca" / "journal.jsonl").write_text("no journal\n")
+    look_again(office)
+    assert gate.barred("clinic") == ""
+
+
 def test_revoking_one_serial_leaves_the_clients_other_certificate(office):
     first = office.add("clinic")
     second = office.install("clinic", office.authority.approve(enroll(first.folder, "clinic", again=True).csr_pem))

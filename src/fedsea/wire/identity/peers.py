@@ -128,6 +128,19 @@ class PeerGate:
         self._check_journal(peer, record)
         return peer
 
+    def barred(self, name: str) -> str:
+        """Why a client of this name would be turned away, in a word, even if it never came; "" if it would not be."""
+        with self._lock:
+            self._look()
+            record = self._record.value
+        if record is None:
+            return ""
+        entries = record.named(name)
+        usable = [entry for entry in entries if entry.revoked is None]
+        if name in record.revoked_names or (entries and not usable):
+            return "revoked"
+        return "expired" if usable and all(self._clock() > entry.not_after for entry in usable) else ""
+
     def _known(self, certificate_pem: bytes) -> tuple[PeerIdentity, Record, frozenset[str] | None]:
         with self._lock:
             self._look()
