@@ -428,13 +428,15 @@ def test_lost_server_is_told_and_an_answer_goes_on_when_it_is_back(bench, monkey
     assert text + "".join(piece.choices[0].text for piece in stream) == undisturbed
 
 
-def test_answers_under_way_are_told_when_the_gateway_ends(bench, monkeypatch):
+def test_answers_under_way_are_told_when_the_gateway_ends_and_nobody_is_warned(bench, monkeypatch, caplog):
+    caplog.set_level(logging.INFO, "fedsea")
     at, gate = bench(), Gate(monkeypatch, free=0)
     gateway = at.gateway()
     client = at.client(gateway)
     with ThreadPoolExecutor(2) as threads:
         whole = threads.submit(client.completions.create, model="test", prompt="a", max_tokens=9)
         at.wait_for(lambda inference: inference["sessions"] == 1)
+        caplog.clear()
         ended = threads.submit(gateway.__exit__)
         with pytest.raises(openai.InternalServerError, match="shutting down") as refused:
             whole.result()
@@ -442,6 +444,8 @@ def test_answers_under_way_are_told_when_the_gateway_ends(bench, monkeypatch):
         ended.result()
     assert refused.value.status_code == 503
     at.wait_for(lambda inference: inference["sessions"] == inference["pages"] == 0)
+    assert [record.levelname for record in caplog.records if "shutting down" in record.message] == ["INFO"]
+    assert not [record for record in caplog.records if record.levelno >= logging.WARNING]
 
 
 def test_body_that_does_not_come_is_not_waited_for(bench, monkeypatch):

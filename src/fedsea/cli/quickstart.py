@@ -35,7 +35,7 @@ def quickstart(
     """See a federation work: an authority, a server and three clients on this machine, and what they gain.
 
     Needs nothing but the package: a small model and three invented silos come with it. Five processes run side by
-    side: have two cores free and 4 GB of memory, and it takes two to five minutes; where others use the cores, longer.
+    side: have two cores free and 3 GB of memory, and it takes two to five minutes; where others use the cores, longer.
 
     Example: `fedsea quickstart`
     """

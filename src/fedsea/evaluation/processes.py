@@ -32,10 +32,9 @@ class Processes:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        for process in self._running.values():
+        for process in reversed(self._running.values()):  # who started last relies on those before, and would miss them
             if process.poll() is None:
                 process.terminate()
-        for process in self._running.values():
             try:
                 process.wait(timeout=10)
             except subprocess.TimeoutExpired:

@@ -3,19 +3,16 @@
 from __future__ import annotations
 
 import asyncio
-import logging
 from collections.abc import AsyncIterator
 from typing import Any
 
 from starlette.requests import ClientDisconnect
 
 from fedsea.client.gateway import forms
-from fedsea.client.gateway.errors import document
+from fedsea.client.gateway.errors import document, note
 from fedsea.client.gateway.forms import Delta, End, Form, Gathered
 from fedsea.client.gateway.work import Event, Work
 from fedsea.errors import FedseaError
-
-log = logging.getLogger(__name__)
 
 
 class Answer:
@@ -70,7 +67,7 @@ class Answer:
         except ClientDisconnect:
             return
         except FedseaError as error:
-            log.warning("a stream ended (%s): %s", error.code, error.message)
+            note("a stream ended", error)
             yield forms.event(document(error))
         finally:
             self._work.cancel()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import logging
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from typing import Any
@@ -16,7 +15,7 @@ from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
 
 from fedsea.client.gateway.answer import Answer
-from fedsea.client.gateway.errors import RequestError, response, status_of, unforeseen
+from fedsea.client.gateway.errors import RequestError, note, response, status_of, unforeseen
 from fedsea.client.gateway.forms import ChatForm, TextForm
 from fedsea.client.gateway.guard import Guard, read_body
 from fedsea.client.gateway.metrics import GatewayMetrics
@@ -24,8 +23,6 @@ from fedsea.client.gateway.requests import ChatBody, Choice, TextBody, choices_o
 from fedsea.client.gateway.work import Work, Workers
 from fedsea.client.pseudonyms import Prompt, Prompts
 from fedsea.errors import FedseaError
-
-log = logging.getLogger(__name__)
 
 _GONE = 499
 """For metrics: whoever asked has left."""
@@ -92,7 +89,7 @@ def _answered(served: Served, path: str, endpoint: Endpoint, *, guarded: bool) -
             answer = await endpoint(request)
         except FedseaError as error:
             if status_of(error) >= 500:
-                log.warning("a request failed (%s): %s", error.code, error.message)
+                note("a request failed", error)
             answer = response(error)
         except ClientDisconnect:
             answer = Response(status_code=_GONE)

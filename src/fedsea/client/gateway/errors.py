@@ -52,6 +52,19 @@ class RequestError(ConfigError):
         self.reason = reason
 
 
+class Closing(TransportError):  # noqa: N818 (what was asked for, not what went wrong)
+    """The gateway ends in good order, and with it what was under way."""
+
+    def __init__(self) -> None:
+        super().__init__("The gateway is shutting down: try again when it is back.")
+
+
+def note(what: str, error: FedseaError) -> None:
+    """Log what an error ended; a warning, unless that was asked for."""
+    level = logging.INFO if isinstance(error, Closing) else logging.WARNING
+    log.log(level, "%s (%s): %s", what, error.code, error.message)
+
+
 def status_of(error: FedseaError) -> int:
     """HTTP status of an error."""
     return error.status if isinstance(error, RequestError) else _kind(error)[0]

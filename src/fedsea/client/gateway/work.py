@@ -18,14 +18,14 @@ from starlette.requests import ClientDisconnect
 
 from fedsea.client.decoding import Sequences, SplitDecoder
 from fedsea.client.drafters import Drafter
-from fedsea.client.gateway.errors import RequestError, unforeseen
+from fedsea.client.gateway.errors import Closing, RequestError, unforeseen
 from fedsea.client.gateway.forms import Delta, End, Token
 from fedsea.client.gateway.metrics import GatewayMetrics
 from fedsea.client.gateway.pieces import Pieces
 from fedsea.client.gateway.requests import Choice
 from fedsea.client.generation import GeneratedToken, Generation, generate
 from fedsea.data.detokenize import TextStream
-from fedsea.errors import CapacityError, FedseaError, TransportError
+from fedsea.errors import CapacityError, FedseaError
 
 Event = Delta | End | FedseaError
 
@@ -112,7 +112,7 @@ class Workers:
             self._closed = True
             running = list(self._all)
         for choice in running:
-            choice.cancel(_closing())
+            choice.cancel(Closing())
         self._threads.shutdown(wait=True, cancel_futures=True)
 
     @contextlib.contextmanager
@@ -157,7 +157,7 @@ class Workers:
 
         with self._lock:
             if self._closed:
-                raise _closing()
+                raise Closing()
             if len(self._all) + len(choices) > self._room:
                 raise _full()
             running = [_Running(choice, after_prompt, deliver) for choice in choices]
@@ -183,10 +183,6 @@ class Workers:
 
 def _full() -> FedseaError:
     return CapacityError("The gateway has as many requests as it may have waiting; try again later.", 1.0)
-
-
-def _closing() -> FedseaError:
-    return TransportError("The gateway is shutting down: try again when it is back.")
 
 
 class _Running:
