@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 if TYPE_CHECKING:
+    from fedsea.client.answer import GenerationSettings, GenerationStats
     from fedsea.client.decoding import Sequences
     from fedsea.client.drafters import Drafter
-    from fedsea.client.generation import GenerationSettings, GenerationStats
     from fedsea.client.inference import OpenedDecoder
     from fedsea.client.pseudonyms import Prompt
 
@@ -44,12 +44,12 @@ _NO_CONTROLS = {code: None for code in (*range(32), *range(127, 160)) if chr(cod
 
 
 def generation_settings(*, stop: Sequence[str] | None, **chosen: Any) -> GenerationSettings:
-    """The options as the Python call takes them; what can be checked before a connection is checked.
+    """The options as the Python call takes them, checked before torch is loaded.
 
     Raises:
         ConfigError: One of them makes no sense.
     """
-    from fedsea.client.generation import GenerationSettings
+    from fedsea.client.answer import GenerationSettings
     from fedsea.errors import ConfigError
 
     if not all(stop or ()):

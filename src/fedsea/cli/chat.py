@@ -51,6 +51,16 @@ def chat(
     """
     output.begin(quiet=True)
     a.check_drafter(drafter)
+    wanted = a.generation_settings(
+        max_new_tokens=max_new_tokens,
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+        min_p=min_p,
+        repetition_penalty=repetition_penalty,
+        seed=seed,
+        stop=stop,
+    )
     address = o.need_server(server)
     if not base:
         o.need_run(run)
@@ -63,16 +73,6 @@ def chat(
         threads=threads,
         device=device,
         retry_for=retry_for,
-    )
-    wanted = a.generation_settings(
-        max_new_tokens=max_new_tokens,
-        temperature=temperature,
-        top_k=top_k,
-        top_p=top_p,
-        min_p=min_p,
-        repetition_penalty=repetition_penalty,
-        seed=seed,
-        stop=stop,
     )
     from fedsea.cli.conversation import Conversation
     from fedsea.client.inference import open_decoder

@@ -16,7 +16,7 @@ from fedsea.cli import output
 
 if TYPE_CHECKING:
     from fedsea.cli.answering import Answer
-    from fedsea.client.generation import GenerationSettings
+    from fedsea.client.answer import GenerationSettings
     from fedsea.client.setup import ClientOptions
 
 _TEMPLATES = ("text", "instruction", "chat")
@@ -77,6 +77,16 @@ def generate(
     if template not in _TEMPLATES:
         raise typer.BadParameter(f"choose one of {', '.join(_TEMPLATES)}", param_hint="--template")
     a.check_drafter(drafter)
+    wanted = a.generation_settings(
+        max_new_tokens=max_new_tokens or _NEW_TOKENS,
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+        min_p=min_p,
+        repetition_penalty=repetition_penalty,
+        seed=seed,
+        stop=stop,
+    )
     address = o.need_server(server)
     if not base:
         o.need_run(run)
@@ -89,16 +99,6 @@ def generate(
         threads=threads,
         device=device,
         retry_for=retry_for,
-    )
-    wanted = a.generation_settings(
-        max_new_tokens=max_new_tokens or _NEW_TOKENS,
-        temperature=temperature,
-        top_k=top_k,
-        top_p=top_p,
-        min_p=min_p,
-        repetition_penalty=repetition_penalty,
-        seed=seed,
-        stop=stop,
     )
     found = _generate(
         options,

@@ -1,12 +1,15 @@
-"""What is asked of an answer, and what is known of it."""
+"""What is asked of an answer, and what is known of it; without torch, so that a command can refuse a value at once."""
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from fedsea.errors import ConfigError
-from fedsea.model.sampling import Sampling
+
+if TYPE_CHECKING:
+    from fedsea.model.sampling import Sampling
 
 _LEAST_TEMPERATURE = 1e-4
 """Below it logits overflow before they are compared."""
@@ -71,6 +74,8 @@ class GenerationSettings:
     @property
     def sampling(self) -> Sampling:
         """What a sampler needs of it."""
+        from fedsea.model.sampling import Sampling
+
         return Sampling(self.temperature, self.top_k, self.top_p, self.min_p, self.repetition_penalty)
 
 

@@ -38,6 +38,13 @@ _WRONG: dict[str, tuple[int, list[str], str]] = {
     **{f"run of {name}": (2, [name, "--server", "h:1", "--run", "r"], "no folder r") for name in ("chat", "export")},
     "identity of chat": (2, ["chat", "--server", "h:1", "--base"], "no file identity/ca.pem"),
     "drafter": (2, ["chat", "--server", "h:1", "--drafter", "x"], "--drafter"),
+    "sampling": (
+        2,
+        ["generate", "the", "--server", "h:1", "--base", "--top-p", "5"],
+        "top_p must be over 0 and at most",
+    ),
+    "sampling of chat": (2, ["chat", "--server", "h:1", "--base", "--min-p", "-1"], "min_p must be"),
+    "stop": (2, ["generate", "the", "--server", "h:1", "--base", "--stop", ""], "--stop is empty"),
     "key of the gateway": (2, ["gateway", "--server", "h:1", "--host", "0.0.0.0"], "needs an API key"),
     "run of the server": (2, ["export", "--server-run", "r"], "no folder r"),
     "folder of an export": (2, ["export", "--server", "h:1", "--out", "."], "choose another folder with --out"),
