@@ -26,6 +26,8 @@ Tell every client the authority's fingerprint by telephone or in person.
 
 ## Every client, once
 
+Each under its own name in the plan ({names}); this is for {first}:
+
     fedsea enroll --name {first}
 
 Send `identity/{first}.request.pem` to the operator, who compares the fingerprint, runs

@@ -125,15 +125,18 @@ def _show(chosen: PseudonymSettings, folder: Path, found: Any, rows: int) -> Non
 
 
 def _marked(pseudonyms: Pseudonyms, text: str) -> Any:
+    """The text with `[original → surrogate (type)]` where something is replaced: it shows without colours, too."""
     from rich.text import Text
 
     replaced = pseudonyms.prompt(text)
     marked, at = Text(), 0
     for span, surrogate in zip(replaced.spans, replaced.surrogates, strict=True):
         marked.append(text[at : span.start].translate(_NO_CONTROLS))
+        marked.append("[", style="dim")
         marked.append(text[span.start : span.end].translate(_NO_CONTROLS), style="red strike")
-        marked.append(f" {surrogate}".translate(_NO_CONTROLS), style="green")
-        marked.append(f" ({span.kind})", style="dim")
+        marked.append(" → ", style="dim")
+        marked.append(surrogate.translate(_NO_CONTROLS), style="green")
+        marked.append(f" ({span.kind})]", style="dim")
         at = span.end
     marked.append(text[at:].translate(_NO_CONTROLS))
     return marked

@@ -104,3 +104,10 @@ def test_json_lists_the_files(tmp_path: Path, capsys: pytest.CaptureFixture[str]
     assert main.run(["init", str(tmp_path / "f"), "--json"]) == 0
     files = json.loads(capsys.readouterr().out)["files"]
     assert [Path(file).name for file in files] == ["plan.toml", "client.toml", "README.md"]
+
+
+def test_the_readme_says_that_every_client_enrols_under_its_own_name() -> None:
+    assert (
+        "Each under its own name in the plan (bank, clinic); this is for bank:"
+        in texts("m", ["bank", "clinic"])["README.md"]
+    )
