@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -36,9 +37,8 @@ def doctor(
     Example: `fedsea doctor --server fedsea.example.org:7443 --model models/llama`
     """
     output.begin(as_json=as_json)
-    checks = []
-    for check in _checks(server, identity, model, plan, settings, run):
-        checks.append(check)
+    with _told(silent=as_json) as say:
+        checks = list(_checks(server, identity, model, plan, settings, run, say))
     failed = any(check.state == "fail" for check in checks)
     if as_json:
         from dataclasses import asdict
@@ -50,26 +50,54 @@ def doctor(
         raise typer.Exit(1)
 
 
+@contextmanager
+def _told(*, silent: bool) -> Iterator[Callable[[str], None]]:
+    """What is looked at now, on a terminal: some checks load torch or ask the network, which takes seconds."""
+    from rich.console import Console
+    from rich.live import Live
+    from rich.spinner import Spinner
+
+    console = Console(stderr=True)
+    if silent or not console.is_terminal:
+        yield lambda _: None
+        return
+    with Live(console=console, transient=True) as live:
+        yield lambda what: live.update(Spinner("dots", f"Looking at {what}"), refresh=True)
+
+
 def _checks(
-    server: str | None, identity: Path | None, model: str | None, plan: Path | None, settings: Path | None, run: Path
+    server: str | None,
+    identity: Path | None,
+    model: str | None,
+    plan: Path | None,
+    settings: Path | None,
+    run: Path,
+    say: Callable[[str], None],
 ) -> Iterator[Check]:
     from fedsea.cli import checks as machine
     from fedsea.cli import federation_checks as federation
     from fedsea.cli.checks import attempt
 
+    say("the packages")
     yield machine.python()
     yield from machine.packages()
     yield machine.machine()
+    say("the GPU")
     yield machine.gpu()
+    say("the disk")
     yield machine.disk(run)
     found = federation.Federation()
     folder = identity or Path("identity")
     if identity is not None or folder.is_dir() or plan is None:
         asked_for = identity is not None or server is not None
+        say("the identity")
         yield from attempt("identity", lambda: federation.identity(folder, asked_for, found))
     if server is not None:
+        say("the server")
         yield from attempt("server", lambda: federation.server(server, found))
+    say("the plan")
     yield from attempt("plan", lambda: federation.plan(plan, server, settings, found))
+    say("the base model")
     yield from attempt("model", lambda: federation.model(model, found))
 
 

@@ -91,6 +91,7 @@ def server(
     check_listen(listen)
     o.need_device(device)
     o.need_identity(identity or ca / "server")
+    log.info("starting: loading torch, which takes some seconds")
     from fedsea.server.run import ServerOptions, serve
 
     options = ServerOptions(

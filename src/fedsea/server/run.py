@@ -145,6 +145,7 @@ def serve(options: ServerOptions, watch: Watcher | None = None) -> None:
     if options.threads:
         torch.set_num_threads(options.threads)
     plan = load_plan(options.plan)
+    log.info("loading the trunk of %s", plan.model.path)
     identity = Identity.load(options.identity)
     gate = PeerGate(options.ca, plan.client_names)
     checkpoint = open_checkpoint(plan.model.path, plan.model.revision)

@@ -1,5 +1,6 @@
 """What the commands make of their options."""
 
+import sys
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -132,6 +133,16 @@ def test_server_hands_every_option_on(
     )
     assert '"next_step": 3' in capsys.readouterr().out
     assert (tmp_path / "run" / "metrics.jsonl").exists()
+
+
+def test_the_server_says_that_it_loads_before_it_does(
+    plan_file: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(sys.modules, "fedsea.server.run", None)  # what loads torch cannot be loaded
+    asked = ["server", "--plan", str(plan_file), "--listen", "127.0.0.1:0"]
+    for quiet in ([], ["--quiet"]):
+        assert main.run([*asked, *quiet]) == main.INTERNAL
+        assert ("starting: loading torch" in capsys.readouterr().err) == (not quiet)
 
 
 def test_the_servers_identity_is_in_the_authoritys_folder_by_default(

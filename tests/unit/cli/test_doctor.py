@@ -1,9 +1,11 @@
 """`fedsea doctor`: each check can find what it looks for."""
 
+import io
 import json
 import re
 import time
 from datetime import UTC, datetime, timedelta
+from functools import partial
 from importlib import metadata
 from pathlib import Path
 from types import SimpleNamespace
@@ -11,8 +13,10 @@ from typing import Any
 
 import psutil
 import pytest
+import rich.console
+from rich.console import Console
 
-from fedsea.cli import checks, main
+from fedsea.cli import checks, doctor, main
 from fedsea.cli import federation_checks as federation
 from fedsea.cli.checks import Check, attempt
 from fedsea.cli.federation_checks import Federation
@@ -59,6 +63,29 @@ def test_a_package_that_is_missing_or_too_old_fails_with_the_command_that_mends_
     found = {check.name: check for check in checks.packages()}
     assert (found["torch"].state, found["peft"].state, found["grpcio"].state) == ("fail", "fail", "ok")
     assert found["torch"].advice == "pip install 'torch<2.14,>=2.9'"
+
+
+@pytest.mark.parametrize("terminal", [True, False])
+def test_the_doctor_says_at_a_terminal_what_it_looks_at(monkeypatch: pytest.MonkeyPatch, terminal: bool) -> None:
+    out = io.StringIO()
+    monkeypatch.setattr(rich.console, "Console", partial(Console, file=out, force_terminal=terminal, width=80))
+    with doctor._told(silent=False) as say:
+        say("the server")
+        assert ("Looking at the server" in out.getvalue()) == terminal
+    said = len(out.getvalue())
+    with doctor._told(silent=True) as say:
+        say("the server")
+    assert len(out.getvalue()) == said
+
+
+def test_the_doctor_names_what_takes_long_before_it_looks(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    told: list[str] = []
+    monkeypatch.setattr(checks, "gpu", lambda: Check("gpu", "ok", f"after {told[-1]}"))
+    monkeypatch.setattr(federation, "server", lambda *_: [Check("server", "ok", f"after {told[-1]}")])
+    for check in doctor._checks("h:1", tmp_path, None, None, None, tmp_path, told.append):
+        if check.name in ("gpu", "server"):
+            assert check.found == f"after the {check.name.replace('gpu', 'GPU')}"
+    assert told == ["the packages", "the GPU", "the disk", "the identity", "the server", "the plan", "the base model"]
 
 
 def test_a_disk_that_cannot_be_written_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
