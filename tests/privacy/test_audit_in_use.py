@@ -10,14 +10,15 @@ import pytest
 import torch
 
 from fedsea.audit import settings
-from fedsea.audit.attacks import a1_nearest, a2_likelihood
+from fedsea.audit.attacks import a1_nearest, a2_likelihood, a10_answers
 from fedsea.audit.canaries import Texts
 from fedsea.audit.checks import check_sessions
 from fedsea.audit.curves import attacker_of, guesses_of
 from fedsea.audit.observe import Tap
+from fedsea.audit.report import write_report
 from fedsea.audit.run import audit
 from fedsea.audit.scoring import score
-from fedsea.audit.sessions import Use, answers_read, use
+from fedsea.audit.sessions import Use, use
 from fedsea.audit.settings import AuditOptions
 from fedsea.audit.subject import Subject, open_subject, variant
 from fedsea.audit.verdict import Verdict
@@ -53,6 +54,13 @@ class Faulty:
 
     def update(self, tensors: Any) -> Release:
         return self._right.update(tensors)
+
+
+def _with_inference(folder: Path, line: str) -> Path:
+    file = folder / "plan.toml"
+    text = PLAN.read_text().replace('path = "model"', f'path = "{PLAN.parent / "model"}"')
+    file.write_text(f"{text}\n[inference]\n{line}\n")
+    return file
 
 
 def _asked(file: Path, count: int = 6, boundary: Any = None) -> tuple[Subject, list[Use], Texts]:
@@ -131,19 +139,66 @@ def test_noise_hides_the_prompt_and_not_the_answer(tmp_path: Path) -> None:
     targets = [one.target for one in used]
     nearest = score(targets, a1_nearest.run(attacker, targets), guesses_of(attacker, targets), texts.decode)
     assert nearest.recovery.value < 0.1
-    assert answers_read(attacker, used) > 0.99
+    answers = [one.answer for one in used]
+    read = score(answers, a10_answers.run(attacker, answers), a10_answers.guesses(attacker, answers), texts.decode)
+    assert read.recovery.value > 0.99
+    assert read.num_tokens == 8
+    assert read.excess_share.value > 0.5
+
+
+def test_answers_that_the_server_reads_make_the_verdict_whatever_the_noise(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(settings, "QUICK", TINY)
+    file = noised_plan(tmp_path, 400.0, 400.0, "update_std = 1.0\n")
+    found = audit(AuditOptions(file, quick=True, attacks=("A1", "A10")))
+    a1, a10 = found.by_attack()["A1"], found.by_attack()["A10"]
+    assert {a1[channel]["verdict"] for channel in ("hidden", "session")} == {Verdict.NOT_RECOVERED.value}
+    assert list(a10) == ["session"]
+    assert a10["session"]["verdict"] == "EXPOSED"
+    assert a10["session"]["excess"] == pytest.approx(a10["session"]["recovery"] - a10["session"]["prior"], abs=1e-5)
+    assert found.verdict is Verdict.EXPOSED
+    assert "inference.enabled = false" in found.sentences[-1]
+    page = write_report(found, tmp_path / "out").read_text()
+    assert "<td>A10 answers from the server&#39;s own outputs</td><td>session</td>" in page
+    assert "A3, A4 and A6 are run on training alone" in page
+
+
+def test_an_answer_that_was_not_asked_about_leaves_the_verdict_open(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(settings, "QUICK", TINY)
+    found = audit(AuditOptions(noised_plan(tmp_path, 400.0, 400.0), quick=True, attacks=("A10",)))
+    assert "anything on the hidden channel" in found.skipped  # answers tell nothing about training
+    assert found.by_attack()["A10"]["session"]["verdict"] == "EXPOSED"
+
+
+@pytest.mark.parametrize(("most", "rows"), [(9, [5, 1, 1, 1]), (3, [2])])
+def test_short_sessions_still_have_a_prompt(tmp_path: Path, most: int, rows: list[int]) -> None:
+    file = _with_inference(tmp_path, f"max_tokens = {most}")
+    _, used, _ = _asked(file, 1)
+    assert [len(tapped.seen_TH) for tapped in used[0].taps] == rows
+    assert used[0].begins > used[0].target.begins
+
+
+def test_sessions_too_short_for_a_prompt_leave_the_verdict_open_with_a_sentence(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(settings, "QUICK", TINY)
+    found = audit(AuditOptions(_with_inference(tmp_path, "max_tokens = 2"), quick=True, attacks=("A10",)))
+    assert found.by_attack()["A10"]["session"]["status"] == "skipped"
+    assert any("too short for a prompt and its answer: raise inference.max_tokens" in said for said in found.sentences)
+    assert not any("--minutes" in said for said in found.sentences)
 
 
 def test_a_plan_without_inference_has_nothing_that_leaves_in_use(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(settings, "QUICK", TINY)
-    file = tmp_path / "plan.toml"
-    text = PLAN.read_text().replace('path = "model"', f'path = "{PLAN.parent / "model"}"')
-    file.write_text(text + "\n[inference]\nenabled = false\n")
-    found = audit(AuditOptions(file, quick=True, attacks=("A1",))).by_attack()["A1"]
-    assert found["hidden"]["recovery"] > 0.95
-    assert (found["session"]["status"], found["session"]["reason"]) == (
-        "not applicable",
-        "the plan allows no inference",
-    )
+    report = audit(AuditOptions(_with_inference(tmp_path, "enabled = false"), quick=True, attacks=("A1",)))
+    found = report.by_attack()
+    assert found["A1"]["hidden"]["recovery"] > 0.95
+    for attack in ("A1", "A10"):
+        session = found[attack]["session"]
+        assert (session["status"], session["reason"]) == ("not applicable", "the plan allows no inference")
+    assert "the verdict is about training alone" in report.sentences[-1]

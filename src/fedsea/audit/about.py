@@ -10,12 +10,15 @@ from fedsea.audit import curves as drawn
 from fedsea.audit.attacker import Attacker
 from fedsea.audit.canaries import Texts
 from fedsea.audit.outcome import Outcome
-from fedsea.audit.sessions import Use, answers_read
+from fedsea.audit.sessions import Use
 from fedsea.audit.settings import AuditOptions
 from fedsea.audit.subject import Subject
 from fedsea.audit.targets import Target
+from fedsea.audit.verdict import Verdict
 from fedsea.plan import backward_channel
 from fedsea.types import Channel
+
+_READ = (Verdict.PARTIAL, Verdict.EXPOSED)
 
 _PUBLIC = "public weights"
 _SENT = "public weights and the adapters that were sent to the server"
@@ -78,13 +81,12 @@ def _rho(subject: Subject, attacker: Attacker, targets: Sequence[Target]) -> flo
     return round(std * math.sqrt(subject.checkpoint.hidden_size) / drawn.norm_of(attacker, targets), 4)
 
 
-def notes(subject: Subject, knowing: Attacker, used: Sequence[Use]) -> tuple[str, ...]:
+def notes(subject: Subject, outcomes: Sequence[Outcome]) -> tuple[str, ...]:
     """Sentences about what was audited that a reader of the verdict has to know.
 
     Args:
         subject: What is audited.
-        knowing: The attacker with what was sent.
-        used: What was asked in use.
+        outcomes: What became of the attacks.
     """
     said = []
     if stricter := subject.stricter:
@@ -95,10 +97,16 @@ def notes(subject: Subject, knowing: Attacker, used: Sequence[Use]) -> tuple[str
             "This client replaces identifiers by pseudonyms before it tokenises; the texts of this audit were not "
             "replaced, so of what is recognised the surrogates come back, not the originals."
         )
-    if used:
+    if not subject.plan.inference.enabled:
         said.append(
-            f"In use, {answers_read(knowing, used):.1%} of the answers' tokens are the likeliest ones behind the "
-            "server's own outputs, from which they are chosen: noise on what is sent does not hide an answer."
+            "This plan allows no inference (inference.enabled = false): prompts and answers do not leave under it, and "
+            "the verdict is about training alone."
+        )
+    if subject.noise_std() and any(o.attack.id == "A10" and o.verdict in _READ for o in outcomes):
+        said.append(
+            "Answers are chosen from what the server itself computes, so no noise on what is sent hides them (A10). A "
+            "federation that only trains says so in its plan, with inference.enabled = false; its training alone is "
+            "then judged."
         )
     return tuple(said)
 

@@ -24,6 +24,7 @@ class Attack:
         needs_more: Adds nothing where a simpler forward attack has recovered the text already.
         share: Of the attacks' time that is left when it begins; a slow one must not keep others from running.
         always: Runs to its end even when the time is up: without it the audit would say nothing.
+        in_use: Looks at sessions alone; nothing like it is in training.
     """
 
     id: str
@@ -34,6 +35,7 @@ class Attack:
     needs_more: bool = False
     share: float = 0.5
     always: bool = False
+    in_use: bool = False
 
     def load(self) -> Any:
         """The module."""
@@ -43,6 +45,7 @@ class Attack:
 ATTACKS: tuple[Attack, ...] = (
     Attack("A0", "the public model's guesses", Channel.HIDDEN, "a0_prior", always=True),
     Attack("A1", "nearest hidden state over the vocabulary", Channel.HIDDEN, "a1_nearest", always=True),
+    Attack("A10", "answers from the server's own outputs", Channel.HIDDEN, "a10_answers", always=True, in_use=True),
     Attack("A5", "labels from gradients", Channel.GRADIENT, "a5_labels", always=True),
     Attack("A7", "inversion of an update", Channel.UPDATE, "a7_update", "own"),
     Attack("A9", "test of the noise mechanism", Channel.HIDDEN, "a9_mechanism", "own", share=0.5),

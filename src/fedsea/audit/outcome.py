@@ -14,6 +14,9 @@ from fedsea.types import Channel
 
 Status = Literal["run", "skipped", "not needed", "not applicable", "not asked for"]
 
+TIME_UP = "time was up"
+"""In the reason why an attack did not run."""
+
 IN_USE = "session"
 """The channel of hidden states of prompts and answers."""
 
@@ -50,7 +53,7 @@ class Outcome:
     @property
     def name(self) -> str:
         """Of the attack, and where if not in training."""
-        return f"{self.attack.id} in use" if self.in_use else self.attack.id
+        return f"{self.attack.id} in use" if self.in_use and not self.attack.in_use else self.attack.id
 
     def to_json(self) -> dict[str, Any]:
         """Under its channel's name."""
@@ -136,7 +139,8 @@ class AuditReport:
     def skipped(self) -> list[str]:
         """Attacks that should have run, and channels that nothing looked at."""
         missing = [f"{o.name} ({o.reason})" for o in self.outcomes if o.status == "skipped"]
-        attacked = {o.attack.channel for o in self.outcomes if o.verdict is not None and o.attack.id != "A9"}
+        tried = [o for o in self.outcomes if o.verdict is not None]
+        attacked = {o.attack.channel for o in tried if o.attack.id != "A9" and not o.attack.in_use}
         unasked = {o.attack.channel for o in self.outcomes if o.status == "not asked for"} - attacked
         return missing + [f"anything on the {channel} channel" for channel in Channel if channel in unasked]
 
@@ -159,7 +163,7 @@ class AuditReport:
     def sentences(self) -> list[str]:
         """What goes with the verdict."""
         said = sentences(self.verdict, self.findings, self.unasked + self.skipped)
-        if any(outcome.status == "skipped" for outcome in self.outcomes):
+        if any(outcome.status == "skipped" and TIME_UP in outcome.reason for outcome in self.outcomes):
             said.append("There was no time for all attacks: give more --minutes.")
         return [*said, *([self.curves_missing] if self.curves_missing else ()), *self.notes]
 

@@ -43,6 +43,12 @@ def row_of(outcome: Outcome) -> list[str]:
     return [*head, *figures, outcome.reason, verdict]
 
 
+NOT_IN_USE = (
+    "Prompts and answers (channel session) are attacked with A1, A2 and A10. A3, A4 and A6 are run on training alone: "
+    "a prompt that is sent again and again is averaged (A4) as a text is over epochs."
+)
+"""Said where results are listed, if any sessions were looked at."""
+
 HEADINGS = ("attack", "channel", "tokens recovered", "prior", "excess", "identifiers, or what it says", "verdict")
 
 
@@ -93,6 +99,7 @@ def write_report(report: AuditReport, folder: Path) -> Path:
         report=report,
         about=report.about,
         headings=HEADINGS,
+        not_in_use=NOT_IN_USE if report.about.get("sessions") else "",
         rows=[row_of(outcome) for outcome in report.outcomes],
         plots=_plots(report),
     )

@@ -17,7 +17,7 @@ from fedsea.audit.claimed import claimed
 from fedsea.audit.knowing import model_of
 from fedsea.audit.masking import MakeMember, check_masks
 from fedsea.audit.observe import Change, Tap, Tapped
-from fedsea.audit.outcome import AuditReport, Outcome, own, scored
+from fedsea.audit.outcome import TIME_UP, AuditReport, Outcome, Status, own, scored
 from fedsea.audit.scoring import score
 from fedsea.audit.sessions import Use, use
 from fedsea.audit.settings import AuditOptions, Clock, Show
@@ -41,7 +41,11 @@ _UNTIL_IT_STOPS = 0.7
 _MEMBERS = 32
 """Texts of the membership attack, half of which are trained on."""
 _ALSO_IN_USE = ("A1", "A2")
-"""A5 to A8 need gradients, updates or a training; whoever asks the same again is averaged (A4) as in training."""
+"""A5 to A8 need gradients, updates or a training; what A3, A4 and A6 add in use is what they add in training."""
+_TOO_SHORT = (
+    "sessions (inference.max_tokens, or the model's context) are too short for a prompt and its answer: raise "
+    "inference.max_tokens, or set inference.enabled = false if nothing is to be generated"
+)
 
 
 def audit(
@@ -92,7 +96,7 @@ class _Audit:
         self._boundary, self._change, self._member = boundary, change, member
         self._seconds: dict[str, float] = {}
         self._used: list[Use] = []
-        self._unused = ""
+        self._unused: tuple[Status, str] | None = None
 
     def run(self) -> AuditReport:
         """All parts in order; the time budget counts from the first attack on, whatever it took to come so far."""
@@ -137,7 +141,7 @@ class _Audit:
             {part: round(value, 2) for part, value in self._seconds.items()},
             missing,
             spent,
-            notes(self._subject, replace(self._attacker, base=self._knowing), self._used),
+            notes(self._subject, outcomes),
         )
 
     # --- what is attacked -------------------------------------------------------------------------------------------
@@ -194,13 +198,16 @@ class _Audit:
     def _observe_use(self, tap: Tap, targets: Sequence[Target]) -> list[Finding]:
         """What the server sees of prompts and answers, and what is wrong with these bytes."""
         if not self._subject.plan.inference.enabled:
-            self._unused = "the plan allows no inference"
+            self._unused = ("not applicable", "the plan allows no inference")
             return []
         started = time.monotonic()
         try:
             self._used = use(tap, targets[: self._scale.sessions])
         except ConfigError as error:
-            self._unused = error.message
+            self._unused = ("not applicable", error.message)
+            return []
+        if not self._used:
+            self._unused = ("skipped", _TOO_SHORT)
             return []
         self._seconds["use"] = time.monotonic() - started
         releases = [tapped for one in self._used for tapped in one.taps]
@@ -228,17 +235,20 @@ class _Audit:
         outcomes: list[Outcome] = []
         for attack in ATTACKS:
             started = time.monotonic()
-            outcomes.append(self._attack(attack, targets, [one for one in outcomes if not one.in_use]))
-            if attack.id in _ALSO_IN_USE and outcomes[-1].status != "not asked for":
+            if not attack.in_use:
+                outcomes.append(self._attack(attack, targets, [one for one in outcomes if not one.in_use]))
+            if attack.in_use or (attack.id in _ALSO_IN_USE and outcomes[-1].status != "not asked for"):
                 outcomes.append(self._attack_in_use(attack, [one for one in outcomes if one.in_use]))
             self._seconds[attack.id] = time.monotonic() - started
         return outcomes
 
     def _attack_in_use(self, attack: Attack, before: Sequence[Outcome]) -> Outcome:
         """The same on prompts and answers."""
-        if self._unused:
-            return Outcome(attack, "not applicable", reason=self._unused, in_use=True)
-        return replace(self._attack(attack, [one.target for one in self._used], before), in_use=True)
+        if self._unused is not None:
+            status, reason = self._unused
+            return Outcome(attack, status, reason=reason, in_use=True)
+        targets = [one.answer if attack.in_use else one.target for one in self._used]
+        return replace(self._attack(attack, targets, before), in_use=True)
 
     def _attack(self, attack: Attack, targets: Sequence[Target], before: Sequence[Outcome]) -> Outcome:
         if reason := self._inapplicable(attack):
@@ -252,7 +262,7 @@ class _Audit:
             if best >= _ENOUGH:
                 return Outcome(attack, "not needed", reason=f"a simpler attack recovered {best:.1%} already")
         if self._clock.left_s < _SMALLEST_PART_S and not attack.always:
-            return Outcome(attack, "skipped", reason="the time was up")
+            return Outcome(attack, "skipped", reason=f"the {TIME_UP}")
         self._attacker.budget_s = max(_SMALLEST_PART_S, _UNTIL_IT_STOPS * attack.share * self._clock.left_s)
         try:
             module = attack.load()
@@ -263,10 +273,10 @@ class _Audit:
             planted = {"boundary": self._boundary} if attack.id == "A9" else {}
             answers = module.run(self._who(attack), self._aims(attack, targets), watch, **planted)
         except OutOfTime:
-            return Outcome(attack, "skipped", reason="its time was up")
+            return Outcome(attack, "skipped", reason=f"its {TIME_UP}")
         if attack.answers == "own":
             return own(attack, answers)
-        guesses = drawn.guesses_of(self._attacker, targets)
+        guesses = (module.guesses if attack.in_use else drawn.guesses_of)(self._attacker, targets)
         return scored(attack, score(targets, answers, guesses, self._texts.decode, self._options.seed), answers)
 
     def _who(self, attack: Attack) -> Attacker:

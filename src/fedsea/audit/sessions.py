@@ -11,12 +11,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import cast
 
 import torch
 
-from fedsea.audit.attacker import Attacker
 from fedsea.audit.curves import fresh
 from fedsea.audit.observe import Change, Tap, Tapped
 from fedsea.audit.targets import Observation, Target
@@ -38,17 +37,15 @@ class Use:
 
     Attributes:
         target: Prompt and answer, but for the answer's last token, which is not sent.
+        answer: All of the answer, and the trunk's outputs as the client decoded them, those of the prompt included.
         taps: Before the boundary and behind the decoder, message by message.
         begins: Tokens of the prompt.
-        answered_TH: The trunk's outputs as the client decoded them.
-        last: The answer's last token.
     """
 
     target: Target
+    answer: Target
     taps: tuple[Tapped, ...]
     begins: int
-    answered_TH: torch.Tensor
-    last: int
 
 
 class _Noting:
@@ -117,14 +114,19 @@ def use(tap: Tap, targets: Sequence[Target]) -> list[Use]:
         tap: Its segments, trunk, boundary and encoders are used; its plan must allow inference.
         targets: Prompts; what was observed of them stays as it is.
 
+    Returns:
+        One for each; none if sessions are too short for a prompt and an answer.
+
     Raises:
         ConfigError: The model cannot decode.
     """
     boundary, trunk = _Noting(tap.boundary, tap.change), _Trunk(tap)
     decoder = SplitDecoder(tap.plan, tap.segments, trunk, cast(Boundary, boundary))
-    new = min(_NEW_TOKENS, decoder.max_tokens - 1)
+    new = min(_NEW_TOKENS, max(1, decoder.max_tokens // 2))
     found = []
     for target in fresh(targets, decoder.max_tokens - new):
+        if len(target.ids_T) <= target.begins:  # a prompt that everybody knows
+            continue
         boundary.given.clear()
         prompt = target.ids_T.tolist()
         with generate(decoder, prompt, GenerationSettings(max_new_tokens=new)) as generation:
@@ -143,21 +145,6 @@ def _use(target: Target, given: Sequence[torch.Tensor], session: _Session, answe
     whole = Target(
         target.text, ids_T, torch.full_like(ids_T, IGNORE), target.secrets, [observation], begins=target.begins
     )
-    return Use(whole, taps, len(target.ids_T), torch.cat(session.answered), answer[-1])
-
-
-@torch.no_grad()
-def answers_read(attacker: Attacker, used: Sequence[Use]) -> float:
-    """Share of the answers' tokens that the server names as the likeliest ones behind its own outputs.
-
-    A client chooses its answer from these outputs, so noise on what it sends does not hide the answer. Nothing of it
-    says more of the prompt than what was sent.
-    """
-    hits = total = 0
-    for one in used:
-        truth_N = torch.tensor([*one.target.ids_T[one.begins :].tolist(), one.last])
-        logits_TV = attacker.output_blocks(one.answered_TH.to(attacker.base.device), (len(one.answered_TH),))
-        said_N = logits_TV[one.begins - 1 :].argmax(dim=1).cpu()
-        hits += int((said_N == truth_N).sum())
-        total += len(truth_N)
-    return hits / max(1, total)
+    said_N = torch.tensor(answer)
+    computed = replace(observation, output_TH=torch.cat(session.answered))
+    return Use(whole, Target("", said_N, torch.full_like(said_N, IGNORE), (), [computed]), taps, len(target.ids_T))

@@ -1,7 +1,8 @@
 """From scores to one word. None of the words means that a text is safe: they say what these attacks did.
 
-- Attacks that recover text (A1 to A6): EXPOSED if more than half of what the prior leaves open was recovered, or more
-  than 5 % of the planted identifiers of any type; PARTIAL if anything beyond the prior was, with certainty.
+- Attacks that recover text (A1 to A6, and answers: A10): EXPOSED if more than half of what the prior leaves open was
+  recovered, or more than 5 % of the planted identifiers of any type; PARTIAL if anything beyond the prior was, with
+  certainty.
 - A7 names a set of tokens: by how far its F1 is above that of guessing the commonest, as a share of what the guess
   leaves open: EXPOSED above a half, PARTIAL above 5 %.
 - A8 tells which texts were trained on, and recovers none: PARTIAL at most.

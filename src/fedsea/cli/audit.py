@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 _ATTACKS = (
     "Only these, such as A1,A2. A0: what the public model guesses; A1: nearest hidden state; A2: with noise and prior; "
     "A3: learned inverter; A4: average over epochs; A5: labels from gradients; A6: alignment by known texts; "
-    "A7: inversion of an update; A8: membership; A9: test of the noise."
+    "A7: inversion of an update; A8: membership; A9: test of the noise; A10: answers from the server's own outputs."
 )
 _LEVELS = ("partial", "exposed", "inconclusive", "broken", "never")
 
@@ -43,7 +43,11 @@ def audit(
     ] = None,
     quick: Annotated[bool, typer.Option("--quick", help="A few minutes on two cores for a small model.")] = False,
     minutes: Annotated[
-        float | None, typer.Option(help="For attacks and curves; A1 and A5 always run, what does not fit is said.")
+        float | None,
+        typer.Option(
+            help="For attacks and curves: 30 if not given, 2.5 with --quick. A1, A5 and A10 always run; what does not "
+            "fit is said."
+        ),
     ] = None,
     attacks: Annotated[str, typer.Option(metavar="IDS", help=_ATTACKS)] = "",
     out: Annotated[Path, typer.Option(help="Folder for report.json and report.html.")] = Path("audit"),
@@ -60,6 +64,7 @@ def audit(
     """Attack what this plan sends, offline, and say what the server could read.
 
     Exit codes: 0 not recovered by these attacks, 20 partial, 21 exposed, 22 inconclusive, 23 the audit is broken.
+    Answers count too, unless the plan has inference.enabled = false.
 
     Example: `fedsea audit plan.toml --quick --text notes.jsonl`
     """
@@ -117,7 +122,7 @@ def _show(report: AuditReport) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    from fedsea.audit.report import HEADINGS, row_of
+    from fedsea.audit.report import HEADINGS, NOT_IN_USE, row_of
 
     console = Console()
     # What an attack says in words is too long for a column here; the page has it there.
@@ -131,7 +136,8 @@ def _show(report: AuditReport) -> None:
                 row[5] = ""
             table.add_row(*row)
     console.print(table)
-    for line in (*words, *_left_out(report.outcomes)):
+    not_in_use = [NOT_IN_USE] if report.about.get("sessions") else []
+    for line in (*words, *not_in_use, *_left_out(report.outcomes)):
         output.say(line)
     costs = Table("perplexity without the defence", "with it", "of the client alone")
     costs.add_row(*(f"{report.perplexity[key]:.2f}" for key in ("without_defence", "with_defence", "client_alone")))

@@ -11,6 +11,7 @@ import pytest
 
 from fedsea.audit import settings
 from fedsea.audit.catalogue import IDS
+from fedsea.audit.settings import QUICK
 from fedsea.cli import main
 from fedsea.cli.audit import _ATTACKS
 from tests.support.audited import PLAN, TINY, noised_plan
@@ -84,6 +85,12 @@ def test_an_audit_that_fails_leaves_no_empty_folder(tmp_path: Path, monkeypatch:
 
 def test_help_says_what_each_attack_is() -> None:
     assert all(f"{attack}: " in _ATTACKS for attack in IDS)
+
+
+def test_help_says_how_long_an_audit_takes_that_is_told_nothing(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main.run(["audit", "--help"]) == 0
+    said = " ".join(re.sub(r"[^\w.\- ]", " ", capsys.readouterr().out).split())
+    assert f"{settings.FULL.minutes:g} if not given {QUICK.minutes:g} with --quick" in said
 
 
 @pytest.mark.parametrize(
