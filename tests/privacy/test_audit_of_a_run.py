@@ -33,9 +33,12 @@ def test_a_run_is_audited_with_the_trained_segments(tmp_path: Path, monkeypatch:
     plan.write_text(text.replace("[optimizer]", "[optimizer]\nmax_norm = 0.0"))
     rows = SILO.read_text().splitlines()[:40]
     (tmp_path / "rows.jsonl").write_text("\n".join(rows) + "\n")
-    run = tmp_path / "run"
-    train_alone(plan, "bank", ClientOptions("", Path(), (tmp_path / "rows.jsonl",), run, evaluate=False))
+    run, own = tmp_path / "run", tmp_path / "client.toml"
+    own.write_text("[noise]\nhidden_std = 150.0\n")
+    options = ClientOptions("", Path(), (tmp_path / "rows.jsonl",), run, evaluate=False, settings=own)
+    train_alone(plan, "bank", options)
     subject = open_subject(run)
+    assert subject.stricter == {"hidden_std": 150.0}
     assert subject.name == "bank"
     assert subject.parameters is not None
     assert any(float(tensor.abs().max()) > 0 for name, tensor in subject.parameters.items() if "lora_B" in name)
@@ -45,6 +48,9 @@ def test_a_run_is_audited_with_the_trained_segments(tmp_path: Path, monkeypatch:
     assert found.self_check >= 0.99
     assert found.verdict is not Verdict.BROKEN
     assert found.about["audited"] == "the client's trained segments, with the trained trunk"
+    assert found.about["noise_std"] == {"hidden": 150.0, "gradient": 10.0, "update": 10.0}
+    assert found.findings == ()  # the bytes have the run's noise
+    assert "The noise that was audited is that of the run's ledger." in found.sentences
     assert found.claim.startswith("DP claim: epsilon = ")
     (spent,) = found.to_json()["ledgers"]
     assert spent["epsilon"] > 0
@@ -53,8 +59,6 @@ def test_a_run_is_audited_with_the_trained_segments(tmp_path: Path, monkeypatch:
     assert "DP claim: epsilon = " in page
     assert "<td>gradient</td>" in page
     assert "folder" not in spent
-    own = tmp_path / "client.toml"
-    own.write_text("[noise]\nhidden_std = 400.0\n")
     with pytest.raises(ConfigError, match="audited with the noise that it was trained with; leave --settings out"):
         open_subject(run, settings=own)
     with pytest.raises(ConfigError, match="is the run of bank"):
@@ -63,6 +67,8 @@ def test_a_run_is_audited_with_the_trained_segments(tmp_path: Path, monkeypatch:
     assert "base model's trunk" in open_subject(run).states
     anchor = run / "ledger" / "ledger.jsonl"
     anchor.write_bytes(anchor.read_bytes()[:40])
+    assert open_subject(run).noise_from.startswith("the plan's, which is the least")
+    assert open_subject(run).stricter == {}
     sentence, none = claimed(open_subject(run))
     assert sentence.startswith("no DP claim: The privacy ledger")
     assert none == ()

@@ -42,6 +42,7 @@ def about(
         "plan": plan.name,
         "plan_sha256": (subject.agreed or plan).sha256(),
         "own_noise": subject.stricter,
+        "noise_from": subject.noise_from,
         "client": subject.name,
         "trained": subject.parameters is not None,
         "trained_trunk": subject.trunk is not None,
@@ -92,6 +93,8 @@ def notes(subject: Subject, outcomes: Sequence[Outcome]) -> tuple[str, ...]:
     if stricter := subject.stricter:
         listed = ", ".join(f"{key} = {value:g}" for key, value in stricter.items())
         said.append(f"Audited with this client's own noise, stricter than the plan's: {listed}.")
+    if subject.noise_std():
+        said.append(f"The noise that was audited is {subject.noise_from}.")
     if subject.pseudonyms:
         said.append(
             "This client replaces identifiers by pseudonyms before it tokenises; the texts of this audit were not "

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from fedsea.audit.applied import OF_THE_PLAN, applied
 from fedsea.data.tokenizer import load_tokenizer
 from fedsea.errors import ConfigError
 from fedsea.model import adapters
@@ -29,6 +30,7 @@ from fedsea.storage import CheckpointStore
 from fedsea.types import Channel, Partition, SegmentKind
 
 _PREFIX = "parameter."
+_OF_THE_SETTINGS = "that of the client's settings"
 _CLIENTS, _SERVERS = (SegmentKind.INPUT, SegmentKind.OUTPUT), (SegmentKind.TRUNK,)
 
 
@@ -45,6 +47,7 @@ class Subject:
         trunk: What the trunk was trained to; None: as a run begins.
         run: The run folder, if one was given.
         agreed: The plan as the server has it, where the client's own noise in `plan` is stricter; else None.
+        noise_from: Where the noise in `plan` is known from, in words.
         pseudonyms: Whether the client's settings have identifiers replaced before anything is tokenised.
     """
 
@@ -56,11 +59,12 @@ class Subject:
     trunk: Mapping[str, torch.Tensor] | None = field(default=None, repr=False)
     run: Path | None = None
     agreed: FederationPlan | None = None
+    noise_from: str = OF_THE_PLAN
     pseudonyms: bool = False
 
     @property
     def stricter(self) -> dict[str, float]:
-        """What the client's own settings change of the plan's noise, by key."""
+        """What the client's own noise changes of the plan's, by key."""
         if self.agreed is None:
             return {}
         ours, theirs = self.plan.noise.model_dump(), self.agreed.noise.model_dump()
@@ -124,7 +128,10 @@ def open_subject(path: Path, model: str | None = None, client: str = "", setting
     name = plan.client(client).name if client else plan.client_names[0]
     own = ClientSettings() if settings is None else load_settings(settings)
     own.limits.check(plan, name)
-    noise, agreed = own.noise.over(plan, name), None
+    noise, where = own.noise.over(plan, name), OF_THE_PLAN if settings is None else _OF_THE_SETTINGS
+    if run is not None:
+        noise, where = applied(plan, name, path, run.run_id)
+    agreed = None
     if noise != plan.noise:
         plan, agreed = plan.model_copy(update={"noise": noise}), plan
     try:
@@ -136,7 +143,8 @@ def open_subject(path: Path, model: str | None = None, client: str = "", setting
     plan.partition_of(name).trunk(checkpoint.num_blocks)
     size = int(checkpoint.config.get_text_config(decoder=True).vocab_size)
     tokenizer = load_tokenizer(str(checkpoint.folder), plan.model.revision, vocab_size=size)
-    subject = Subject(plan, name, checkpoint, tokenizer, agreed=agreed, pseudonyms=own.pseudonyms.enabled)
+    pseudonyms = own.pseudonyms.enabled
+    subject = Subject(plan, name, checkpoint, tokenizer, agreed=agreed, noise_from=where, pseudonyms=pseudonyms)
     if run is None:
         return subject
     parameters, trunk = (_held(plan, checkpoint, name, run.tensors, kinds) for kinds in (_CLIENTS, _SERVERS))
@@ -148,6 +156,7 @@ class _Run:
     plan: FederationPlan
     client: str
     tensors: Mapping[str, torch.Tensor]
+    run_id: str
 
 
 def _open_run(path: Path, client: str) -> _Run:
@@ -161,15 +170,15 @@ def _open_run(path: Path, client: str) -> _Run:
         rounds = CheckpointStore(path / "rounds", read_only=True)
         known = rounds.load(values["rounds_done"])[0] if values["rounds_done"] in rounds.steps() else {}
         prefix = f"engine.{_PREFIX}"
-        return _Run(
-            plan, client, {n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)} | known
-        )
+        held = {n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)} | known
+        return _Run(plan, client, held, values["run_id"])
     own = str(values["client"])
     if client and client != own:
         raise ConfigError(f"{path} is the run of {own}, not of {client}: give that client's folder, or the plan file.")
     if (alone := CheckpointStore(path / "trunk", read_only=True).latest()) is not None:
         tensors |= alone[1]
-    return _Run(plan, own, {n.removeprefix(_PREFIX): t for n, t in tensors.items() if n.startswith(_PREFIX)})
+    held = {n.removeprefix(_PREFIX): t for n, t in tensors.items() if n.startswith(_PREFIX)}
+    return _Run(plan, own, held, values["run_id"])
 
 
 def _held(
