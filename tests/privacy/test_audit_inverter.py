@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pytest
 import torch
 
 from fedsea.audit.attacks import a3_inverter
@@ -22,6 +23,19 @@ def test_an_inverter_learns_to_read_and_less_of_it_through_noise(base_model: Pat
         found.append(recovery(targets, a3_inverter.run(attacker, targets)))
     assert found[0] > 0.95
     assert found[1] < found[0] - 0.2
+
+
+def test_an_inverter_is_trained_on_rows_that_are_clipped_like_those_that_it_reads(
+    base_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(a3_inverter, "_MOST_STEPS", 150)
+    public = texts(240, 20, seed=9)
+    norm = float(attacker_of(plan_of(base_model, 0)).clean(public[0]).norm(dim=1).mean())
+    noise = noised(hidden_std=1e-4 * norm, hidden_clip=0.05 * norm, unit="token")
+    plan = plan_of(base_model, 0, 1, **noise, adapter={"input": "frozen", "trunk": "frozen"})
+    targets = observed(plan, targets_of(texts(8, 20)))
+    attacker = attacker_of(plan, public=public, budget_s=1000.0)
+    assert recovery(targets, a3_inverter.run(attacker, targets)) > 0.9
 
 
 def test_a_time_that_was_too_short_is_said(base_model: Path) -> None:

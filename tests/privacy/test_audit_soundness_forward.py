@@ -9,6 +9,7 @@ import torch
 
 from fedsea.audit import verdict as v
 from fedsea.audit.attacks import a1_nearest, a2_likelihood, a4_averaging, a6_alignment, search
+from fedsea.audit.curves import norm_of
 from fedsea.audit.subject import variant
 from fedsea.model import adapters
 from fedsea.types import Partition, SegmentKind
@@ -104,3 +105,15 @@ def test_private_adapters_do_not_hide_the_text() -> None:
     assert (seen - clean).norm() / clean.norm() > 0.25  # the client has moved away from the public weights
     assert audited.score(a1_nearest).recovery.value >= 0.9
     assert audited.score(a6_alignment).recovery.value >= 0.9
+
+
+@pytest.mark.parametrize(
+    ("unit", "k", "clip", "rho"),
+    [("token", 0, 0.5, 0.4), ("sequence", 1, 1.5, 0.2)],
+)
+def test_known_texts_are_clipped_like_those_that_were_sent(unit: str, k: int, clip: float, rho: float) -> None:
+    """Aligned with rows that no clip scaled, A6 found less than A2 does."""
+    plain = observe(Partition(k, 1), count=3, tokens=24)
+    norm = norm_of(plain.attacker, plain.targets)
+    audited = observe(Partition(k, 1), rho=rho, count=3, tokens=24, clip=clip * norm, unit=unit, known=12)
+    assert audited.score(a6_alignment).recovery.value >= 0.88

@@ -65,6 +65,7 @@ def observe(
     count: int = 4,
     tokens: int = 32,
     clip: float = 0.0,
+    unit: str = "sequence",
     change: Change | None = None,
     parameters: Mapping[str, torch.Tensor] | None = None,
     known: int = 0,
@@ -79,7 +80,7 @@ def observe(
     std = rho * norm_of(plain, targets) / subject.checkpoint.hidden_size**0.5
     plan = variant(subject.plan, subject.name, partition=partition, hidden_std=std)
     if clip:
-        plan = plan.model_copy(update={"noise": plan.noise.model_copy(update={"hidden_clip": clip})})
+        plan = plan.model_copy(update={"noise": plan.noise.model_copy(update={"hidden_clip": clip, "unit": unit})})
     tap = Tap(plan, subject.checkpoint, subject.name, parameters, key=options.key("test"), change=change)
     attacker = replace(plain, plan=plan, noise_std={Channel.HIDDEN: std} if std else {}, beam=4)
     taps = tap.observe(targets, epochs)

@@ -23,6 +23,7 @@ from fedsea.model.checkpoint import Checkpoint
 from fedsea.model.loading import load_input_blocks, load_output_blocks, load_trunk
 from fedsea.model.segments import InputBlocks, OutputBlocks, Trunk
 from fedsea.plan import FederationPlan
+from fedsea.privacy.clip import clip_rows, clip_sequences
 from fedsea.types import Channel, Partition
 
 _PROFILED, _PROFILED_TOKENS = 24, 64
@@ -167,6 +168,13 @@ class Attacker:
     def clean(self, ids_T: torch.Tensor) -> torch.Tensor:
         """Hidden states [T, H] at the cut, of a text that the attacker knows."""
         return self.input_blocks(ids_T.long().to(self.base.device), [len(ids_T)]).float()
+
+    def clipped(self, ids_T: torch.Tensor) -> torch.Tensor:
+        """The same [T, H], scaled by the plan's clip as the client scales what it sends whole."""
+        rows_TH = self.clean(ids_T)
+        if bound := self.row_bound():
+            return clip_rows(rows_TH, bound)
+        return clip_sequences(rows_TH, (len(rows_TH),), self._clip) if self._clip else rows_TH
 
     @torch.inference_mode()
     def expected(self, ids_T: torch.Tensor) -> torch.Tensor:

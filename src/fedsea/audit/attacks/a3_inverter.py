@@ -1,8 +1,8 @@
 """A3, a learned inverter: a small transformer from what the server sees to tokens, trained on public text alone.
 
-It is trained under the plan's own noise, on fresh draws. What it fails to recover is no proof while it still learns,
-so it says whether its loss on held-out text had stopped falling when the time was up. Searches (A1, A2) need the
-public weights of the input blocks; this one would also do with their outputs.
+It is trained under the plan's own clip and noise, on fresh draws. What it fails to recover is no proof while it still
+learns, so it says whether its loss on held-out text had stopped falling when the time was up. Searches (A1, A2) need
+the public weights of the input blocks; this one would also do with their outputs.
 
 B  texts, L  tokens of the longest, T  tokens of one text, H  hidden size, V  vocabulary size
 """
@@ -125,16 +125,16 @@ def _train(attacker: Attacker, longest: int, passes: int, progress: Progress) ->
     order = torch.randperm(len(texts)).tolist()
     share = max(1, len(order) // 10)
     held, kept = order[:share], order[share:]
-    clean = [attacker.clean(ids_T) for ids_T in texts]
-    rows_TH = torch.cat([clean[i] for i in kept])
-    variance = float(_variance(attacker, rows_TH[:1024], passes).mean())
+    sent = [attacker.clipped(ids_T) for ids_T in texts]
+    rows_TH = torch.cat([sent[i] / attacker.shrunk(len(sent[i])) for i in kept])
+    variance = float(_variance(attacker, sent[kept[0]], passes).mean()) / attacker.shrunk(len(sent[kept[0]])) ** 2
     spread = float(rows_TH.var(0).mean())
     scale = _Scale(rows_TH.mean(0), max((spread + variance) ** 0.5, 1e-6))
     model = Inverter(rows_TH.shape[1], attacker.vocab_size, longest)
     optimizer = torch.optim.AdamW(model.parameters(), lr=_LEARNING_RATE)
 
     def loss_of(chosen: Sequence[int]) -> torch.Tensor:
-        noised = [scale(_noised(attacker, clean[i], passes)) for i in chosen]
+        noised = [scale(_seen(attacker, sent[i], passes)) for i in chosen]
         hidden_BLH = nn.utils.rnn.pad_sequence(noised, batch_first=True)
         ids_BL = nn.utils.rnn.pad_sequence([texts[i] for i in chosen], batch_first=True, padding_value=IGNORE)
         logits_BLV = model(hidden_BLH, ids_BL == IGNORE)
@@ -165,8 +165,10 @@ def _variance(attacker: Attacker, rows_TH: torch.Tensor, passes: int) -> torch.T
     return attacker.row_variance(Channel.HIDDEN, rows_TH) / passes
 
 
-def _noised(attacker: Attacker, rows_TH: torch.Tensor, passes: int) -> torch.Tensor:
-    return rows_TH + _variance(attacker, rows_TH, passes).sqrt()[:, None] * torch.randn_like(rows_TH)
+def _seen(attacker: Attacker, sent_TH: torch.Tensor, passes: int) -> torch.Tensor:
+    """What comes of a public text on the way that the targets went: clip, noise, and the clip undone (see A4)."""
+    noise_TH = _variance(attacker, sent_TH, passes).sqrt()[:, None] * torch.randn_like(sent_TH)
+    return (sent_TH + noise_TH) / attacker.shrunk(len(sent_TH))
 
 
 def _stopped_falling(losses: Sequence[float]) -> bool:

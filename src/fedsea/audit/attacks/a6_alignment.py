@@ -10,13 +10,13 @@ T  rows of all known texts, H  hidden size
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 import torch
 
 from fedsea.audit.attacker import Attacker
-from fedsea.audit.attacks.search import Seen, search
+from fedsea.audit.attacks.search import search, seen_in, seen_once
 from fedsea.audit.targets import Progress, Recovered, Target, unheard
-from fedsea.types import Channel
 
 Map = Callable[[torch.Tensor], torch.Tensor]
 
@@ -25,9 +25,9 @@ _SHRINKAGE = (1e-6, 1e-3, 1e-1)
 
 def _rows(attacker: Attacker, known: Sequence[Target]) -> tuple[torch.Tensor, torch.Tensor]:
     """Seen and computed rows [T, H] of texts that the attacker knows, without the first (the same in every text)."""
-    seen = torch.cat([o.hidden_TH.float()[1:] for target in known for o in target.observations])
-    clean = torch.cat([attacker.clean(t.ids_T).cpu()[1:] for t in known for _ in t.observations])
-    return seen, clean
+    seen = [seen_in(attacker, o).rows_TH[1:] for target in known for o in target.observations]
+    whole = [attacker.clipped(t.ids_T).cpu()[1:] / attacker.shrunk(len(t.ids_T)) for t in known for _ in t.observations]
+    return torch.cat(seen), torch.cat(whole)
 
 
 def _rotation(seen_TH: torch.Tensor, clean_TH: torch.Tensor) -> Map:
@@ -87,10 +87,10 @@ def run(attacker: Attacker, targets: Sequence[Target], progress: Progress = unhe
     undo, metric_HH = align(attacker, attacker.known)
     seen = []
     for target in targets:
-        rows_TH = target.observations[0].hidden_TH.float()
-        variance_T = attacker.row_variance(Channel.HIDDEN, rows_TH)
+        once = seen_once(attacker, target)
+        variance_T = once.variance_T
         if metric_HH is not None:  # what is left on the known texts holds the noise and the rounding too
             variance_T = torch.ones_like(variance_T)
-        seen.append(Seen(undo(rows_TH), variance_T, metric_HH=metric_HH))
+        seen.append(replace(once, rows_TH=undo(once.rows_TH), variance_T=variance_T, metric_HH=metric_HH))
     truths = [target.ids_T for target in targets]
     return search(attacker, seen, truths, beam=attacker.beam, prior=True, progress=progress)

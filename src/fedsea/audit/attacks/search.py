@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import torch
 
 from fedsea.audit.attacker import Attacker
-from fedsea.audit.targets import Progress, Recovered, Target, unheard
+from fedsea.audit.targets import Observation, Progress, Recovered, Target, unheard
 from fedsea.model.branching import Branches
 from fedsea.types import Channel
 
@@ -57,9 +57,13 @@ class Seen:
 
 def seen_once(attacker: Attacker, target: Target) -> Seen:
     """The first pass over a target."""
-    seen = target.observations[0]
-    rows_TH = seen.hidden_TH.float()
-    return unclipped(attacker, rows_TH, attacker.row_variance(Channel.HIDDEN, rows_TH), seen.most_rows)
+    return seen_in(attacker, target.observations[0])
+
+
+def seen_in(attacker: Attacker, observation: Observation) -> Seen:
+    """One pass."""
+    rows_TH = observation.hidden_TH.float()
+    return unclipped(attacker, rows_TH, attacker.row_variance(Channel.HIDDEN, rows_TH), observation.most_rows)
 
 
 def unclipped(attacker: Attacker, rows_TH: torch.Tensor, variance_T: torch.Tensor, most_rows: int = 0) -> Seen:
