@@ -100,15 +100,17 @@ class Boundary:
             StorageError: The ledger could not be written; nothing was released.
             UnprotectedRelease: Nobody said what the rows come from.
         """
+        given = {"": hidden_TH}
         if self._pricing is not None:
             hidden_TH = self._rows(hidden_TH, Channel.HIDDEN, origin)
-        return self._release({"": hidden_TH}, Channel.HIDDEN)
+        return self._release({"": hidden_TH}, Channel.HIDDEN, given)
 
     def gradient(self, gradient_TH: torch.Tensor, origin: Origin | None = None) -> Release:
         """Release the gradient of the summed loss at the trunk's output; see `hidden`."""
+        given = {"": gradient_TH}
         if self._pricing is not None:
             gradient_TH = self._rows(gradient_TH, Channel.GRADIENT, origin)
-        return self._release({"": gradient_TH}, Channel.GRADIENT)
+        return self._release({"": gradient_TH}, Channel.GRADIENT, given)
 
     def update(
         self, tensors: Mapping[str, torch.Tensor], reference: Mapping[str, torch.Tensor] | None = None
@@ -124,9 +126,10 @@ class Boundary:
             BudgetExhausted: The budget does not cover it; nothing was released.
             StorageError: The ledger could not be written; nothing was released.
         """
+        given = tensors
         if self._pricing is not None and tensors:
             tensors = self._update(tensors, reference or {})
-        return self._release(tensors, Channel.UPDATE)
+        return self._release(tensors, Channel.UPDATE, given)
 
     def maskable(
         self, tensors: Mapping[str, torch.Tensor], reference: Mapping[str, torch.Tensor] | None = None
@@ -174,11 +177,14 @@ class Boundary:
         if self.ledger is not None and self._pricing is not None:
             self.ledger.charge(self._pricing.charge(channel, origin), self._pricing.limit)
 
-    def _release(self, tensors: Mapping[str, torch.Tensor], channel: Channel) -> Release:
-        detached = {name: tensor.detach() for name, tensor in tensors.items()}
+    def _release(
+        self, tensors: Mapping[str, torch.Tensor], channel: Channel, given: Mapping[str, torch.Tensor]
+    ) -> Release:
+        """A release with memory of its own: what is changed after it is neither sent nor sent again."""
+        owned = {name: _owned(tensor.detach(), given[name]) for name, tensor in tensors.items()}
         if self._pricing is None:
-            _check_finite(detached, channel)
-        return Release(detached, channel)
+            _check_finite(owned, channel)
+        return Release(owned, channel)
 
 
 class Maskable:
@@ -200,6 +206,12 @@ class Maskable:
         if any(tensor.dtype is not torch.int64 for tensor in words.values()):
             raise UnprotectedRelease("An update was about to leave without its mask: nothing was sent. Report this.")
         return Release(words, Channel.UPDATE)
+
+
+def _owned(values: torch.Tensor, given: torch.Tensor) -> torch.Tensor:
+    """The values, copied where clip and noise have left them in the memory of who gave them."""
+    shared = values.untyped_storage().data_ptr() == given.untyped_storage().data_ptr()
+    return values.clone() if shared else values
 
 
 def _check_finite(tensors: Mapping[str, torch.Tensor], channel: Channel) -> None:

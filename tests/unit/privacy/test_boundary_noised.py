@@ -192,8 +192,40 @@ def test_a_mode_that_needs_its_plan_cannot_be_made_without_one():
         Boundary("noised")
 
 
-def test_trusted_server_hands_the_very_tensor_on():
-    raw_TH = values()
-    plan = noised({}, trust={"mode": "trusted-server"})
-    sent_TH = taken(Boundary.of(plan).hidden(raw_TH, origin()))
-    assert sent_TH.data_ptr() == raw_TH.data_ptr()
+MODES = {
+    "trusted-server": lambda: noised({}, trust={"mode": "trusted-server"}),
+    "one channel noised": lambda: noised({"hidden_std": 1.0}),  # and neither gradients nor updates
+}
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("channel", Channel)
+def test_what_changes_after_the_release_is_not_sent(mode: str, channel: Channel):
+    boundary = Boundary.of(MODES[mode](), key=KEY)
+    encoder = Encoder("client", dict.fromkeys(Channel, "fp32"))
+
+    def sent(changed: bool) -> bytes:
+        raw_TH = values()
+        if channel is Channel.UPDATE:
+            release = boundary.update({"a": raw_TH})
+        else:
+            release = getattr(boundary, channel)(raw_TH, origin())
+        if changed:
+            raw_TH.zero_()
+        sealed = encoder.seal(release)
+        if changed:
+            raw_TH.fill_(1.0)
+        return b"".join(bytes(piece) for piece in sealed.pieces)
+
+    first = sent(changed=False)
+    if boundary.noise is None or not boundary.noise.std(channel):  # noise differs in every release
+        assert sent(changed=True) == first == values().numpy().tobytes()
+
+
+def test_an_update_that_waits_for_its_masks_does_not_change():
+    raw = values()
+    waiting = Boundary.of(MODES["trusted-server"]()).maskable({"a": raw})
+    raw.zero_()
+    seen: list[torch.Tensor] = []
+    waiting.under(lambda tensors: {name: seen.append(t) or t.long() for name, t in tensors.items()})
+    assert torch.equal(seen[0], values())
