@@ -17,6 +17,9 @@ Status = Literal["run", "skipped", "not needed", "not applicable", "not asked fo
 TIME_UP = "time was up"
 """In the reason why an attack did not run."""
 
+_ENOUGH = 0.95
+"""Of what the prior leaves open; far more than makes a text EXPOSED."""
+
 IN_USE = "session"
 """The channel of hidden states of prompts and answers."""
 
@@ -73,6 +76,21 @@ def scored(attack: Attack, score: Score, answers: Sequence[Recovered]) -> Outcom
     """Of an attack that recovers text; A0 is what others are held against, so it has no verdict."""
     verdict = None if attack.id == "A0" else of_score(score)
     return Outcome(attack, "run", verdict, score=score, answers=answers)
+
+
+def enough(before: Sequence[Outcome]) -> str:
+    """Why a further attack on the same text would change no verdict and hardly a figure; "" if it might.
+
+    It is the excess that counts: 95 % of the tokens are little where the prior guesses 94 %.
+    """
+    done = [o.score for o in before if o.score is not None and o.attack.id in ("A1", "A2")]
+    best = max(done, key=lambda score: score.excess_share.value, default=None)
+    if best is None or best.excess_share.value < _ENOUGH:
+        return ""
+    return (
+        f"a simpler attack recovered {best.recovery.value:.1%} already, {best.excess_share.value:.1%} of what the "
+        "prior leaves open"
+    )
 
 
 def own(attack: Attack, result: Any) -> Outcome:

@@ -17,7 +17,7 @@ from fedsea.audit.claimed import claimed
 from fedsea.audit.knowing import model_of
 from fedsea.audit.masking import MakeMember, check_masks
 from fedsea.audit.observe import Change, Tap, Tapped
-from fedsea.audit.outcome import TIME_UP, AuditReport, Outcome, Status, own, scored
+from fedsea.audit.outcome import TIME_UP, AuditReport, Outcome, Status, enough, own, scored
 from fedsea.audit.scoring import score
 from fedsea.audit.sessions import Use, use
 from fedsea.audit.settings import AuditOptions, Clock, Show
@@ -30,7 +30,6 @@ from fedsea.plan import open_channels
 from fedsea.privacy.boundary import Boundary
 from fedsea.types import Channel, Partition
 
-_ENOUGH = 0.95
 _SELF_CHECK_SEQUENCES = 4
 _SELF_CHECK_TOKENS = 32
 _SMALLEST_PART_S = 2.0
@@ -256,11 +255,8 @@ class _Audit:
         wanted = self._options.attacks
         if wanted and attack.id not in wanted and attack.id != "A0":
             return Outcome(attack, "not asked for")
-        if attack.needs_more and attack.id not in wanted and self._options.quick:
-            done = [o for o in before if o.score is not None and o.attack.id in ("A1", "A2")]
-            best = max((o.score.recovery.value for o in done if o.score), default=0.0)
-            if best >= _ENOUGH:
-                return Outcome(attack, "not needed", reason=f"a simpler attack recovered {best:.1%} already")
+        if attack.needs_more and attack.id not in wanted and self._options.quick and (reason := enough(before)):
+            return Outcome(attack, "not needed", reason=reason)
         if self._clock.left_s < _SMALLEST_PART_S and not attack.always:
             return Outcome(attack, "skipped", reason=f"the {TIME_UP}")
         self._attacker.budget_s = max(_SMALLEST_PART_S, _UNTIL_IT_STOPS * attack.share * self._clock.left_s)

@@ -8,9 +8,10 @@ from fedsea.audit.attacks.a7_update import UpdateInversion, UpdateReport
 from fedsea.audit.attacks.a8_membership import MembershipReport
 from fedsea.audit.attacks.a9_mechanism import MechanismReport
 from fedsea.audit.catalogue import ATTACKS
-from fedsea.audit.outcome import AuditReport, Outcome, Status, own
+from fedsea.audit.outcome import AuditReport, Outcome, Status, enough, own
 from fedsea.audit.report import row_of
-from fedsea.audit.verdict import Verdict
+from fedsea.audit.scoring import Rate, Score
+from fedsea.audit.verdict import Verdict, of_score
 
 Rest = dict[str, Status]
 
@@ -56,3 +57,25 @@ def test_every_attack_that_ran_has_recovery_prior_and_excess_in_the_json() -> No
     assert figures == {"A7": [0.9, 0.25, 0.65], "A8": [None] * 3, "A9": [None] * 3}
     assert row_of(found["A7"])[2:5] == ["90.0 %", "25.0 %", "65.0 %"]
     assert row_of(found["A8"])[2:5] == [""] * 3
+
+
+def _found(name: str, recovery: float, prior: float) -> Outcome:
+    attack = next(attack for attack in ATTACKS if attack.id == name)
+    rates = [Rate(value, value, value) for value in (recovery, prior, recovery - prior)]
+    share = (recovery - prior) / (1 - prior)
+    return Outcome(attack, "run", score=Score(*rates, Rate(share, share, share), 0.0, 0.0, {}, {}, 100, 4))
+
+
+def test_a_recovery_that_the_prior_explains_does_not_end_the_search_for_more() -> None:
+    """96 % where 94 % are guessed is PARTIAL; a better attack with 98 % would make it EXPOSED."""
+    weak = _found("A1", 0.96, 0.94)
+    assert weak.score is not None
+    assert of_score(weak.score) is Verdict.PARTIAL
+    assert enough([weak]) == ""
+
+
+def test_what_is_read_nearly_whole_needs_no_further_attack() -> None:
+    found = [_found("A0", 1.0, 0.5), _found("A1", 0.6, 0.5), _found("A2", 0.98, 0.5)]
+    assert enough(found) == "a simpler attack recovered 98.0% already, 96.0% of what the prior leaves open"
+    assert enough(found[:2]) == ""
+    assert enough([]) == ""
