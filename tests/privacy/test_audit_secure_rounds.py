@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import ClassVar
 
@@ -10,12 +11,13 @@ import pytest
 import torch
 
 from fedsea.audit import settings
-from fedsea.audit.masking import check_masks
+from fedsea.audit.masking import _Notary, check_masks
 from fedsea.audit.run import audit
 from fedsea.audit.settings import AuditOptions
 from fedsea.audit.subject import open_subject
 from fedsea.audit.uniform import looks_uniform
 from fedsea.audit.verdict import Verdict
+from fedsea.errors import AuthError
 from fedsea.federation.secure import Member, Setting, aggregator, member
 from fedsea.federation.secure.masks import add_streams
 from fedsea.federation.secure.messages import Notary
@@ -157,3 +159,47 @@ def test_uniform_words_pass_and_others_do_not(count: int) -> None:
     if count >= 1000:
         low = words & np.uint64(255)
         assert not looks_uniform(words - low + np.minimum(low, np.uint64(127)), 1e-9)
+
+
+class TooFewWords(Member):
+    def mask(self, values, weight):
+        return {index: vector[:-1] for index, vector in super().mask(values, weight).items()}
+
+
+class AnotherGroup(Member):
+    def mask(self, values, weight):
+        return {index + 7: vector for index, vector in super().mask(values, weight).items()}
+
+
+class NoNumbers(Member):
+    def mask(self, values, weight):
+        return {index: vector.astype(np.float32) for index, vector in super().mask(values, weight).items()}
+
+
+class NoCertificate(Member):
+    certificate = b"short"
+
+    def advertise(self):
+        return replace(super().advertise(), certificate=self.certificate)
+
+
+class NoText(NoCertificate):
+    certificate = b"\xff\xfe\0" + bytes(32)
+
+
+@pytest.mark.parametrize("faulty", [TooFewWords, AnotherGroup, NoNumbers, NoCertificate, NoText])
+def test_a_member_that_sends_nonsense_is_a_finding_and_no_crash(plan: Path, faulty: type[Member]) -> None:
+    subject = open_subject(plan)
+    found = check_masks(subject.plan, subject.checkpoint, faulty)
+    assert {finding.verdict for finding in found} == {Verdict.BROKEN}
+    assert any("did not get through a round" in finding.sentence for finding in found)
+
+
+def test_the_rounds_own_notary_refuses_what_is_no_certificate_or_key() -> None:
+    notary = _Notary("a")
+    for certificate in (b"", b"short", b"\xff\xfe\0" + bytes(32)):
+        with pytest.raises(AuthError):
+            notary.name(certificate)
+        assert not notary.verify(certificate, b"statement", b"\1" * 64)
+    assert notary.name(notary.certificate) == "a"
+    assert notary.verify(notary.certificate, b"statement", notary.sign(b"statement"))

@@ -22,11 +22,13 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey,
 from fedsea.audit.uniform import looks_uniform
 from fedsea.audit.verdict import Finding, Verdict
 from fedsea.client.secure import layout_of
-from fedsea.errors import AggregationError, AuthError, FedseaError
+from fedsea.errors import AggregationError, AuthError, FedseaError, ProtocolError
 from fedsea.federation.secure import Aggregator, Layout, Member, Phase, Setting, Transcript, check_fresh
 from fedsea.federation.secure.messages import Notary
 from fedsea.model.checkpoint import Checkpoint
 from fedsea.plan import FederationPlan
+
+_KEY_BYTES = 32
 
 MakeMember = Callable[[Setting, str, Notary], Member]
 
@@ -46,18 +48,22 @@ class _Notary:
         self.certificate = name.encode() + b"\0" + self._key.public_key().public_bytes_raw()
 
     def name(self, certificate: bytes) -> str:
-        name, mark, _ = certificate[:-32].rpartition(b"\0")
-        if not mark:
+        name, mark, rest = certificate[:-_KEY_BYTES].rpartition(b"\0")
+        try:
+            named = name.decode()
+        except UnicodeDecodeError:
+            named = ""
+        if not mark or rest or not named:
             raise AuthError("This is no certificate of the audit's own secure rounds.")
-        return name.decode()
+        return named
 
     def sign(self, statement: bytes) -> bytes:
         return self._key.sign(statement)
 
     def verify(self, certificate: bytes, statement: bytes, signature: bytes) -> bool:
         try:
-            Ed25519PublicKey.from_public_bytes(certificate[-32:]).verify(signature, statement)
-        except InvalidSignature:
+            Ed25519PublicKey.from_public_bytes(certificate[-_KEY_BYTES:]).verify(signature, statement)
+        except (InvalidSignature, ValueError):  # or the certificate holds no key
             return False
         return True
 
@@ -172,7 +178,7 @@ class _Attempt:
         for name, member in self._members.items():
             member.receive(server.delivery(name))
             masked = member.mask(_values(setting, name), _weight(setting, name))
-            words = setting.layout.to_tensors(masked)
+            words = _tensors(setting.layout, name, masked)
             server.accumulate(name, words)
             server.add_masked(name)
             self.transcripts.append(Transcript(name, setting.round, setting.attempt, keys[name], words))
@@ -199,6 +205,20 @@ class _Attempt:
             "Secure aggregation: the masks do not cancel: what is left of the sum is not the mean of what the clients "
             "put in. Training with it would go wrong; use no secure aggregation with this version of fedsea."
         )
+
+
+def _tensors(layout: Layout, name: str, masked: Mapping[int, npt.NDArray[np.uint64]]) -> dict[str, torch.Tensor]:
+    """A member's words by parameter, whatever it made.
+
+    Raises:
+        ProtocolError: They are not those of its groups.
+    """
+    expected = {index: layout.groups[index].num_values + 1 for index in layout.of_client(name)}
+    if {index: vector.size for index, vector in masked.items()} != expected or any(
+        vector.dtype != np.uint64 or vector.ndim != 1 for vector in masked.values()
+    ):
+        raise ProtocolError(f"Client {name} masked other values than those that it holds.")
+    return layout.to_tensors(dict(masked))
 
 
 def _weight(setting: Setting, name: str) -> int:
