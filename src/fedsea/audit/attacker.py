@@ -16,7 +16,7 @@ from typing import TypeVar
 
 import torch
 
-from fedsea.audit.targets import Target
+from fedsea.audit.targets import Progress, Target, unheard
 from fedsea.errors import ConfigError
 from fedsea.model.branching import Branches
 from fedsea.model.checkpoint import Checkpoint
@@ -186,7 +186,7 @@ class Attacker:
         return torch.log_softmax(torch.cat([first_1V, logits_TV[:-1]]), dim=-1).cpu()
 
     @torch.inference_mode()
-    def sampled(self, count: int, length: int, seed: int) -> list[torch.Tensor]:
+    def sampled(self, count: int, length: int, seed: int, progress: Progress = unheard) -> list[torch.Tensor]:
         """Texts [T] that the public model writes: all the public text that an attacker needs, without any data."""
         draw = torch.Generator().manual_seed(seed)
         reader, taken = self.reader(count), []
@@ -198,6 +198,7 @@ class Attacker:
         while len(taken) < length:
             taken.append(torch.multinomial(expected_SV.exp().cpu(), 1, generator=draw)[:, 0])
             expected_SV = reader.take(taken[-1].to(self.base.device))
+            progress(len(taken), length)
         return list(torch.stack(taken, dim=1))
 
     def row_bound(self, most_rows: int = 0) -> float:

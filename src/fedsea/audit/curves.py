@@ -17,7 +17,7 @@ from fedsea.audit.observe import Tap
 from fedsea.audit.scoring import Score, score
 from fedsea.audit.settings import AuditOptions, Clock
 from fedsea.audit.subject import Subject, variant
-from fedsea.audit.targets import OutOfTime, Progress, Target
+from fedsea.audit.targets import OutOfTime, Progress, Target, unheard
 from fedsea.plan import FederationPlan
 from fedsea.types import IGNORE, Channel, Partition
 
@@ -74,7 +74,11 @@ def fresh(targets: Sequence[Target], tokens: int) -> list[Target]:
 
 
 def perplexity(
-    subject: Subject, plain_texts: Sequence[Target], options: AuditOptions, plan: FederationPlan | None = None
+    subject: Subject,
+    plain_texts: Sequence[Target],
+    options: AuditOptions,
+    plan: FederationPlan | None = None,
+    progress: Progress = unheard,
 ) -> float:
     """Of the model on texts, with a plan's noise and codecs in force.
 
@@ -83,13 +87,14 @@ def perplexity(
         plain_texts: What it is measured on.
         options: For the noise's key.
         plan: None: without any defence.
+        progress: Told of texts.
     """
     plan = plan or variant(subject.plan, subject.name, hidden_std=0.0, plain_wire=True)
     key = options.key("perplexity", plan.sha256())
     tap = Tap(
         plan, subject.checkpoint, subject.name, subject.parameters, trunk=subject.trunk, key=key, device=options.device
     )
-    tap.observe(fresh(plain_texts, options.scale.tokens))
+    tap.observe(fresh(plain_texts, options.scale.tokens), progress=progress)
     return tap.perplexity
 
 

@@ -19,6 +19,7 @@ import torch
 from cryptography.exceptions import InvalidSignature
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
 
+from fedsea.audit.targets import Progress, unheard
 from fedsea.audit.uniform import looks_uniform
 from fedsea.audit.verdict import Finding, Verdict
 from fedsea.client.secure import layout_of
@@ -68,13 +69,16 @@ class _Notary:
         return True
 
 
-def check_masks(plan: FederationPlan, checkpoint: Checkpoint, make: MakeMember = Member) -> list[Finding]:
+def check_masks(
+    plan: FederationPlan, checkpoint: Checkpoint, make: MakeMember = Member, progress: Progress = unheard
+) -> list[Finding]:
     """What is wrong with the masks of a plan's secure aggregation, found by looking at what its server receives.
 
     Args:
         plan: With all of its clients.
         checkpoint: For the names of what is trained.
         make: In the place of the real member: a fault that is planted.
+        progress: Told of rounds.
     """
     layout = _small(layout_of(plan, checkpoint))
     run_id = hashlib.sha256(secrets.token_bytes(16)).hexdigest()[:16]
@@ -90,6 +94,7 @@ def check_masks(plan: FederationPlan, checkpoint: Checkpoint, make: MakeMember =
         except FedseaError as error:
             said = f"Secure aggregation did not get through a round: {error.message}"
         wrong |= {said: None} if said else {}
+        progress(number + 1, len(leavers))
     fresh = [
         f"Secure aggregation, {found.kind} (client {', '.join(found.clients)}): {found.detail} The server can take "
         "such masks off; use no secure aggregation with this version of fedsea."

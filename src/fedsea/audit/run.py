@@ -6,8 +6,11 @@ import time
 from collections.abc import Sequence
 from dataclasses import replace
 
+import torch
+
 from fedsea.audit import curves as drawn
 from fedsea.audit.about import about, examples, notes
+from fedsea.audit.applies import inapplicable
 from fedsea.audit.attacker import Attacker
 from fedsea.audit.attacks import a1_nearest
 from fedsea.audit.canaries import Texts
@@ -26,7 +29,6 @@ from fedsea.audit.targets import OutOfTime, Target
 from fedsea.audit.verdict import LEAST_SELF_CHECK, Finding, Verdict
 from fedsea.errors import ConfigError
 from fedsea.federation.secure import Member
-from fedsea.plan import open_channels
 from fedsea.privacy.boundary import Boundary
 from fedsea.types import Channel, Partition
 
@@ -41,6 +43,7 @@ _MEMBERS = 32
 """Texts of the membership attack, half of which are trained on."""
 _ALSO_IN_USE = ("A1", "A2")
 """A5 to A8 need gradients, updates or a training; what A3, A4 and A6 add in use is what they add in training."""
+_OPENING = "opening the plan and the model"
 _TOO_SHORT = (
     "sessions (inference.max_tokens, or the model's context) are too short for a prompt and its answer: raise "
     "inference.max_tokens, or set inference.enabled = false if nothing is to be generated"
@@ -69,7 +72,9 @@ def audit(
     Raises:
         FedseaError: Plan, model or texts cannot be used.
     """
+    show(_OPENING, 0, 1)
     subject = open_subject(options.path, options.model, options.client, options.settings)
+    show(_OPENING, 1, 1)
     clock = clock or Clock(options.minutes or options.scale.minutes, show)
     return _Audit(subject, options, clock, boundary, change, member).run()
 
@@ -110,14 +115,15 @@ class _Audit:
                     f"order recovers at least {LEAST_SELF_CHECK:.0%}.",
                 )
             )
-        tap, taps = self._observe(targets)
+        self._tap, taps = self._observe(targets)
+        tap = self._tap
         findings += check_taps(self._subject, taps, self._attacker.codecs)
         findings += self._observe_use(tap, targets)
         if self._subject.plan.aggregation.secure:
-            findings += check_masks(self._subject.plan, self._subject.checkpoint, self._member)
+            watch = self._clock.watch("rounds of secure aggregation")
+            findings += check_masks(self._subject.plan, self._subject.checkpoint, self._member, watch)
         plain_texts = self._plain_texts()
         perplexity = self._perplexity(tap, plain_texts)
-        self._attacker.public = self._attacker.sampled(self._scale.public, self._scale.tokens, self._options.seed + 2)
         self._clock.start()
         if self._scale.curve_sequences:
             self._clock.reserved_s = _FOR_CURVES * self._clock.left_s
@@ -167,7 +173,7 @@ class _Audit:
         return score(sent, answers, guesses, self._texts.decode, self._options.seed).recovery.value
 
     def _observe(self, targets: Sequence[Target]) -> tuple[Tap, dict[Channel, list[Tapped]]]:
-        """What the server sees of all targets in all epochs, and of the texts that it knows."""
+        """What the server sees of all targets in all epochs."""
         started = time.monotonic()
         subject, options = self._subject, self._options
         tap = Tap(
@@ -188,9 +194,6 @@ class _Audit:
             taps[Channel.GRADIENT] = gradients
         if updates := tap.tap_update():
             taps[Channel.UPDATE] = [updates]
-        known = self._attacker.sampled(self._scale.known, self._scale.tokens, options.seed + 1)
-        self._attacker.known = [self._texts.of_ids(ids_T) for ids_T in known]
-        tap.observe(self._attacker.known)
         self._seconds["tapping"] = time.monotonic() - started
         return tap, taps
 
@@ -201,7 +204,8 @@ class _Audit:
             return []
         started = time.monotonic()
         try:
-            self._used = use(tap, targets[: self._scale.sessions])
+            watch = self._clock.watch("prompts and answers")
+            self._used = use(tap, targets[: self._scale.sessions], watch)
         except ConfigError as error:
             self._unused = ("not applicable", error.message)
             return []
@@ -216,15 +220,31 @@ class _Audit:
         """What perplexity is measured on: the user's texts, or else what the public model writes itself."""
         if self._options.texts:
             return self._texts.of_files(self._options.texts, self._scale.texts)
-        sampled = self._attacker.sampled(self._scale.known, self._scale.tokens, self._options.seed + 3)
-        return [self._texts.of_ids(ids_T) for ids_T in sampled]
+        return [self._texts.of_ids(ids_T) for ids_T in self._sampled("texts for perplexity", self._scale.known, 3)]
+
+    def _sampled(self, what: str, count: int, number: int) -> list[torch.Tensor]:
+        """Texts that the public model writes; each number gives others."""
+        seed = self._options.seed + number
+        return self._attacker.sampled(count, self._scale.tokens, seed, self._clock.watch(what, ends=False))
+
+    def _prepare(self, attack: Attack) -> None:
+        """Texts that an attack needs beside what it attacks, made for the first that does; outside of the budget."""
+        attacker = self._attacker
+        with self._clock.stopped():
+            if attack.needs == "public" and not attacker.public:
+                attacker.public = self._sampled("public texts", self._scale.public, 2)
+            if attack.needs == "known" and not attacker.known:
+                known = [self._texts.of_ids(ids_T) for ids_T in self._sampled("known texts", self._scale.known, 1)]
+                self._tap.observe(known, progress=self._clock.watch("tapping known texts", ends=False))
+                attacker.known = known
 
     def _perplexity(self, tap: Tap, plain_texts: Sequence[Target]) -> dict[str, float]:
         subject, options = self._subject, self._options
         plan = variant(subject.plan, subject.name)
+        without, under = (self._clock.watch(f"perplexity {how} the defence") for how in ("without", "with"))
         return {
-            "without_defence": drawn.perplexity(subject, plain_texts, options),
-            "with_defence": drawn.perplexity(subject, plain_texts, options, plan),
+            "without_defence": drawn.perplexity(subject, plain_texts, options, progress=without),
+            "with_defence": drawn.perplexity(subject, plain_texts, options, plan, under),
             "client_alone": tap.perplexity_alone(plain_texts),
         }
 
@@ -250,7 +270,7 @@ class _Audit:
         return replace(self._attack(attack, targets, before), in_use=True)
 
     def _attack(self, attack: Attack, targets: Sequence[Target], before: Sequence[Outcome]) -> Outcome:
-        if reason := self._inapplicable(attack):
+        if reason := inapplicable(self._subject, attack):
             return Outcome(attack, "not applicable", reason=reason)
         wanted = self._options.attacks
         if wanted and attack.id not in wanted and attack.id != "A0":
@@ -259,6 +279,7 @@ class _Audit:
             return Outcome(attack, "not needed", reason=reason)
         if self._clock.left_s < _SMALLEST_PART_S and not attack.always:
             return Outcome(attack, "skipped", reason=f"the {TIME_UP}")
+        self._prepare(attack)
         self._attacker.budget_s = max(_SMALLEST_PART_S, _UNTIL_IT_STOPS * attack.share * self._clock.left_s)
         try:
             module = attack.load()
@@ -286,24 +307,3 @@ class _Audit:
         if attack.id == "A8":
             return self._texts.canaries(max(_MEMBERS, self._scale.canaries), self._options.seed + 4)
         return targets
-
-    def _inapplicable(self, attack: Attack) -> str:
-        """Why an attack has nothing to look at under this plan; "" if it has."""
-        subject = self._subject
-        if attack.channel is Channel.GRADIENT and not subject.plan.sends_gradients(subject.name):
-            return "the backward channel is closed: this plan sends no gradients"
-        leaves = Channel.UPDATE in open_channels(subject.plan, subject.name)
-        if attack.id == "A7" and not leaves:
-            return "no update of the client's own segments leaves it"
-        if attack.id == "A8" and not leaves and subject.plan.adapter.trunk == "frozen":
-            return "no adapter that was trained on the client's text leaves it"
-        if attack.id == "A9" and not self._claims():
-            return "no channel is both clipped and noised, so there is no claim of the noise that could be tested"
-        if attack.id == "A4" and Channel.HIDDEN not in subject.noise_std():
-            return "hidden states leave without noise, so there is nothing to average out"
-        return ""
-
-    def _claims(self) -> bool:
-        """Whether the plan's noise on a channel is one of which something could be claimed."""
-        plan = self._subject.plan
-        return plan.trust.mode == "noised" and any(plan.noise.clip(c) and plan.noise.std(c) for c in Channel)

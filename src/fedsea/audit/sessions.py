@@ -18,7 +18,7 @@ import torch
 
 from fedsea.audit.curves import fresh
 from fedsea.audit.observe import Change, Tap, Tapped
-from fedsea.audit.targets import Observation, Target
+from fedsea.audit.targets import Observation, Progress, Target, unheard
 from fedsea.client.decoding import SplitDecoder
 from fedsea.client.generation import GenerationSettings, generate
 from fedsea.client.local_trunk import LocalSession, LocalTrunk
@@ -107,12 +107,13 @@ class _Trunk(LocalTrunk):
         return self.opened[-1]
 
 
-def use(tap: Tap, targets: Sequence[Target]) -> list[Use]:
+def use(tap: Tap, targets: Sequence[Target], progress: Progress = unheard) -> list[Use]:
     """Ask for an answer to each text, as `fedsea generate` and the gateway do.
 
     Args:
         tap: Its segments, trunk, boundary and encoders are used; its plan must allow inference.
         targets: Prompts; what was observed of them stays as it is.
+        progress: Told of answers.
 
     Returns:
         One for each; none if sessions are too short for a prompt and an answer.
@@ -124,7 +125,7 @@ def use(tap: Tap, targets: Sequence[Target]) -> list[Use]:
     decoder = SplitDecoder(tap.plan, tap.segments, trunk, cast(Boundary, boundary))
     new = min(_NEW_TOKENS, max(1, decoder.max_tokens // 2))
     found = []
-    for target in fresh(targets, decoder.max_tokens - new):
+    for number, target in enumerate(fresh(targets, decoder.max_tokens - new)):
         if len(target.ids_T) <= target.begins:  # a prompt that everybody knows
             continue
         boundary.given.clear()
@@ -132,6 +133,7 @@ def use(tap: Tap, targets: Sequence[Target]) -> list[Use]:
         with generate(decoder, prompt, GenerationSettings(max_new_tokens=new)) as generation:
             answer = [token.id for token in generation]
         found.append(_use(target, boundary.given, trunk.opened.pop(), answer, len(prompt) + new))
+        progress(number + 1, len(targets))
     return found
 
 

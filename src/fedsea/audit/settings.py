@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -121,6 +122,13 @@ class Clock:
     def start(self) -> None:
         """From now on time is counted."""
         self._end = self._now() + self._budget_s
+
+    @contextlib.contextmanager
+    def stopped(self) -> Iterator[None]:
+        """The time of what is done inside does not count."""
+        began = self._now()
+        yield
+        self._end += self._now() - began
 
     @property
     def left_s(self) -> float:
