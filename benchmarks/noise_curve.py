@@ -37,11 +37,14 @@ def options() -> argparse.Namespace:
     parser.add_argument("--tokens", type=int, default=33, help="of each, the beginning token among them")
     parser.add_argument("--beam", type=int, default=64, help="hypotheses of a text that the search keeps under noise")
     parser.add_argument("--draws", type=int, default=4, help="of the noise for every text; their mean counts")
+    parser.add_argument(
+        "--beams", type=int, nargs="+", default=[], help="hypotheses of further searches, under the last of the noises"
+    )
     parser.add_argument("--rhos", type=float, nargs="+", default=RHOS, help="noise norms, as shares of the hidden norm")
     parser.add_argument("--from-start", action="store_true", help="texts from their start instead of from inside")
     args = parser.parse_args()
     if args.tiny:
-        args.texts, args.tokens, args.beam, args.draws, args.rhos = 2, 12, 4, 2, RHOS[::4]
+        args.texts, args.tokens, args.beam, args.draws, args.rhos, args.beams = 2, 12, 4, 2, RHOS[::4], [1, 2]
     return args
 
 
@@ -90,13 +93,19 @@ def main() -> None:
         curve.append(under_noise(study, scale, rho, args.draws))
         low, high = curve[-1]["interval"]
         print(f"rho {rho:g}: {curve[-1]['recovery']:.3f} ({low:.3f} to {high:.3f})", file=sys.stderr)
-    figures = {"prior": study.prior(), "every_cut": every_cut, "curve": curve}
+    by_beam = []
+    for beam in args.beams:
+        narrow = replace(study, sizes=replace(sizes, beam=beam))
+        by_beam.append({"beam": beam, **under_noise(narrow, scale, args.rhos[-1], args.draws)})
+        print(f"rho {args.rhos[-1]:g}, {beam} hypotheses: {by_beam[-1]['recovery']:.3f}", file=sys.stderr)
+    figures = {"prior": study.prior(), "every_cut": every_cut, "curve": curve, "by_beam": by_beam}
     settings = {
         "model": Path(args.model).name,
         "text": [Path(text).name for text in args.text],
         "texts": len(study.attacked),
         "tokens": args.tokens,
         "beam": args.beam,
+        "beams": args.beams,
         "draws": args.draws,
         "from_start": args.from_start,
         "tiny": args.tiny,

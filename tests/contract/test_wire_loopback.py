@@ -553,18 +553,25 @@ def test_a_stream_let_in_while_the_server_stops_is_told_too(
 ) -> None:
     let_in = WireServer._let_in
 
-    async def slowly(server: WireServer, arrival: Arrival, context: Any) -> None:
-        await let_in(server, arrival, context)
-        while not server._stopping:
-            await asyncio.sleep(0)
-        await asyncio.sleep(0.3)  # the streams there were have been told
-
     async def work() -> None:
+        told = asyncio.Event()
+
+        async def slowly(server: WireServer, arrival: Arrival, context: Any) -> None:
+            await let_in(server, arrival, context)
+            await told.wait()
+
         monkeypatch.setattr(WireServer, "_let_in", slowly)
         async with (
             running(federation) as (server, address),
             await join(address, clinic(federation)) as stream,
         ):
+            end_port = server._server.stop
+
+            async def stop(grace_s: float) -> None:
+                told.set()  # all streams that there are have been told
+                await end_port(grace_s)
+
+            monkeypatch.setattr(server._server, "stop", stop)
             receiving = asyncio.create_task(stream.receive())
             began = time.monotonic()
             await server.stop(20.0)
