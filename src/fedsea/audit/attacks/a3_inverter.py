@@ -112,10 +112,10 @@ def _sample(attacker: Attacker, longest: int) -> torch.Tensor:
     if not columns:
         columns = [torch.randint(attacker.vocab_size, (_SAMPLED_AT_ONCE,))]
     for column in columns:
-        expected_SV = reader.take(column)
+        expected_SV = reader.take(column.to(attacker.base.device))
     while len(columns) < longest:
         columns.append(torch.multinomial(expected_SV.exp().cpu(), 1).squeeze(1))
-        expected_SV = reader.take(columns[-1])
+        expected_SV = reader.take(columns[-1].to(attacker.base.device))
     return torch.stack(columns, 1)
 
 
@@ -125,7 +125,7 @@ def _train(attacker: Attacker, longest: int, passes: int, progress: Progress) ->
     order = torch.randperm(len(texts)).tolist()
     share = max(1, len(order) // 10)
     held, kept = order[:share], order[share:]
-    sent = [attacker.clipped(ids_T) for ids_T in texts]
+    sent = [attacker.clipped(ids_T).cpu() for ids_T in texts]  # the inverter learns there
     rows_TH = torch.cat([sent[i] / attacker.shrunk(len(sent[i])) for i in kept])
     variance = float(_variance(attacker, sent[kept[0]], passes).mean()) / attacker.shrunk(len(sent[kept[0]])) ** 2
     spread = float(rows_TH.var(0).mean())
