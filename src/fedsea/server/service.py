@@ -11,13 +11,14 @@ from functools import partial
 from typing import Any
 
 import fedsea
-from fedsea.errors import AuthError, ConfigError, FedseaError, NonFiniteError, ProtocolError
+from fedsea.errors import AuthError, ConfigError, FedseaError, ProtocolError
 from fedsea.federation.secure import Verifier
 from fedsea.model.decoding import TrunkDecoder
 from fedsea.plan import FederationPlan, backward_channel, server_statement
 from fedsea.server.coordinator import Coordinator
 from fedsea.server.engine import Engine
 from fedsea.server.executor.local import EngineThread, Priority
+from fedsea.server.link import Link
 from fedsea.server.ports import Member
 from fedsea.server.sessions import Sessions
 from fedsea.server.state import RunState, ServerStore
@@ -33,61 +34,10 @@ from fedsea.wire.session import PeerSession
 log = logging.getLogger(__name__)
 
 _HANDSHAKE_S = 60.0
-_MOST_WAITING = 1024
-_MOST_QUESTIONS = 8
+_WAITING_MESSAGES = 4
+"""A client is not read from while answers for it wait that are larger than so many of the largest messages."""
 _PATIENCE_S = 120.0
 _PATIENCE_BOUNDED_S = 20.0
-
-
-class _Link:
-    """One stream's outgoing queue, emptied by a task of its own.
-
-    Attributes:
-        fail_session: Ends a decoding session of the stream, by its number, whose output the codec cannot carry.
-    """
-
-    def __init__(self, session: PeerSession) -> None:
-        self.session = session
-        self.fail_session: Callable[[int, NonFiniteError], None] | None = None
-        self._queue: asyncio.Queue[tuple[m.Message, bool]] = asyncio.Queue(_MOST_WAITING)
-        self._questions = asyncio.Semaphore(_MOST_QUESTIONS)
-
-    def put(self, message: m.Message, *, answers: bool = False) -> None:
-        """Queue a message; a client that lets a thousand pile up is cut off."""
-        try:
-            self._queue.put_nowait((message, answers))
-        except asyncio.QueueFull:
-            self.session.end(ProtocolError("Too many answers wait for this client: it does not read. Reconnect."))
-
-    async def may_ask(self) -> None:
-        """Wait until few enough of this client's questions are open; it is not read from meanwhile."""
-        await self._questions.acquire()
-
-    def answer(self, message: m.Message) -> None:
-        """Queue the answer to a question; the next one may be asked when it is sent."""
-        self.put(message, answers=True)
-
-    async def pump(self) -> None:
-        """Send until cancelled."""
-        while True:
-            message, answers = await self._queue.get()
-            try:
-                await self.session.send(message)
-            except NonFiniteError as error:  # of the encoder: nothing was sent, and the stream is sound
-                if self.fail_session is None or not isinstance(message, m.SessionOutput):
-                    raise
-                self.fail_session(message.session, error)
-            if answers:
-                self._questions.release()
-
-    def pump_ended(self, pump: asyncio.Task[None]) -> None:
-        """An answer that cannot be sent ends the stream, so that nobody waits for it."""
-        if pump.cancelled() or (error := pump.exception()) is None:
-            return
-        if not isinstance(error, FedseaError):
-            log.error("an answer to client %s could not be sent", self.session.peer.name, exc_info=error)
-            error = FedseaError("The server could not send an answer and logged why.")
-        self.session.end(error)
 
 
 class Service:
@@ -127,7 +77,7 @@ class Service:
         first = plan.client_names[0]
         self._num_blocks = roster[first].blocks.stop + plan.partition_of(first).output_blocks
         self._executor = executor
-        self._links: dict[str, _Link] = {}
+        self._links: dict[str, Link] = {}
         self._left: set[str] = set()
         self._refused: dict[str, str] = {}
         self._barred = barred
@@ -201,13 +151,14 @@ class Service:
         session.limits = self._limits(entry.name, decodes=join.role == "observe")
         wire = self.plan.wire
         session.encoder = Encoder("server", {Channel.HIDDEN: wire.hidden, Channel.GRADIENT: wire.gradient})
-        link = _Link(session)
+        link = Link(session, _WAITING_MESSAGES * 4 * session.limits.max_tokens * self._hidden_size)
         pump = asyncio.create_task(link.pump())
         pump.add_done_callback(link.pump_ended)
         try:
             await (self._observe(link) if join.role == "observe" else self._train(link, name, join))
         finally:
             pump.cancel()
+            link.close()
             self._sent += session.stats.sent
             self._received += session.stats.received
 
@@ -236,7 +187,7 @@ class Service:
             masked_shapes={} if secure is None else secure.layout.shapes_of(name),
         )
 
-    async def _observe(self, link: _Link) -> None:
+    async def _observe(self, link: Link) -> None:
         owners: dict[int, int] = {}
         link.fail_session = partial(self.sessions.fail, link.session.peer.name, owners)
         try:
@@ -250,14 +201,16 @@ class Service:
                         await self.sessions.room(link.session.peer.name)
                     case _:
                         await self._ask(link, message)
+                with self.sessions.unread(link.session.peer.name):
+                    await link.room()
         finally:
             self.sessions.broke(owners)
 
-    async def _ask(self, link: _Link, message: m.Message) -> None:
+    async def _ask(self, link: Link, message: m.Message) -> None:
         await link.may_ask()
         self.coordinator.answer(link.session.peer.name, message, link.answer)
 
-    async def _train(self, link: _Link, name: str, join: m.Join) -> None:
+    async def _train(self, link: Link, name: str, join: m.Join) -> None:
         strict = self.coordinator.wait_s is None
         self.coordinator.state.check_standing(name, join, strict=strict)  # before anybody is sent away for it
         if (before := self._links.get(name)) is not None:
@@ -278,10 +231,11 @@ class Service:
                         await self._ask(link, message)
                     case _:
                         self.coordinator.receive(name, message)
+                await link.room()
         finally:
             self._gone(name, link)
 
-    def _gone(self, name: str, link: _Link) -> None:
+    def _gone(self, name: str, link: Link) -> None:
         if self._links.get(name) is link:
             del self._links[name]
             log.info("client %s left", name)

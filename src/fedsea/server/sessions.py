@@ -11,8 +11,10 @@ between those of the new stream, they would make a cache that the client does no
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 from collections import Counter
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -57,6 +59,7 @@ class Sessions:
         self._admission = Admission(settings, decoder, roster, ports.clock)
         self._most_rows = _WAITING_MESSAGES * settings.most_rows
         self._waiting_rows: Counter[str] = Counter()
+        self._unread: Counter[str] = Counter()
         self._some_ran = asyncio.Event()
         self._batcher = Batcher(decoder, settings.batch_tokens)
         self._submitted = False
@@ -108,6 +111,15 @@ class Sessions:
         while self._is_full(client):
             self._some_ran.clear()
             await self._some_ran.wait()
+
+    @contextlib.contextmanager
+    def unread(self, client: str) -> Iterator[None]:
+        """A stream of a client is not read from for another reason: no lease of its sessions runs out meanwhile."""
+        self._unread[client] += 1
+        try:
+            yield
+        finally:
+            self._unread[client] -= 1
 
     def _is_full(self, client: str) -> bool:
         return self._waiting_rows[client] >= self._most_rows
@@ -283,7 +295,7 @@ class Sessions:
         """End sessions whose lease has run out, and let those who wait have what is theirs."""
         now, lease_s = self._ports.clock(), self._settings.lease_s
         for session in list(self._sessions.values()):
-            if self._is_full(session.client):
+            if self._is_full(session.client) or self._unread[session.client]:
                 session.last_used = now  # its next message may have come, and is not read yet
             elif not session.running and not session.waiting and now - session.last_used > lease_s:
                 log.info("a session of client %s ended: nothing came for %g s", session.client, lease_s)

@@ -1,19 +1,30 @@
-"""One stream's answers: few questions at once, few messages that wait, and an end when one cannot be sent."""
+"""One stream's answers: few questions at once, little that waits, and an end when one cannot be sent."""
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import gc
+import weakref
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 
 from fedsea.errors import FedseaError, NonFiniteError, ProtocolError
-from fedsea.server.service import _MOST_QUESTIONS, _MOST_WAITING, Service, _Link
+from fedsea.server.link import _MOST_QUESTIONS, _MOST_WAITING, Link
+from fedsea.server.service import Service
 from fedsea.types import Reply
 from fedsea.wire import messages as m
+from tests.unit.server.session_world import BLOCKS, SIZE, World, rows
 
 ANSWER = m.Failure("PROTOCOL", "", 0.0, -1, False)
+MOST_BYTES = 4096
+
+
+def output(tensor: torch.Tensor) -> m.SessionOutput:
+    return m.SessionOutput(0, 0, Reply({"": tensor}))
 
 
 async def a_turn() -> None:
@@ -44,12 +55,12 @@ class FakeSession:
             self.ended.set_result(error)
 
 
-def make(error: BaseException | None = None) -> tuple[_Link, Any]:
+def make(error: BaseException | None = None) -> tuple[Link, Any]:
     session = FakeSession(error)
-    return _Link(session), session  # type: ignore[arg-type]
+    return Link(session, MOST_BYTES), session  # type: ignore[arg-type]
 
 
-def pumped(link: _Link) -> asyncio.Task[None]:
+def pumped(link: Link) -> asyncio.Task[None]:
     pump = asyncio.create_task(link.pump())
     pump.add_done_callback(link.pump_ended)
     return pump
@@ -80,6 +91,69 @@ def test_a_client_that_lets_answers_pile_up_is_cut_off():
         assert not session.ended.done()
         link.put(ANSWER)
         assert isinstance(session.ended.result(), ProtocolError)
+
+    asyncio.run(work())
+
+
+def test_a_client_is_not_read_from_while_large_answers_for_it_are_not_sent():
+    async def work() -> None:
+        link, session = make()
+        for _ in range(2):
+            link.put(output(torch.zeros(MOST_BYTES // 8)))
+        await asyncio.wait_for(link.room(), 1.0)
+        link.put(output(torch.zeros(1)))
+        reading = asyncio.ensure_future(link.room())
+        await a_turn()
+        assert not reading.done()
+        assert not session.ended.done()
+        pump = pumped(link)
+        await asyncio.wait_for(reading, 5.0)
+        pump.cancel()
+
+    asyncio.run(work())
+
+
+def test_answers_that_are_parts_of_one_batch_count_once_and_later_ones_do_not_keep_theirs():
+    async def work() -> None:
+        link, session = make()
+        batch = torch.zeros(MOST_BYTES // 4)
+        for part in batch.split(4):
+            link.put(output(part))
+        assert not link.is_full
+        link.put(output(torch.zeros(1)))
+        assert link.is_full
+        other = torch.ones(MOST_BYTES // 4)
+        kept = weakref.ref(other.untyped_storage())
+        link.put(output(other[:1]))
+        del other
+        gc.collect()
+        assert kept() is None
+        pump = pumped(link)
+        while len(session.sent) < MOST_BYTES // 16 + 2:
+            await a_turn()
+        assert not link.is_full
+        assert link._kept.num_bytes == 0
+        assert session.sent[-1].tensors.tensors[""].tolist() == [1.0]
+        pump.cancel()
+
+    asyncio.run(work())
+
+
+def test_a_stream_that_has_ended_keeps_nothing_of_what_waited():
+    async def work() -> None:
+        link, session = make()
+        tensor = torch.zeros(3)
+        kept = weakref.ref(tensor)
+        link.put(output(tensor))
+        del tensor
+        link.close()
+        link.put(ANSWER)
+        gc.collect()
+        assert kept() is None
+        pump = pumped(link)
+        await a_turn()
+        assert session.sent == []
+        pump.cancel()
 
     asyncio.run(work())
 
@@ -123,9 +197,9 @@ def test_an_output_that_the_codec_cannot_carry_ends_its_session_and_not_the_stre
     asyncio.run(work())
 
 
-def test_stream_is_not_read_on_before_the_sessions_have_room():
+def test_stream_is_not_read_on_before_the_sessions_and_the_link_have_room():
     async def work() -> None:
-        room, received = asyncio.Event(), []
+        room, sent, received = asyncio.Event(), asyncio.Event(), []
 
         async def messages():
             for number in range(3):
@@ -138,6 +212,7 @@ def test_stream_is_not_read_on_before_the_sessions_have_room():
             leave=lambda owners: received.append("left"),
             broke=lambda owners: received.append("ended"),
             fail=lambda client, owners, number, error: None,
+            unread=lambda client: contextlib.nullcontext(),
         )
 
         class Incoming:
@@ -147,13 +222,46 @@ def test_stream_is_not_read_on_before_the_sessions_have_room():
                 return messages()
 
         service: Any = SimpleNamespace(sessions=sessions)
-        link: Any = SimpleNamespace(session=Incoming(), put=None)
+        link: Any = SimpleNamespace(session=Incoming(), put=None, room=sent.wait)
         reading = asyncio.ensure_future(Service._observe(service, link))
-        for _ in range(10):
-            await a_turn()
-        assert received == [0]
-        room.set()
+        for event in (room, sent):
+            for _ in range(10):
+                await a_turn()
+            assert received == [0]
+            event.set()
         await asyncio.wait_for(reading, 5.0)
         assert received == [0, 1, 2, "left", "ended"]
+
+    asyncio.run(work())
+
+
+def test_client_that_sends_and_never_reads_is_kept_so_much_and_no_more():
+    async def work() -> None:
+        world, num_read = World("a", prefill_tokens=16, max_sequences=1, max_tokens=64), 0
+
+        class Deaf(FakeSession):
+            async def send(self, message: m.Message) -> None:
+                await asyncio.Event().wait()
+
+            async def __aiter__(self) -> Any:
+                nonlocal num_read
+                yield m.SessionOpen(0, 7, 1, 64, BLOCKS)
+                while True:
+                    num_read += 1
+                    yield m.SessionForward(0, num_read, (0,), (16,), (), False, {"": rows(16)})
+
+        session: Any = Deaf()
+        link = Link(session, MOST_BYTES)
+        pump = pumped(link)
+        service: Any = SimpleNamespace(sessions=world.sessions)
+        reading = asyncio.ensure_future(Service._observe(service, link))
+        for _ in range(200):
+            await a_turn()
+            world.run()
+        most = MOST_BYTES // (16 * SIZE * 4) + 1 + 4  # what fills the link, and may wait to be run meanwhile
+        assert MOST_BYTES // (16 * SIZE * 4) < num_read <= most
+        assert world.sessions._waiting_rows["a"] == 0
+        reading.cancel()
+        pump.cancel()
 
     asyncio.run(work())

@@ -391,6 +391,19 @@ def test_lease_of_a_client_that_is_not_read_from_does_not_run():
     assert world.used[2] == 0
 
 
+def test_lease_of_a_client_whose_answers_are_not_sent_yet_does_not_run():
+    world = World("a", "b", lease_s=10)
+    for client in ("a", "b"):
+        Stream(world, client).open()
+    world.now = 10.5
+    with world.sessions.unread("a"):
+        world.sessions.tick()
+    assert world.used[2] == 1
+    world.now = 21.0
+    world.sessions.tick()
+    assert world.used[2] == 0
+
+
 # --- ends while the engine works --------------------------------------------------------------------------------------
 
 
