@@ -145,7 +145,7 @@ class Sessions:
         if len(session.memory.caches) != message.num_sequences or session.memory.blocks != message.blocks:
             raise ProtocolError("A session was opened again in another shape.")
         owners[message.session] = message.owner
-        # What still waits was sent on a stream that broke; the client sends it again.
+        # What still waits was sent on a stream that broke, maybe unnoticed so far; the client sends it again.
         self._drop_waiting(session)
         session.owners, session.answer = owners, answer
         session.last_used = self._ports.clock()
@@ -288,8 +288,15 @@ class Sessions:
                 self._end(session)
 
     def broke(self, owners: Owners) -> None:
-        """A stream has ended without a goodbye: its sessions are kept for their lease, for the client may be back."""
+        """A stream has ended without a goodbye: its sessions are kept for their lease, for the client may be back.
+
+        What they hold is kept, and no more: nobody is answered any more, and what waits the client sends again.
+        """
         self._admission.stream_ended(owners, for_good=False)
+        for session in self._sessions.values():
+            if session.owners is owners:
+                self._drop_waiting(session)
+                session.answer, session.last_used = _unheard, self._ports.clock()
 
     def tick(self) -> None:
         """End sessions whose lease has run out, and let those who wait have what is theirs."""
@@ -327,3 +334,7 @@ class Sessions:
             "tokens": self.num_tokens,
             "batches": self.num_batches,
         }
+
+
+def _unheard(_: m.Message) -> None:
+    """An answer on a stream that is not there any more."""

@@ -550,6 +550,49 @@ def test_what_did_not_run_before_the_stream_broke_runs_once():
     torch.testing.assert_close(got[0, 2], sum(rows(1, number) for number in range(3)))
 
 
+def test_stream_that_broke_leaves_nothing_that_waits_or_is_answered_and_its_sessions_for_their_lease():
+    world = World(lease_s=10)
+    old, other = Stream(world, "a"), Stream(world, "a")
+    for stream, owner in ((old, 7), (other, 8)):
+        stream.open(owner=owner)
+        stream.take()
+        for number in range(3):
+            stream.forward(0, number, rows(1, number), number)
+    deliver = world.start()  # the first message of either
+    world.now = 5.0
+    world.sessions.broke(old.owners)
+    assert world.sessions._waiting_rows["a"] == 4
+    deliver()
+    world.run()
+    assert old.answers == []
+    assert other.outputs().keys() == {(0, 0), (0, 1), (0, 2)}
+    assert all(session.answer != old.answers.append for session in world.sessions._sessions.values())
+    world.now = 14.0
+    world.sessions.tick()
+    new, opened = reopened(world, old)
+    assert opened.held == (1,), "what the engine had, and no more"
+    for number in range(3):
+        new.forward(0, number, rows(1, number), number)
+    world.run()
+    torch.testing.assert_close(new.outputs()[0, 2], sum(rows(1, number) for number in range(3)))
+    world.sessions.broke(new.owners)
+    world.now += 10.5
+    world.sessions.tick()
+    assert world.used[2] == 0
+
+
+def test_lease_begins_when_the_stream_breaks_though_what_waits_on_it_came_long_ago():
+    world = World(lease_s=10)
+    stream = Stream(world, "a")
+    stream.open()
+    stream.forward(0, 0, rows(1))
+    world.now = 20.0
+    world.sessions.broke(stream.owners)
+    for world.now, left in ((29.5, 1), (30.5, 0)):
+        world.sessions.tick()
+        assert world.used[2] == left
+
+
 def test_session_that_was_closed_while_its_stream_was_away_ends_on_the_next_one_and_no_other_does():
     world = World()
     old, foreign = Stream(world, "a"), Stream(world, "b")
