@@ -2,23 +2,29 @@
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 import logging
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from dataclasses import replace
+from functools import partial
+from typing import Any
 
 import pytest
 import torch
 
+from fedsea.client import remote_trunk
 from fedsea.client.remote_trunk import RemoteTrunk
 from fedsea.client.trunk import Connected, Standing, StepInterrupted
 from fedsea.errors import AuthError, ConfigError, ProtocolError, TransportError, UnprotectedRelease
 from fedsea.server.executor.local import Priority
 from fedsea.types import BlockRange
 from fedsea.wire import messages as m
-from fedsea.wire.channel import ClientStream
+from fedsea.wire.channel import ClientStream, connect
 from fedsea.wire.encoding import Encoded
+from fedsea.wire.transport import Timing
 from tests.contract.trunks import BOUNDARY, DEADLINE_S, Bench, get, remote_bench, values, where
 from tests.support.federation import ServerThread
 from tests.support.proxy import CuttingProxy
@@ -226,6 +232,58 @@ def test_an_observer_that_tries_to_train_is_refused(bench):
     trunk.ready(0, 0, 1, 1.0, trunk.seal(BOUNDARY.update({})))
     with pytest.raises(ProtocolError, match="may not send StepReady here"):
         trunk.next_event()
+
+
+@contextlib.contextmanager
+def leaving(bench: Bench, **options: Any) -> Iterator[RemoteTrunk]:
+    """A trunk that is left, as whoever observes leaves it."""
+    trunk = bench.trunk(**options)
+    try:
+        yield trunk
+    finally:
+        trunk.__exit__()
+
+
+def test_an_observer_that_leaves_says_goodbye_and_its_sessions_end(bench):
+    with leaving(bench, role="observe") as trunk:
+        for _ in range(2):
+            session = trunk.open_session(8)
+            session.extend(trunk.seal(BOUNDARY.hidden(values(0)[:1])), (0,), (1,)).result(DEADLINE_S)
+        assert bench.federation.server.service.sessions.status()["sessions"] == 2
+    assert not trunk._thread.is_alive()
+    assert bench.federation.server.service.sessions.status()["sessions"] == 0
+
+
+def test_an_observer_that_leaves_does_not_seek_a_server_that_is_away(bench, proxy, monkeypatch):
+    away = threading.Event()
+
+    async def pause_before(*_: object) -> bool:
+        away.set()
+        return await asyncio.Event().wait()
+
+    monkeypatch.setattr(remote_trunk, "pause_before", pause_before)
+    with leaving(bench, address=proxy.address, role="observe") as trunk:
+        assert trunk.next_event() == Connected()
+        session = trunk.open_session(8)
+        proxy.refuses = True
+        proxy.cut()
+        assert away.wait(DEADLINE_S)
+    assert not trunk._thread.is_alive()
+    with pytest.raises(ProtocolError, match="closed on this side"):
+        get(session.extend(trunk.seal(BOUNDARY.hidden(values(0)[:1])), (0,), (1,)))
+
+
+def test_an_observers_goodbye_that_a_server_does_not_take_is_waited_for_a_bounded_time(bench, monkeypatch):
+    monkeypatch.setattr(remote_trunk, "_GOODBYE_S", 0.1)
+    monkeypatch.setattr(remote_trunk, "connect", partial(connect, timing=Timing(close_s=0.1)))
+    goes_on = threading.Event()
+    try:
+        with leaving(bench, role="observe") as trunk:
+            assert trunk.next_event() == Connected()
+            bench.federation.server._loop.call_soon_threadsafe(goes_on.wait, DEADLINE_S)
+        assert not trunk._thread.is_alive()
+    finally:
+        goes_on.set()
 
 
 def test_a_client_that_agreed_to_another_plan_is_refused(bench, monkeypatch):

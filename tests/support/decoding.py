@@ -104,7 +104,6 @@ def connected(
     trunk = RemoteTrunk(through or address, lambda: identity, invitation, limits, Standing, retry, role="observe")
     with trunk:
         yield SplitDecoder(plan, segments, trunk, Boundary.of(plan))
-        trunk.close(0)
 
 
 def decoding(

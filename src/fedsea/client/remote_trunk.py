@@ -38,6 +38,8 @@ from fedsea.wire.limits import HANDSHAKE, WireLimits
 log = logging.getLogger(__name__)
 
 _GREETING_S = 60.0
+_GOODBYE_S = 2.0
+"""So long an observer's goodbye may take; the server ends sessions that it does not hear of after their lease."""
 
 
 class RemoteTrunk:
@@ -93,6 +95,7 @@ class RemoteTrunk:
         self._thread = threading.Thread(target=self._work, name="fedsea-wire", daemon=True)
         self._closing = threading.Event()
         self._farewell: Encoded | None = None
+        self._running: asyncio.Task[None] | None = None
 
     def start(self) -> RemoteTrunk:
         """Connect in the background."""
@@ -241,16 +244,29 @@ class RemoteTrunk:
     def _stop(self) -> None:
         if not self._thread.is_alive():
             return
+        if self._role == "observe":
+            self._farewell = self._farewell or self._encoder.encode(m.Finished(0))
         self._closing.set()
         self._queue(_GOODBYE)
+        if self._role == "observe":  # nobody waits for it: a server that is away or hangs is not sought to be told
+            self._thread.join(timeout=_GOODBYE_S if self.connected else 0.0)
+            with contextlib.suppress(RuntimeError):
+                self._loop.call_soon_threadsafe(self._break_off)
         self._thread.join(timeout=10.0)
 
     # --- on the event loop ------------------------------------------------------------------------------------------
 
+    def _break_off(self) -> None:
+        if self._running is not None:
+            self._running.cancel()
+
     def _work(self) -> None:
         asyncio.set_event_loop(self._loop)
         try:
-            self._loop.run_until_complete(self._run())
+            self._running = self._loop.create_task(self._run())
+            self._loop.run_until_complete(self._running)
+        except asyncio.CancelledError:
+            log.debug("the connection to %s was broken off", self.address)
         except Exception:
             log.exception("the connection's thread failed")
             self._give_up(FedseaError("The connection failed for a reason of our own; the log has the details."))
@@ -274,12 +290,17 @@ class RemoteTrunk:
             except FedseaError as error:
                 self._questions.begin(None)
                 self._set_joined(False)
-                if self._closing.is_set() and (self._farewell is None or isinstance(error, PeerClosed)):
+                if self._closing.is_set() and (not self._must_be_heard or isinstance(error, PeerClosed)):
                     return
                 if not await pause_before(error, pauses):
                     self._give_up(error)
                     return
                 lost = True
+
+    @property
+    def _must_be_heard(self) -> bool:
+        """Whether a goodbye is said again after a lost connection: the run waits for that of whoever trains."""
+        return self._farewell is not None and self._role != "observe"
 
     def _give_up(self, error: FedseaError) -> None:
         if isinstance(error, TransportError):
