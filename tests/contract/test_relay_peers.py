@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from pathlib import Path
+from typing import Any
 
 import grpc
 import pytest
@@ -224,6 +225,32 @@ def test_direct_streams_are_sealed_when_the_server_says_so(party: Party) -> None
             assert await call_status(address, party.clients["clinic"]) == {"you": "clinic"}
             async with Thrower(address, party.clients["clinic"]) as thrower:
                 assert await thrower.throw([b"FSEA" + bytes(60)]) is grpc.StatusCode.INVALID_ARGUMENT
+
+    run(work())
+
+
+def test_streams_that_are_let_in_at_once_count_before_they_are(party: Party, monkeypatch: pytest.MonkeyPatch) -> None:
+    ready, tell_ready = asyncio.Event(), arrival.tell_ready
+
+    async def told_later(pipe: Any) -> None:
+        await ready.wait()
+        await tell_ready(pipe)
+
+    async def work() -> None:
+        monkeypatch.setattr(arrival, "tell_ready", told_later)
+        async with running(party, sealed=True) as (server, address):
+            joining = [asyncio.create_task(join(address, party.clients["clinic"])) for _ in range(5)]
+            (refused,), _ = await asyncio.wait(joining, return_when=asyncio.FIRST_COMPLETED)
+            with pytest.raises(CapacityError, match="too many open streams"):
+                await refused
+            ready.set()
+            streams = [await task for task in joining if task is not refused]
+            with pytest.raises(CapacityError, match="too many open streams"):
+                await join(address, party.clients["clinic"])
+            assert len(server.sessions) == 4
+            for stream in streams:
+                await stream.close()
+            await (await join(address, party.clients["clinic"])).close()
 
     run(work())
 

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import logging
 import math
 import time
 from collections import Counter
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterator
 from typing import Any
 
 import grpc
@@ -71,6 +72,7 @@ class WireServer:
         self._sealed = sealed
         self._pool = BufferPool()
         self._sessions: set[PeerSession] = set()
+        self._entering: Counter[str] = Counter()  # streams that are let in just now, by whose they are; peers are few
         self._handshakes: Counter[str] = Counter()  # by who brings the stream; likewise
         self._renewed_at: dict[str, float] = {}  # names are those that the gate lets in
         self._server: Any = None
@@ -150,8 +152,8 @@ class WireServer:
 
     async def _let_in(self, arrival: Arrival, context: Any) -> None:
         if not self._sealed and arrival.relay_pem is None:
-            self._check_room(arrival.peer)
-            await context.send_initial_metadata(((ADMITTED, ""),))
+            with self._room(arrival):
+                await context.send_initial_metadata(((ADMITTED, ""),))
             return
         bringer = arrival.peer.name
         if self._handshakes[bringer] >= _MAX_HANDSHAKES_OF_A_PEER:
@@ -161,14 +163,28 @@ class WireServer:
         self._handshakes[bringer] += 1
         try:
             await arrival.seal(self._me)
-            self._check_room(arrival.peer)
-            await arrival.open()
+            with self._room(arrival):
+                await arrival.open()
         finally:
             self._handshakes[bringer] -= 1
 
-    def _check_room(self, peer: PeerIdentity) -> None:
-        if sum(session.peer.name == peer.name for session in self._sessions) >= _MAX_SESSIONS_OF_A_PEER:
+    @contextlib.contextmanager
+    def _room(self, arrival: Arrival) -> Iterator[None]:
+        """Room for one more stream, kept while it is let in: afterwards its session counts, before anything else runs.
+
+        Raises:
+            CapacityError: There is none.
+        """
+        peer = arrival.peer
+        num_open = sum(session.peer.name == peer.name for session in self._sessions)
+        if num_open + self._entering[peer.name] >= _MAX_SESSIONS_OF_A_PEER:
             raise CapacityError(f"{peer.name} has too many open streams; close some.", retry_after_s=10.0)
+        num_new = int(arrival.subject is Subject.SESSION)
+        self._entering[peer.name] += num_new
+        try:
+            yield
+        finally:
+            self._entering[peer.name] -= num_new
 
     async def _serve(self, arrival: Arrival) -> BaseException | None:
         if arrival.subject is not Subject.SESSION:
