@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+
 import pytest
 import torch
 from tokenizers import Tokenizer, decoders, models
@@ -9,7 +11,7 @@ from transformers import DynamicCache, PreTrainedTokenizerFast
 from transformers.generation.streamers import BaseStreamer
 
 from fedsea.client.causal_lm import SplitCausalLM
-from fedsea.errors import ConfigError
+from fedsea.errors import ConfigError, ProtocolError
 from tests.parity.test_decoding_parity import _decoder
 from tests.parity.test_model_parity import NAMED
 
@@ -25,6 +27,7 @@ WAYS = {
     "several": {"do_sample": True, "num_return_sequences": 3},
     "beams": {"do_sample": False, "num_beams": 3, "num_return_sequences": 2},
     "sampled-beams": {"do_sample": True, "num_beams": 2},
+    "guidance": {"do_sample": False, "guidance_scale": 1.5},
 }
 
 
@@ -163,6 +166,38 @@ def test_long_sequences_are_evaluated_although_no_training_batch_could_hold_them
         torch.testing.assert_close(split(ids).logits, central(ids).logits, rtol=1e-4, atol=1e-5)
     with pytest.raises(ConfigError, match=r"data\.max_tokens"):
         split(ids, labels=ids)
+
+
+def test_guidance_by_a_negative_prompt_is_the_whole_models(zoo, tmp_path):
+    """That prompt has a cache that `generate` does not know of, also where the call's own is kept."""
+    central, split = _pair(zoo, tmp_path)
+    prompts = _prompts(zoo)
+    settings = {"guidance_scale": 2.0, "negative_prompt_ids": torch.tensor([prompts[1]]), "do_sample": False}
+    for way in ({}, {"use_cache": False}):
+        expected, got = _both(central, split, _padded(prompts[:1]), **settings, **way)
+        assert got == expected
+        assert _pages(split) == [0, 0, 0]
+    with split.new_cache(48) as cache:
+        kept = split.generate(**_padded(prompts[:1]), cache=cache, max_new_tokens=NEW, pad_token_id=0, **settings)
+        assert kept.tolist() == expected
+        assert _pages(split) == [2, 2, 2]
+    assert _pages(split) == [0, 0, 0]
+
+
+def test_caches_that_nobody_closes_are_closed_with_the_next_one_or_with_the_model(zoo, tmp_path):
+    _, split = _pair(zoo, tmp_path)
+    ids = torch.tensor([_prompts(zoo)[0]])
+    forgotten = split(ids, use_cache=True)
+    held = _pages(split)
+    assert held[0] > 0
+    del forgotten
+    gc.collect()
+    kept = split(ids, use_cache=True).cache
+    assert _pages(split) == held
+    split.close()
+    assert _pages(split) == [0, 0, 0]
+    with pytest.raises(ProtocolError, match="closed"):
+        kept.extend(ids, None, 0)
 
 
 def test_what_cannot_be_done_is_refused_and_says_why(zoo, tmp_path):

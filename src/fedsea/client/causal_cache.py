@@ -5,6 +5,9 @@ B  rows of a padded batch, C  new columns, K  columns whose logits are wanted, V
 
 from __future__ import annotations
 
+import weakref
+from collections import deque
+
 import torch
 from transformers import Cache
 
@@ -22,12 +25,14 @@ class SplitCache(Cache):  # type: ignore[misc]
     Args:
         decoder: Opens the sequences.
         max_tokens: Most columns of a row, padding, prompt and answer together.
+        keeper: Closes it in the end, if nobody else does.
     """
 
-    def __init__(self, decoder: SplitDecoder, max_tokens: int) -> None:
+    def __init__(self, decoder: SplitDecoder, max_tokens: int, keeper: CacheKeeper | None = None) -> None:
         super().__init__(layers=[])
         self.max_tokens = max_tokens
         self._decoder = decoder
+        self._keeper = keeper
         self._sequences: Sequences | None = None
         self._mask_BS = torch.empty(0, 0, dtype=torch.bool)
         self._closed = False
@@ -91,6 +96,8 @@ class SplitCache(Cache):  # type: ignore[misc]
         if not all(tokens):
             raise ConfigError("A row of the batch has no token: a prompt needs at least one.")
         self._sequences = self._decoder.open(self.max_tokens - padding, len(tokens))
+        if self._keeper is not None:
+            self._keeper.keep(self, self._sequences)
         self._mask_BS = torch.empty(len(tokens), 0, dtype=torch.bool)
 
     def close(self) -> None:
@@ -175,6 +182,31 @@ class SplitCache(Cache):  # type: ignore[misc]
         if len(indices) != len(self._mask_BS):
             raise ConfigError("A cache that is in use cannot lose rows.")
         self.reorder_cache(indices)
+
+
+class CacheKeeper:
+    """Closes the caches of a model that nobody closed: forgotten ones when the next is made, all at the model's end."""
+
+    def __init__(self) -> None:
+        self._kept: weakref.WeakSet[SplitCache] = weakref.WeakSet()
+        self._forgotten: deque[Sequences] = deque()
+
+    def keep(self, cache: SplitCache, sequences: Sequences) -> None:
+        """From now on look after a cache, whose sequences these are."""
+        self._kept.add(cache)
+        # Nothing more in a finaliser: it may run while its thread holds the locks that closing takes.
+        weakref.finalize(cache, self._forgotten.append, sequences).atexit = False
+
+    def sweep(self) -> None:
+        """Close what was forgotten."""
+        while self._forgotten:
+            self._forgotten.popleft().close()
+
+    def close(self) -> None:
+        """Close everything."""
+        for cache in list(self._kept):
+            cache.close()
+        self.sweep()
 
 
 def _first_alike(tokens: list[list[int]], mask_BC: torch.Tensor) -> list[int]:

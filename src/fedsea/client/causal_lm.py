@@ -23,7 +23,7 @@ from transformers import GenerationConfig, GenerationMixin, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from fedsea.client.backbone import Backbone, refuse
-from fedsea.client.causal_cache import SplitCache
+from fedsea.client.causal_cache import CacheKeeper, SplitCache
 from fedsea.client.causal_head import kept_logits, loss_of, targets_of
 from fedsea.client.causal_saving import load_trained, save_trained
 from fedsea.client.decoding import SplitDecoder
@@ -74,6 +74,7 @@ class SplitCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[misc]
         self.tokenizer: PreTrainedTokenizerBase | None = None
         self.all_tied_weights_keys: dict[str, str] = {}
         self.model = Backbone(decoder)
+        self._caches = CacheKeeper()
         self._connection = contextlib.ExitStack()
         self.eval()
 
@@ -139,7 +140,8 @@ class SplitCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[misc]
         return made
 
     def close(self) -> None:
-        """End the connection that `connect` made; may be called twice."""
+        """Close all caches, and the connection that `connect` made; may be called twice."""
+        self._caches.close()
         self._connection.close()
 
     def __enter__(self) -> SplitCausalLM:
@@ -172,7 +174,8 @@ class SplitCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[misc]
             position_ids: Not needed; only looked at for rows of several sequences ("padding-free" batches).
             cache: One of `new_cache`, which new tokens are added to; also as `past_key_values`, its older name.
             labels: [B, S], not shifted; -100 takes no loss.
-            use_cache: True makes a cache if none is given (close it); None and False make none.
+            use_cache: True makes a cache if none is given (close it; in a call of `generate` that is done for you);
+                None and False make none.
             logits_to_keep: Logits of so many last columns only, or of these columns; 0: of all.
             return_dict: False: a tuple.
             num_items_in_batch: What the summed loss is divided by; None: its number of targets.
@@ -187,7 +190,7 @@ class SplitCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[misc]
         cache = older if cache is None else cache
         input_ids = refuse(input_ids, others)
         if cache is None and use_cache:
-            cache = self.new_cache()
+            cache = self._cache_beside(input_ids)
         targets, loss = targets_of(labels, shift_labels), None
         if cache is None:
             cells = cells_of(input_ids, attention_mask, position_ids)
@@ -216,7 +219,21 @@ class SplitCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[misc]
         Args:
             max_tokens: Most columns of a row, prompt and answer together; None: as many as the plan allows.
         """
-        return SplitCache(self.decoder.renewed(), max_tokens or self.decoder.max_tokens)
+        self._caches.sweep()
+        return SplitCache(self.decoder.renewed(), max_tokens or self.decoder.max_tokens, self._caches)
+
+    def _cache_beside(self, input_ids_BS: torch.Tensor) -> SplitCache:
+        """A cache that was not prepared: in `generate`, of a prompt beside the one that is answered, as guidance has.
+
+        Nobody there closes it, and such a prompt is answered no further than the call's own.
+        """
+        made = _MADE.get()
+        if made is None:
+            return self.new_cache()
+        longest = max((cache.max_tokens for cache in made), default=self.decoder.max_tokens)
+        cache = self.new_cache(min(self.decoder.max_tokens, input_ids_BS.shape[-1] + longest))
+        made.append(cache)
+        return cache
 
     def generate(self, *inputs: Any, **settings: Any) -> Any:
         """See `GenerationMixin.generate`; beams and return sequences share one run of their prompt.
