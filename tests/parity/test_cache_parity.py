@@ -22,6 +22,7 @@ STEPS = ((5, 1, 3), (1, 1, 1), (3, 2, 1), (1, 1, 1), (3, 1, 3))
 """New tokens of each sequence at each step; windows of 4 tokens are passed inside steps and between them."""
 LEAN = {"llama", "mistral", "qwen2", "qwen3"}
 REFUSED = {
+    "diffllama": "its blocks attend twice, with values of their own",
     "bloom": "adds its positions to a mask of its own",
     "falcon_alibi": "adds its positions to a mask of its own",
     "stablelm": "its attention cannot be replaced",

@@ -56,6 +56,7 @@ OTHERS = {
     "llama4_chunked": ("llama4_text", {**MOE, "attention_chunk_size": 4, "intermediate_size_mlp": 48}),
     "mixtral": ("mixtral", MOE),
     "qwen3_moe": ("qwen3_moe", MOE),
+    "diffllama": ("diffllama", {}),
     "gpt_oss_sinks": ("gpt_oss", {**MOE, "sliding_window": 4, "layer_types": HALF_SLIDING}),
 }
 

@@ -13,7 +13,7 @@ from fedsea.errors import ConfigError
 from fedsea.model import attention, head
 from fedsea.model.checkpoint import open_checkpoint
 from fedsea.model.loading import load_input_blocks, load_output_blocks, load_trunk
-from fedsea.model.packing import packing, run
+from fedsea.model.packing import packing, remembers, run
 from fedsea.model.trunk import TrunkPart
 from fedsea.types import IGNORE, BlockRange, Partition
 
@@ -175,6 +175,30 @@ def test_a_family_that_mixes_packed_sequences_is_found_and_padded(checkpoint, hi
     assert trunk.padded
     alone = torch.cat([trunk(part, [len(part)]) for part in hidden.split(LENGTHS)])
     torch.testing.assert_close(trunk(hidden, LENGTHS), alone)
+
+
+@pytest.mark.parametrize(
+    ("fault", "verdict"),
+    [(0.0, True), (0.5, False), (float("nan"), True), (AttributeError(), False)],
+    ids=["same", "other", "not-finite", "failing"],
+)
+def test_what_a_block_forgets_between_two_extensions_is_found(fault, verdict):
+    """What is not finite is no matter of caches, and has its own error."""
+
+    def extending(hidden_TH, extension):
+        if isinstance(fault, Exception):
+            raise fault
+        return hidden_TH * (2.0 + (fault if extension.caches[0].length else 0.0))
+
+    assert remembers(lambda hidden_TH, _: 2.0 * hidden_TH, extending, 8, torch.device("cpu")) is verdict
+
+
+def test_memory_that_is_short_is_not_taken_for_what_a_block_forgets():
+    def extending(_hidden_TH, _extension):
+        raise MemoryError
+
+    with pytest.raises(MemoryError):
+        remembers(lambda hidden_TH, _: hidden_TH, extending, 8, torch.device("cpu"))
 
 
 def test_lengths_first_seen_in_inference_serve_training(checkpoint, hidden):

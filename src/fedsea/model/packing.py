@@ -20,10 +20,12 @@ from torch import nn
 
 from fedsea.errors import ConfigError
 from fedsea.model.attention import Segments, attend_within
-from fedsea.model.cache import EXTENDING, Extension, ExtensionCache
+from fedsea.model.cache import EXTENDING, CacheArena, Extension, ExtensionCache
 
 _LEAK = 0.25
 """Share of a block's contribution that another sequence would have to change to be noticed; rounding stays below."""
+_LOSS = 0.1
+"""Share of a block's contribution that may be lost by going on from what is kept of a sequence; likewise."""
 
 
 @dataclass(frozen=True)
@@ -176,8 +178,7 @@ def keeps_apart(
         width: Columns of its input.
         device: Where it runs.
     """
-    # Small, so that in half precision too the block's own contribution stands out: norms undo the scale.
-    hidden_TH = (0.05 * torch.randn(5, width, generator=torch.Generator().manual_seed(0))).to(device)
+    hidden_TH = _some_rows(5, width, device)
     with torch.no_grad():
         packed = torch.split(through(hidden_TH, [3, 2]), [3, 2])
         for part_TH, together in zip(torch.split(hidden_TH, [3, 2]), packed, strict=True):
@@ -186,3 +187,48 @@ def keeps_apart(
             if (together - alone).float().norm() > _LEAK * change.float().norm():
                 return False
     return True
+
+
+def remembers(
+    through: Callable[[torch.Tensor, Sequence[int]], torch.Tensor],
+    extending: Callable[[torch.Tensor, Extension], torch.Tensor],
+    width: int,
+    device: torch.device,
+) -> bool:
+    """Whether a sequence that comes in two extensions comes out as it does at once.
+
+    Args:
+        through: Runs packed rows of given lengths through one block.
+        extending: Runs new rows through the same block.
+        width: Columns of its input.
+        device: Where it runs.
+    """
+    # Twice: between two experts that are almost alike, rounding may choose otherwise, but hardly for every draw.
+    return any(_remembers(through, extending, _some_rows(5, width, device, seed)) for seed in (0, 1))
+
+
+def _remembers(
+    through: Callable[[torch.Tensor, Sequence[int]], torch.Tensor],
+    extending: Callable[[torch.Tensor, Extension], torch.Tensor],
+    hidden_TH: torch.Tensor,
+) -> bool:
+    cache = CacheArena(1).open(len(hidden_TH))
+    with torch.no_grad():
+        at_once = through(hidden_TH, [len(hidden_TH)])
+        try:
+            for part_TH in torch.split(hidden_TH, [3, 2]):
+                extension = Extension((len(part_TH),), (cache,))
+                last_TH = extending(part_TH, extension)
+                extension.commit()
+        except (MemoryError, torch.OutOfMemoryError):
+            raise
+        except Exception:  # noqa: BLE001 (any failure of foreign code means the same)
+            return False
+    wanted_TH = at_once[3:]
+    change = wanted_TH - hidden_TH[3:] if wanted_TH.shape == hidden_TH[3:].shape else wanted_TH
+    return not bool((last_TH - wanted_TH).float().norm() > _LOSS * change.float().norm())
+
+
+def _some_rows(num: int, width: int, device: torch.device, seed: int = 0) -> torch.Tensor:
+    # Small, so that in half precision too the block's own contribution stands out: norms undo the scale.
+    return (0.05 * torch.randn(num, width, generator=torch.Generator().manual_seed(seed))).to(device)

@@ -17,7 +17,7 @@ from fedsea.errors import ConfigError
 from fedsea.model.attention import SDPA, OwnMaskError
 from fedsea.model.cache import CacheArena, Extension, Frozen, SequenceCache, most_tokens
 from fedsea.model.lean import LeanBlocks, lean_blocks
-from fedsea.model.packing import call, extend, keeps_apart, run
+from fedsea.model.packing import call, extend, keeps_apart, remembers, run
 from fedsea.model.partition import Layout
 from fedsea.model.trunk import stage_of
 from fedsea.types import BlockRange, SegmentKind
@@ -46,6 +46,7 @@ class Segment:
         self._layout = layout
         self._autocast = autocast
         self._padded = layout.attention is None
+        self._remembers = True
         self._lean: LeanBlocks | None = None
         self._lean_known = False
 
@@ -79,7 +80,8 @@ class Segment:
         """Try two packed sequences through the first block: a family that lets them see each other is padded instead.
 
         What a family says about its attention is checked before; this finds what it does not say, for example a
-        convolution over time, or positions that it counts itself.
+        convolution over time, or positions that it counts itself. Likewise whether a sequence can go on from the keys
+        and values that are kept of it: not where a block attends twice.
         """
         if self._padded:
             return
@@ -91,8 +93,13 @@ class Segment:
         def through(hidden_TH: torch.Tensor, lengths: Sequence[int]) -> torch.Tensor:
             return self._run(decoder, hidden_TH, lengths)
 
+        def extending(hidden_TH: torch.Tensor, extension: Extension) -> torch.Tensor:
+            with self._precision(hidden_TH.device):
+                return extend(decoder, hidden_TH.to(self.dtype), extension)
+
         if not keeps_apart(through, self._entering_width, self.device):
             self._padded = True
+        self._remembers = self._padded or remembers(through, extending, self._entering_width, self.device)
 
     @property
     def _entering_width(self) -> int:
@@ -122,7 +129,7 @@ class Segment:
     @property
     def caches(self) -> bool:
         """Whether the blocks can run on new tokens alone: all they keep of a sequence are keys and values."""
-        return not self._padded
+        return self._remembers and not self._padded
 
     @property
     def lean(self) -> bool:
@@ -159,9 +166,12 @@ class Segment:
             CapacityError: There is no memory for it at the moment.
         """
         if not self.caches:
+            lack = "do not go on from one set of keys and values as they would from the whole text"
+            if self._padded:
+                lack = "do not keep sequences of one batch apart"
             raise ConfigError(
-                f"Models of type {self.model.config.model_type!r} cannot decode with a cache here: their blocks do not "
-                "keep sequences of one batch apart. Training and evaluation work."
+                f"Models of type {self.model.config.model_type!r} cannot decode with a cache here: their blocks "
+                f"{lack}. Training and evaluation work."
             )
         most = self.most_cached_tokens
         if most is not None and max_tokens > most:
@@ -214,7 +224,7 @@ class Segment:
     @property
     def branches(self) -> bool:
         """Whether `Branches` can run candidates beside one another, through attention of its own."""
-        return not self._padded and self._layout.attention == SDPA
+        return self.caches and self._layout.attention == SDPA
 
     def run_branches(self, entering: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
         """Hidden states [S, C, H] of candidates; for `model.branching` alone."""
