@@ -53,7 +53,10 @@ OTHERS = {
     "exaone4": ("exaone4", {"sliding_window": 4, "layer_types": HALF_SLIDING}),
     "nemotron": ("nemotron", {}),
     "helium": ("helium", {}),
-    "llama4_chunked": ("llama4_text", {**MOE, "attention_chunk_size": 4, "intermediate_size_mlp": 48}),
+    "llama4_chunked": (
+        "llama4_text",
+        {**MOE, "attention_chunk_size": 4, "intermediate_size_mlp": 48, "floor_scale": 4},
+    ),
     "mixtral": ("mixtral", MOE),
     "qwen3_moe": ("qwen3_moe", MOE),
     "diffllama": ("diffllama", {}),

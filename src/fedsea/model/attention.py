@@ -27,6 +27,7 @@ from transformers.masking_utils import eager_mask, sdpa_mask
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from fedsea.errors import ConfigError
+from fedsea.model import temperature
 from fedsea.model.branching import BRANCHING
 from fedsea.model.cache import EXTENDING, Extension
 from fedsea.model.rowwise import are_rows_apart, attend_own
@@ -100,6 +101,8 @@ def _by_segment(
     branches = BRANCHING.get()
     if branches is not None:
         return branches.attend(module, query_1NTD, key_1NTD, value_1NTD, **kwargs), None
+    if (scale := temperature.of(module)) is not None:
+        inner = scale.before(inner)
     extension = EXTENDING.get()
     if extension is not None:
         return _by_sequence(inner, extension, module, query_1NTD, key_1NTD, value_1NTD, attention_mask, **kwargs)

@@ -19,6 +19,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 
 from fedsea.errors import ConfigError
+from fedsea.model import temperature
 from fedsea.model.attention import attention_for
 from fedsea.model.families import family_of, refusal
 from fedsea.types import SegmentKind
@@ -98,6 +99,8 @@ def build(config: PretrainedConfig, dtype: torch.dtype) -> tuple[PreTrainedModel
             model = AutoModelForCausalLM.from_config(config, dtype=dtype, **settings)
     except (ValueError, TypeError, AttributeError, KeyError, ImportError, RuntimeError) as error:
         raise refused(config, f"transformers cannot build it from its config ({type(error).__name__})") from error
+    if attention is not None:
+        temperature.take_over(model)
     return model.eval(), _find(model, attention)
 
 

@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from fedsea.errors import ConfigError
+from fedsea.model import temperature
 from fedsea.model.attention import SDPA, OwnMaskError
 from fedsea.model.cache import CacheArena, Extension, Frozen, SequenceCache, most_tokens
 from fedsea.model.lean import LeanBlocks, lean_blocks
@@ -224,7 +225,9 @@ class Segment:
     @property
     def branches(self) -> bool:
         """Whether `Branches` can run candidates beside one another, through attention of its own."""
-        return self.caches and self._layout.attention == SDPA
+        chunked = "chunked_attention" in (getattr(self.model.config, "layer_types", None) or ())
+        tempered = any(temperature.of(module) is not None for module in self.model.modules())
+        return self.caches and self._layout.attention == SDPA and not chunked and not tempered
 
     def run_branches(self, entering: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
         """Hidden states [S, C, H] of candidates; for `model.branching` alone."""

@@ -7,7 +7,14 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, MistralConfig
+from transformers import (
+    AutoModelForCausalLM,
+    DiffLlamaConfig,
+    GPT2Config,
+    Llama4TextConfig,
+    LlamaConfig,
+    MistralConfig,
+)
 
 from fedsea.model.branching import Branches
 from fedsea.model.checkpoint import open_checkpoint
@@ -20,8 +27,23 @@ LLAMA = {**SIZES, "intermediate_size": 48, "num_key_value_heads": 2, "initialize
 CONFIGS = {
     "llama": LlamaConfig(**LLAMA),
     "mistral": MistralConfig(**LLAMA, sliding_window=3),
+    "llama4": Llama4TextConfig(
+        **LLAMA,
+        head_dim=8,
+        intermediate_size_mlp=48,
+        num_local_experts=2,
+        moe_layers=[],
+        attention_chunk_size=3,
+        no_rope_layers=[1, 0, 1, 0],
+        floor_scale=2,
+        attn_scale=1.0,
+        pad_token_id=0,
+    ),
+    "diffllama": DiffLlamaConfig(**LLAMA, head_dim=8),
     "gpt2": GPT2Config(n_layer=4, n_embd=32, n_head=4, vocab_size=50, initializer_range=0.2),
 }
+# Chunks, temperatures and a second attention in each block are not what the attention of branches knows.
+DIRECT = {"llama", "mistral", "gpt2"}
 
 
 @pytest.fixture(params=CONFIGS)
@@ -77,7 +99,7 @@ def test_the_way_for_other_families_gives_the_same(folder: Path) -> None:
     for padded in (False, True):
         blocks._padded = padded
         branches = Branches(blocks, 2)
-        assert branches._direct is not padded
+        assert branches._direct is (not padded and blocks.model.config.model_type in DIRECT)
         rows = [branches.take(torch.tensor([position, position + 9])) for position in range(5)]
         branches.select(torch.tensor([1, 0]))
         runs.append([*rows, branches.peek(torch.arange(12).view(2, 6), torch.tensor([0, 1]))])
