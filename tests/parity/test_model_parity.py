@@ -26,6 +26,17 @@ NAMED = {
     "glm4": ("glm4", {}),
 }
 MOE = {"num_experts": 4, "num_local_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
+SHARED = {"n_routed_experts": 4, "first_k_dense_replace": 1}
+LATENT = {
+    "q_lora_rank": 16,
+    "kv_lora_rank": 16,
+    "qk_rope_head_dim": 8,
+    "qk_nope_head_dim": 8,
+    "v_head_dim": 12,
+    "num_key_value_heads": 4,
+    "n_group": 1,
+    "topk_group": 1,
+}
 # Families that work because the mechanism is generic.
 OTHERS = {
     "qwen2_sliding": ("qwen2", {"use_sliding_window": True, "sliding_window": 4, "layer_types": HALF_SLIDING}),
@@ -58,6 +69,8 @@ OTHERS = {
         {**MOE, "attention_chunk_size": 4, "intermediate_size_mlp": 48, "floor_scale": 4},
     ),
     "mixtral": ("mixtral", MOE),
+    "glm4_moe": ("glm4_moe", {**MOE, **SHARED}),
+    "deepseek_v3": ("deepseek_v3", {**MOE, **SHARED, **LATENT}),
     "qwen3_moe": ("qwen3_moe", MOE),
     "diffllama": ("diffllama", {}),
     "gpt_oss_sinks": ("gpt_oss", {**MOE, "sliding_window": 4, "layer_types": HALF_SLIDING}),

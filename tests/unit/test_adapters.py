@@ -133,6 +133,28 @@ def test_a_router_that_gives_scores_and_choices_is_not_adapted() -> None:
     assert not any("router" in name for name in found)
 
 
+EXPERTS = {
+    "vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "moe_intermediate_size": 16, "num_hidden_layers": 3,
+    "num_attention_heads": 4, "num_key_value_heads": 4, "head_dim": 8, "num_experts_per_tok": 2, "pad_token_id": 0,
+    "n_routed_experts": 4, "num_experts": 4, "first_k_dense_replace": 1, "n_group": 1, "topk_group": 1,
+    "q_lora_rank": 16, "kv_lora_rank": 16, "qk_rope_head_dim": 8, "qk_nope_head_dim": 8, "v_head_dim": 8,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("family", ["deepseek_v2", "deepseek_v3", "glm4_moe"])
+def test_layers_that_peft_takes_for_experts_are_left_out_and_attention_is_adapted(family: str) -> None:
+    """Dense and shared layers are called there as the experts were that are one tensor now."""
+    config = AutoConfig.for_model(family, **EXPERTS)
+    torch.manual_seed(0)
+    model, settings, partition = AutoModelForCausalLM.from_config(config), AdapterSection(rank=3), Partition(1, 1)
+    for part in segments(model, partition, settings):
+        found = {name: tuple(p.shape) for name, p in adapters.trainable(part).items()}
+        assert found == adapters.trainable_shapes(config, partition, [part.kind], settings)
+        assert {name.split(".")[3] for name in found} == {"self_attn"}
+    with pytest.raises(ConfigError, match=r"'up_proj' names no linear layer .* can adapt.*self_attn\.o_proj"):
+        adapters.check_settings(config, AdapterSection(targets=("up_proj",)))
+
+
 def test_the_head_is_adapted_if_named() -> None:
     parts = segments(whole(llama()), Partition(1, 1), AdapterSection(targets=("lm_head",)))
     assert [list(adapters.trainable(part)) for part in parts] == [

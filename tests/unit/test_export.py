@@ -13,6 +13,7 @@ from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from transformers import (
     AutoModelForCausalLM,
+    Glm4MoeConfig,
     GPT2Config,
     GPT2LMHeadModel,
     LlamaConfig,
@@ -44,6 +45,13 @@ def save_base(folder: Path, family: str = "llama", **changes: Any) -> Checkpoint
     if family == "llama":
         sizes = {"hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 4, "num_key_value_heads": 2}
         model = LlamaForCausalLM(LlamaConfig(**{**sizes, "num_hidden_layers": 3, "vocab_size": 64, **changes}))
+    elif family == "glm4_moe":  # its dense and shared layers are called as its experts were
+        config = Glm4MoeConfig(
+            hidden_size=32, intermediate_size=48, moe_intermediate_size=16, num_hidden_layers=3, num_attention_heads=4,
+            num_key_value_heads=2, head_dim=8, n_routed_experts=4, num_experts_per_tok=2, first_k_dense_replace=1,
+            vocab_size=64,
+        )  # fmt: skip
+        model = AutoModelForCausalLM.from_config(config)
     else:
         # Square projections: whether a weight is transposed cannot be told from its shape.
         model = GPT2LMHeadModel(
@@ -119,8 +127,9 @@ def test_an_adapter_on_all_blocks_names_plain_targets(tmp_path: Path) -> None:
         ("llama", "all-linear", lambda name: ("layers.0." in name) == ("q_proj" in name)),
         ("llama", ("q_proj", "lm_head"), lambda name: "layers.2." not in name),
         ("gpt2", ("attn.c_proj",), lambda name: True),
+        ("glm4_moe", "all-linear", lambda name: "layers.1." not in name),
     ],
-    ids=["some blocks", "unlike blocks", "head", "one of two modules of a name"],
+    ids=["some blocks", "unlike blocks", "head", "one of two modules of a name", "experts"],
 )
 def test_a_partial_adapter_lacks_no_key_in_peft(tmp_path: Path, family: str, targets: Any, keep: Any) -> None:
     checkpoint, settings = save_base(tmp_path / "base", family), AdapterSection(rank=4, targets=targets)

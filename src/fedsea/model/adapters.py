@@ -206,8 +206,8 @@ def check_settings(config: PretrainedConfig, settings: AdapterSection) -> None:
         found = [name for name in linears if is_target(name, target)]
         if not found:
             raise ConfigError(
-                f"adapter.targets: {target!r} names no linear layer of this model. Those of its blocks are "
-                f'{", ".join(inside)}; "all-linear" takes them all.'
+                f"adapter.targets: {target!r} names no linear layer of this model that LoRA can adapt. Those of its "
+                f'blocks are {", ".join(inside)}; "all-linear" takes them all.'
             )
         if is_tied(config) and any(unit_of(name + ".weight") == "head" for name in found):
             raise ConfigError(f"adapter.targets: {target!r} is tied to the embedding in this model; remove it.")

@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeAlias
 
@@ -120,11 +120,12 @@ def parameters_of(config: PretrainedConfig, kind: SegmentKind, blocks: range) ->
 def linear_layers(model: nn.Module) -> dict[str, Linear]:
     """Every layer of a model that LoRA may sit on: the linear layers of its blocks, and its head.
 
-    A router that is a linear layer by descent gives scores and choices, and is none.
+    A router that is a linear layer by descent gives scores and choices, and is none; nor is a layer that peft takes for
+    another one.
     """
     from transformers.pytorch_utils import Conv1D
 
-    found = {}
+    found: dict[str, Linear] = {}
     for name, module in model.named_modules():
         if block_of(name + ".") is None and unit_of(name + ".") != "head":
             continue
@@ -132,4 +133,28 @@ def linear_layers(model: nn.Module) -> dict[str, Linear]:
             found[name] = Linear(module.in_features, module.out_features, transposed=False)
         elif isinstance(module, Conv1D):
             found[name] = Linear(module.nx, module.nf, transposed=True)
-    return found
+    taken = _taken_for_experts(model, {name.rpartition(".")[2] for name in found})
+    return {name: linear for name, linear in found.items() if name.rpartition(".")[2] not in taken}
+
+
+def _taken_for_experts(model: nn.Module, leaves: Iterable[str]) -> frozenset[str]:
+    """Names that peft takes for those of experts, which were linear layers once and are one tensor now.
+
+    In some families a dense or shared layer is called the same. peft would put an adapter on all experts instead, here
+    and wherever an exported adapter is loaded.
+    """
+    # By the config alone: a segment may hold none of the blocks with experts, and its names have to be the whole's.
+    if not any("experts" in key for key in vars(model.config)):
+        return frozenset()
+    from peft import LoraConfig
+    from peft.utils.transformers_weight_conversion import convert_peft_config_for_transformers
+
+    def is_taken(leaf: str) -> bool:
+        config = LoraConfig(target_modules=[leaf])
+        try:
+            convert_peft_config_for_transformers(config, model, None)
+        except ValueError:  # half of what is one tensor now
+            return True
+        return leaf not in (config.target_modules or ())
+
+    return frozenset(leaf for leaf in leaves if is_taken(leaf))
