@@ -48,9 +48,12 @@ class Means:
 class Work:
     """The choices of one request under way. Made by `Workers.start`, used on the event loop."""
 
-    def __init__(self, choices: Sequence[_Running], arrived: asyncio.Queue[Event | None]) -> None:
+    def __init__(
+        self, choices: Sequence[_Running], arrived: asyncio.Queue[Event | None], give_up: Callable[[_Running], None]
+    ) -> None:
         self._choices = choices
         self._arrived = arrived
+        self._give_up = give_up
 
     async def events(self, first_s: float) -> AsyncGenerator[Event, None]:
         """What comes, until every choice has ended or one failed.
@@ -81,7 +84,7 @@ class Work:
     def cancel(self) -> None:
         """Give up whatever has not ended; may be called twice."""
         for choice in self._choices:
-            choice.cancel()
+            self._give_up(choice)
         self._arrived.put_nowait(None)
 
 
@@ -100,7 +103,8 @@ class Workers:
         self._room = most + most_waiting
         self._threads = ThreadPoolExecutor(most, thread_name_prefix="fedsea-gateway")
         self._lock = threading.Lock()
-        self._all: set[_Running] = set()
+        self._running: set[_Running] = set()
+        self._waiting: dict[_Running, None] = {}  # in their order; the pool's own line keeps what is given up
         self._coming = 0
         self._closed = False
 
@@ -110,8 +114,9 @@ class Workers:
     def __exit__(self, *_: object) -> None:
         with self._lock:
             self._closed = True
-            running = list(self._all)
-        for choice in running:
+            unfinished = [*self._running, *self._waiting]
+            self._waiting.clear()
+        for choice in unfinished:
             choice.cancel(Closing())
         self._threads.shutdown(wait=True, cancel_futures=True)
 
@@ -123,7 +128,7 @@ class Workers:
             CapacityError: Too many choices wait already.
         """
         with self._lock:
-            if len(self._all) + self._coming >= self._room:
+            if self._taken() + self._coming >= self._room:
                 raise _full()
             self._coming += 1
         try:
@@ -158,27 +163,47 @@ class Workers:
         with self._lock:
             if self._closed:
                 raise Closing()
-            if len(self._all) + len(choices) > self._room:
+            if self._taken() + len(choices) > self._room:
                 raise _full()
-            running = [_Running(choice, after_prompt, deliver) for choice in choices]
-            self._all.update(running)
-            self._show()
-        for one in running:
+            taken_on = [_Running(choice, after_prompt, deliver) for choice in choices]
+            self._waiting.update(dict.fromkeys(taken_on))
+            self._begin()
+        return Work(taken_on, arrived, self._give_up)
+
+    def _taken(self) -> int:
+        return len(self._running) + len(self._waiting)
+
+    def _begin(self) -> None:
+        """Give free threads to those that wait. The lock is held, so that the pool is not closed meanwhile."""
+        while self._waiting and len(self._running) < self._most:
+            one = next(iter(self._waiting))
+            del self._waiting[one]
+            self._running.add(one)
             self._threads.submit(self._run, one)
-        return Work(running, arrived)
+        self._show()
 
     def _run(self, one: _Running) -> None:
         try:
             one.run(self._means)
         finally:
             with self._lock:
-                self._all.discard(one)
+                self._running.discard(one)
+                self._begin()
+
+    def _give_up(self, one: _Running) -> None:
+        """Cancel one; its place in the line is free at once."""
+        with self._lock:
+            waited = one in self._waiting
+            if waited:
+                del self._waiting[one]
                 self._show()
+        one.cancel()
+        if waited:
+            self._means.metrics.cancelled()
 
     def _show(self) -> None:
-        metrics = self._means.metrics
-        metrics.running.set(min(len(self._all), self._most))
-        metrics.waiting.set(max(0, len(self._all) - self._most))
+        self._means.metrics.running.set(len(self._running))
+        self._means.metrics.waiting.set(len(self._waiting))
 
 
 def _full() -> FedseaError:
