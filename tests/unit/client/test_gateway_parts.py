@@ -79,7 +79,7 @@ def test_the_page_lists_every_error_and_no_other():
     answers = [response(cls("no")) for cls in kinds(errors.FedseaError) if cls is not errors.AggregationError]
     raised = {(answer.status_code, json.loads(answer.body)["error"]["code"]) for answer in answers}
     without_code = {(status, "") for status in (400, 404, 405, 408, 413, 415)}
-    assert documented() == raised | refused() | without_code | {(400, "missing")}
+    assert documented() == raised | refused() | without_code | {(400, "missing"), (400, "invalid_type")}
 
 
 def test_unforeseen_error_is_logged_by_type_and_place_alone(caplog):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 
 import pytest
+from pydantic import ValidationError
 
 from fedsea.client.gateway.errors import RequestError
 from fedsea.client.gateway.requests import ChatBody, TextBody, choices_of, parse
@@ -48,7 +49,9 @@ def test_fields_that_change_nothing_are_passed_over_and_null_is_as_if_left_out()
         ({"messages": [{"role": SECRET, "content": "a"}]}, "messages.0.role"),
         ({"messages": [{"role": "assistant", "content": SECRET, "tool_calls": [{}]}]}, "messages.0.tool_calls"),
         ({"temperature": -1}, "temperature"),
-        ({"top_p": 0}, "top_p"),
+        ({"top_p": -0.1}, "top_p"),
+        ({"audio": {"voice": SECRET}}, "audio"),
+        ({"web_search_options": {}}, "web_search_options"),
         ({"repetition_penalty": 1e-300}, "repetition_penalty"),
         ({"repetition_penalty": 1e300}, "repetition_penalty"),
         ({"n": 0}, "n"),
@@ -67,6 +70,75 @@ def test_refusal_names_the_field_and_not_the_value(fields, param):
     assert param.split(".")[0] in refused.value.message
     assert SECRET not in refused.value.message + str(refused.value.reason)
     assert refused.value.status == 400
+
+
+def part(kind):
+    return {"messages": [{"role": "user", "content": [{"type": "text", "text": "a"}, {"type": kind, kind: SECRET}]}]}
+
+
+def turn(**fields):
+    return {"messages": [CHAT["messages"][0], {"role": "assistant", "content": None} | fields]}
+
+
+@pytest.mark.parametrize(
+    ("fields", "param", "reason", "sentence"),
+    [
+        (part("image_url"), "messages.0.content.1.type", "unsupported", "type text are supported"),
+        (part("input_audio"), "messages.0.content.1.type", "unsupported", "type text are supported"),
+        ({"messages": [{"role": "user", "content": 5}]}, "messages.0.content", "invalid_type", "a list of parts"),
+        ({"messages": [{"role": "user", "content": [SECRET]}]}, "messages.0.content.0", "model_type", "an object"),
+        ({"messages": [SECRET]}, "messages.0", "model_type", "an object"),
+        (turn(), "messages.1.content", "invalid_type", "a text or a list of parts"),
+        (turn(tool_calls=[{"id": SECRET}]), "messages.1.tool_calls", "unsupported", "Tools are not"),
+        (turn(function_call={"name": SECRET}), "messages.1.function_call", "unsupported", "Tools are not"),
+        ({"stop": [SECRET] * 17}, "stop", "too_long", "at most 16"),
+        ({"stop": "x" * 257}, "stop", "string_too_long", "at most 256"),
+        ({"stop": ["a", ""]}, "stop.1", "string_too_short", "at least 1"),
+        ({"stop": ["a", 5]}, "stop.1", "string_type", "valid string"),
+        ({"stop": {"a": SECRET}}, "stop", "invalid_type", "a text or a list of texts"),
+        ({"<text>": SECRET}, "<text>", "unknown", "not known"),
+    ],
+)
+def test_refusal_of_a_field_of_several_forms_is_about_the_one_that_was_meant(fields, param, reason, sentence):
+    with pytest.raises(RequestError, match=sentence) as refused:
+        chat(**fields)
+    assert (refused.value.param, refused.value.reason) == (param, reason)
+    assert SECRET not in refused.value.message
+
+
+@pytest.mark.parametrize(
+    ("prompt", "param", "reason"),
+    [
+        ([1, "a"], "prompt.1", "int_type"),
+        (["a", 1], "prompt.1", "string_type"),
+        ([[1], "a"], "prompt.1", "list_type"),
+        ([[1], [2, "a"]], "prompt.1.1", "int_type"),
+        ([1, True], "prompt.1", "int_type"),
+        ([1, 2.0], "prompt.1", "int_type"),
+        ([True, False], "prompt", "invalid_type"),
+        ([{}], "prompt", "invalid_type"),
+        (5, "prompt", "invalid_type"),
+    ],
+)
+def test_prompt_of_mixed_or_other_forms_is_refused_where_it_goes_wrong(prompt, param, reason):
+    with pytest.raises(RequestError) as refused:
+        text(prompt=prompt)
+    assert (refused.value.param, refused.value.reason) == (param, reason)
+
+
+def test_a_list_is_read_up_to_its_first_error():
+    with pytest.raises(ValidationError) as refused:
+        TextBody.model_validate({"model": "m", "prompt": [1, *["a"] * 1000]})
+    assert refused.value.error_count() == 1
+
+
+@pytest.mark.parametrize("fields", [{"top_p": 0}, {"temperature": 1e-6}, {"temperature": 0, "top_p": 0.5}])
+def test_smallest_share_and_temperatures_near_0_take_the_likeliest_token(fields):
+    settings = choices(chat(**fields), (5,))[0].settings
+    assert (settings.temperature, settings.top_p) == (0, 1)
+    assert choices(chat(), (5,))[0].settings.temperature == 1
+    how = choices(chat(temperature=1e-4, top_p=0.5), (5,))[0].settings
+    assert (how.temperature, how.top_p) == (1e-4, 0.5)
 
 
 @pytest.mark.parametrize("data", [b"", b"{", b"[1]", b'"a"', b"\xff\xfe", b'{"n": Infinity}', b"[" * 100_000])

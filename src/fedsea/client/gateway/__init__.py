@@ -4,6 +4,7 @@ In the order of a request:
 
 guard.py      who may ask: API key, host names, size of a body
 requests.py   a JSON body -> what is asked for, or a sentence that says what is wrong with it
+fields.py     what single fields of a body hold
 work.py       one thread a choice over `client.generation.generate`; how many run, how many wait, who is cancelled
 pieces.py     the text and bytes of single tokens, for log-probabilities
 forms.py      what was generated -> OpenAI's JSON, by route

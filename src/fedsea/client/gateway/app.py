@@ -200,7 +200,8 @@ class _Routes:
                 )
             prompts = [served.prompts.text(p) if isinstance(p, str) else Prompt(p) for p in body.prompts]
         if any(not 0 <= token < served.vocab_size for prompt in prompts for token in prompt.ids):
-            raise RequestError(f"A token id is not below {served.vocab_size}, the vocabulary's size.", param="prompt")
+            most = served.vocab_size - 1
+            raise RequestError(f"A token id is none of the model's, which are 0 to {most}.", param="prompt")
         choices = choices_of(
             body,
             prompts,

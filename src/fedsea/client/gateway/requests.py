@@ -4,24 +4,24 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar
 
 import pydantic_core
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from fedsea.client.answer import LEAST_PENALTY, MOST_PENALTY
 from fedsea.client.gateway.errors import RequestError
+from fedsea.client.gateway.fields import Messages, Prompts, Stops, place
 from fedsea.client.generation import GenerationSettings
 from fedsea.client.pseudonyms import Prompt
 from fedsea.data.detokenize import TextFilter
 
 MOST_CHOICES = 64
 """Choices of one request, over all its prompts."""
-_MOST_STOPS = 16
 
 _IGNORED = {
     *("user", "metadata", "store", "service_tier", "parallel_tool_calls", "safety_identifier", "prompt_cache_key"),
-    *("prompt_cache_retention", "reasoning_effort", "verbosity", "prediction"),
+    *("prompt_cache_options", "prompt_cache_retention", "reasoning_effort", "verbosity", "prediction"),
 }
 """Fields that change nothing here."""
 
@@ -35,33 +35,19 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "function_call": ("none", "auto"),
     "response_format": ({"type": "text"},),
     "modalities": (["text"],),
+    "audio": (),
+    "web_search_options": (),
+    "moderation": (),
     "echo": (False,),
     "suffix": ("",),
     "best_of": (1,),
 }
 """Fields that would change the answer, and values with which they do not: others are refused, not passed over."""
+_GREEDY_BELOW = 1e-4
+"""Temperatures at which the likeliest token has all the probability, and `GenerationSettings` takes but 0."""
 
 _Temperature = Annotated[float, Field(ge=0, le=2, allow_inf_nan=False)]
-_Share = Annotated[float, Field(gt=0, le=1, allow_inf_nan=False)]
-_Stop = Annotated[str, Field(min_length=1, max_length=256)]
-
-
-class _Part(BaseModel):
-    type: Literal["text"]
-    text: str
-
-
-class _Message(BaseModel):
-    """One turn; what a client leaves of an earlier answer around its text is passed over."""
-
-    role: Literal["system", "developer", "user", "assistant"]
-    content: str | list[_Part]
-    tool_calls: Annotated[list[Any], Field(max_length=0)] | None = None
-
-    def plain(self) -> dict[str, str]:
-        """As templates take it."""
-        text = self.content if isinstance(self.content, str) else "".join(part.text for part in self.content)
-        return {"role": "system" if self.role == "developer" else self.role, "content": text}
+_Share = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
 
 
 class _StreamOptions(BaseModel):
@@ -85,7 +71,7 @@ class _Body(BaseModel):
     min_p: float = Field(0.0, ge=0, le=1, allow_inf_nan=False)
     repetition_penalty: float = Field(1.0, ge=LEAST_PENALTY, le=MOST_PENALTY, allow_inf_nan=False)
     seed: int | None = Field(None, ge=-(2**63), lt=2**63)
-    stop: _Stop | Annotated[list[_Stop], Field(max_length=_MOST_STOPS)] = []
+    stop: Stops = []
 
     most: ClassVar[int | None] = None
     """New tokens if the body says nothing; None: as many as the gateway is set to."""
@@ -104,7 +90,7 @@ class _Body(BaseModel):
 class ChatBody(_Body):
     """`POST /v1/chat/completions`."""
 
-    messages: list[_Message] = Field(min_length=1)
+    messages: Messages
     max_completion_tokens: int | None = Field(None, ge=1)
     logprobs: bool = False
     top_logprobs: int = Field(0, ge=0, le=20)
@@ -123,7 +109,7 @@ class ChatBody(_Body):
 class TextBody(_Body):
     """`POST /v1/completions`."""
 
-    prompt: str | list[int] | list[str] | list[list[int]]
+    prompt: Prompts
     logprobs: int = Field(-1, ge=0, le=20, strict=True)  # chat's is a boolean, and would pass for 0 or 1
 
     most: ClassVar[int | None] = 16
@@ -182,10 +168,11 @@ def parse(kind: type[ChatBody] | type[TextBody], data: bytes) -> ChatBody | Text
 
 def _refusal(error: ValidationError) -> RequestError:
     first = error.errors(include_url=False, include_context=False, include_input=False)[0]
-    name = ".".join(str(part)[:64] for part in first["loc"])
+    name = place(first["loc"])
     if first["type"] == "extra_forbidden":
         return RequestError(f"{name}: this field is not known here; leave it out.", param=name, reason="unknown")
-    return RequestError(f"{name}: {first['msg']}.", param=name, reason=first["type"])
+    what = "Input should be an object" if first["type"] == "model_type" else first["msg"]  # pydantic's names our class
+    return RequestError(f"{name}: {what}.", param=name, reason=first["type"])
 
 
 def choices_of(
@@ -213,6 +200,7 @@ def choices_of(
     if len(prompts) * body.n > MOST_CHOICES:
         raise RequestError(f"More than {MOST_CHOICES} choices were asked for: send several requests.", param="n")
     stop = (body.stop,) if isinstance(body.stop, str) else tuple(body.stop)
+    greedy = body.temperature < _GREEDY_BELOW or body.top_p == 0
     choices: list[Choice] = []
     for prompt in prompts:
         room = max_tokens - len(prompt.ids)
@@ -230,9 +218,9 @@ def choices_of(
             index = len(choices)
             settings = GenerationSettings(
                 max_new_tokens=wanted,
-                temperature=body.temperature,
+                temperature=0.0 if greedy else body.temperature,
                 top_k=body.top_k,
-                top_p=body.top_p,
+                top_p=1.0 if greedy else body.top_p,
                 min_p=body.min_p,
                 repetition_penalty=body.repetition_penalty,
                 seed=None if body.seed is None else (body.seed + index) % 2**63,
