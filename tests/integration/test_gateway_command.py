@@ -65,6 +65,7 @@ def test_command_serves_with_the_key_of_the_environment_until_it_is_told_to_end(
         (["--host", "0.0.0.0"], "needs an API key"),
         (["--host", "no.such.host.invalid"], "needs an API key"),
         (["--api-key", " "], "is empty"),
+        (["--api-key", "schlüssel"], "No client could send"),
         (["--drafter", "nothing-here"], "--drafter"),
         (["--host", "192.0.2.1", "--api-key", "k"], "cannot listen"),
     ],

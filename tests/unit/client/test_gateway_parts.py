@@ -122,6 +122,14 @@ def test_other_hosts_than_loopback_need_a_key():
         check_host("127.0.0.1", " ")
 
 
+@pytest.mark.parametrize("key", ["schlüssel", "s3cret\n", " s3cret", "s3\tcret", "s3\ncret", "s3cret\x00"])
+def test_key_that_no_client_could_send_is_refused_without_being_told(key):
+    with pytest.raises(errors.ConfigError, match="No client could send") as refused:
+        check_host("127.0.0.1", key)
+    assert key.strip() not in refused.value.message
+    check_host("127.0.0.1", "a key of Words, d1gits & signs!")
+
+
 def _byte_level() -> PreTrainedTokenizerFast:
     vocab = {token: i for i, token in enumerate(["<unk>", "</s>", *sorted(pre_tokenizers.ByteLevel.alphabet()), "Ġa"])}
     backend = Tokenizer(models.BPE(vocab=vocab, merges=[("Ġ", "a")], unk_token="<unk>"))

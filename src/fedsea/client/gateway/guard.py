@@ -36,6 +36,11 @@ def check_host(host: str, api_key: str | None) -> None:
     """
     if api_key is not None and not api_key.strip():
         raise ConfigError("The API key is empty: give one with FEDSEA_API_KEY or --api-key, or leave it out.")
+    if api_key is not None and not (api_key.isascii() and api_key.isprintable() and api_key == api_key.strip()):
+        raise ConfigError(
+            "No client could send this API key: make it of letters, digits and signs of ASCII (openssl rand -hex 32 "
+            "makes one), without spaces or line breaks around it."
+        )
     if api_key is None and not is_loopback(host):
         raise ConfigError(
             f"{host} can be reached from other machines, so the gateway needs an API key: set FEDSEA_API_KEY (or give "
