@@ -226,6 +226,20 @@ def test_choices_are_each_their_own_and_a_seed_gives_them_again(bench):
     assert streamed == texts
 
 
+def test_choices_of_a_streamed_chat_each_begin_with_the_role_and_end_with_the_reason(bench):
+    client = bench().client()
+    asked = {"model": "test", "messages": [{"role": "user", "content": PROMPT}], "max_tokens": 5, "n": 2, "seed": 7}
+    whole = client.chat.completions.create(**asked)
+    pieces = list(client.chat.completions.create(**asked, stream=True, stream_options={"include_usage": True}))
+    assert len({piece.id for piece in pieces}) == 1
+    assert (pieces[-1].choices, pieces[-1].usage) == ([], whole.usage)
+    for number, choice in enumerate(whole.choices):
+        mine = [p.choices[0] for p in pieces[:-1] if p.choices[0].index == number]
+        assert [p.delta.role for p in mine] == ["assistant", *[None] * (len(mine) - 1)]
+        assert [p.finish_reason for p in mine] == [*[None] * (len(mine) - 1), "length"]
+        assert "".join(p.delta.content or "" for p in mine) == choice.message.content
+
+
 def test_models_health_and_metrics(bench):
     at = bench()
     gateway = at.gateway(model_name="notes")
@@ -285,7 +299,8 @@ def test_what_cannot_be_answered_is_refused_in_openais_form(bench):
             assert (answer.status_code, "error" in answer.json()) == (400, True)
         assert plain.get("/nothing").json()["error"]["type"] == "invalid_request_error"
         assert "/v1/chat/completions" in plain.get("/nothing").json()["error"]["message"]
-        assert plain.get("/completions").status_code == 405
+        answer = plain.get("/completions")
+        assert (answer.status_code, answer.headers["Allow"]) == (405, "POST")
 
 
 def test_without_a_key_only_this_machine_is_answered(bench):

@@ -108,7 +108,9 @@ async def _not_there(_request: Request, error: Exception) -> Response:
         "/v1/chat/completions, /v1/completions and /v1/models.",
         405: "This address does not take this method: completions take POST, everything else GET.",
     }
-    return response(RequestError(sentence.get(status, "The request cannot be answered."), status))
+    answer = response(RequestError(sentence.get(status, "The request cannot be answered."), status))
+    answer.headers.update((isinstance(error, HTTPException) and error.headers) or {})  # which methods are allowed
+    return answer
 
 
 class _Routes:
