@@ -210,6 +210,12 @@ def test_what_cannot_be_done_is_refused_and_says_why(zoo, tmp_path):
         split.generate(ids + 97, **settings)
     with pytest.raises(ConfigError, match="at least one"):
         split.generate(ids.repeat(2, 1), attention_mask=torch.tensor([[1] * 5, [0] * 5]), **settings)
+    padded = {"input_ids": ids.repeat(2, 1), "attention_mask": torch.tensor([[1] * 5, [1, 1, 1, 0, 0]])}
+    for way in ({}, {"use_cache": False}):
+        with pytest.raises(ConfigError, match="pad on the left"):
+            split.generate(**padded, **settings, **way)
+    with pytest.raises(ConfigError, match="assistant_early_exit needs all blocks"):
+        split.generate(ids, assistant_early_exit=2, **settings)
     with pytest.raises(ConfigError, match="new_cache"):
         split.generate(ids, cache=DynamicCache(), **settings)
     with pytest.raises(ConfigError, match="cache_implementation"):

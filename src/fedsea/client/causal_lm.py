@@ -28,7 +28,7 @@ from fedsea.client.causal_head import kept_logits, loss_of, targets_of
 from fedsea.client.causal_saving import load_trained, save_trained
 from fedsea.client.decoding import SplitDecoder
 from fedsea.client.inference import OpenedDecoder, open_decoder
-from fedsea.client.padding import cells_of
+from fedsea.client.padding import cells_of, refuse_padding_at_the_end
 from fedsea.client.results import status
 from fedsea.client.setup import ClientOptions
 from fedsea.errors import ConfigError
@@ -239,6 +239,10 @@ class SplitCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[misc]
         """See `GenerationMixin.generate`; beams and return sequences share one run of their prompt.
 
         Caches are closed at the end, unless one of `new_cache` is given as `cache`.
+
+        Raises:
+            ConfigError: A prompt is padded on the right, or something is asked for that a split model cannot do.
+            FedseaError: The trunk is lost.
         """
         made: list[SplitCache] = []
         token = _MADE.set(made)
@@ -261,6 +265,12 @@ class SplitCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[misc]
             raise ConfigError("A split model has a cache of its own: leave cache_implementation out.")
         if generation_config.is_assistant:
             raise ConfigError("A split model cannot be the assistant: take a small model that is all here.")
+        if generation_config.assistant_early_exit is not None:
+            raise ConfigError(
+                "assistant_early_exit needs all blocks here, and most of a split model's are at the server: take a "
+                "small assistant_model, or prompt_lookup_num_tokens."
+            )
+        refuse_padding_at_the_end(model_kwargs.get("attention_mask"))
         if (given := model_kwargs.get("cache")) is not None:
             _own(given)
             super()._prepare_cache_for_generation(

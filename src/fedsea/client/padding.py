@@ -60,6 +60,24 @@ def mask_of(like_BS: torch.Tensor, attention_mask: torch.Tensor | None) -> torch
     return attention_mask.to(torch.bool)
 
 
+def refuse_padding_at_the_end(attention_mask: object) -> None:
+    """What is not computed at padding are its logits too: a prompt that ends in it would have no first new token.
+
+    Args:
+        attention_mask: Of prompts, [B, S], if there is one. A row without any token is not looked at.
+
+    Raises:
+        ConfigError: A prompt is padded on the right.
+    """
+    if isinstance(attention_mask, torch.Tensor) and attention_mask.dim() == 2 and attention_mask.shape[1]:
+        mask_BS = attention_mask.to(torch.bool)
+        if bool((mask_BS.any(1) & ~mask_BS[:, -1]).any()):
+            raise ConfigError(
+                "A prompt is padded on the right, where its answer begins: pad on the left "
+                '(tokenizer.padding_side = "left").'
+            )
+
+
 def cells_of(
     input_ids_BS: torch.Tensor, attention_mask: torch.Tensor | None, position_ids: torch.Tensor | None
 ) -> Cells:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -21,6 +22,8 @@ from torch import nn
 from fedsea.errors import ConfigError
 from fedsea.model.attention import Segments, attend_within
 from fedsea.model.cache import EXTENDING, CacheArena, Extension, ExtensionCache
+
+log = logging.getLogger(__name__)
 
 _LEAK = 0.25
 """Share of a block's contribution that another sequence would have to change to be noticed; rounding stays below."""
@@ -222,7 +225,8 @@ def _remembers(
                 extension.commit()
         except (MemoryError, torch.OutOfMemoryError):
             raise
-        except Exception:  # noqa: BLE001 (any failure of foreign code means the same)
+        except Exception as error:  # noqa: BLE001 (any failure of foreign code means the same)
+            log.info("this model cannot decode with a cache: its blocks failed with one", exc_info=error)
             return False
     wanted_TH = at_once[3:]
     change = wanted_TH - hidden_TH[3:] if wanted_TH.shape == hidden_TH[3:].shape else wanted_TH
