@@ -225,8 +225,8 @@ def _remembers(
                 extension.commit()
         except (MemoryError, torch.OutOfMemoryError):
             raise
-        except Exception as error:  # noqa: BLE001 (any failure of foreign code means the same)
-            log.info("this model cannot decode with a cache: its blocks failed with one", exc_info=error)
+        except Exception as error:  # any failure of foreign code means the same
+            log.debug("this model cannot decode with a cache: its blocks failed with one", exc_info=error)
             return False
     wanted_TH = at_once[3:]
     change = wanted_TH - hidden_TH[3:] if wanted_TH.shape == hidden_TH[3:].shape else wanted_TH
