@@ -8,6 +8,7 @@ import torch
 import fedsea
 from fedsea.client import results
 from fedsea.errors import ConfigError
+from tests.support.decoding import comes_back_to, held
 
 PROMPT = torch.tensor([[5, 6, 7, 8]])
 SETTINGS = {"max_new_tokens": 12, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
@@ -52,3 +53,8 @@ def test_connected_model_is_the_federations_for_generating_and_for_gradients(fed
         _connect(fed, run=fed.folder / "none")
     with _connect(fed, run=fed.folder / "none", base=True) as split:
         assert split.generate(PROMPT, **SETTINGS).shape == (1, 16)
+        split.generate(PROMPT, guidance_scale=1.5, **SETTINGS)
+        assert comes_back_to(fed, (0, 0, 0))
+        kept = split(PROMPT, use_cache=True)
+        assert held(fed)[0] == len(kept.logits)
+    assert comes_back_to(fed, (0, 0, 0))
