@@ -534,6 +534,36 @@ def test_a_vanished_client_ends_its_session(federation: Federation) -> None:
     run(work())
 
 
+def test_a_client_that_vanishes_while_it_is_sent_to_is_a_broken_connection(federation: Federation) -> None:
+    async def work() -> None:
+        failed: asyncio.Future[BaseException] = asyncio.get_running_loop().create_future()
+
+        async def handler(session: PeerSession) -> None:
+            transport = session.arrival.transport
+
+            async def send() -> None:
+                try:
+                    while True:
+                        await transport.write(bytes(200_000))
+                except Exception as error:
+                    failed.set_result(error)
+
+            sending = asyncio.create_task(send())
+            try:
+                await asyncio.Event().wait()
+            finally:
+                await sending
+
+        async with running(federation, handler) as (_, address):
+            stream = await join(address, clinic(federation))
+            assert await stream._read()
+            stream._call.cancel()
+            assert isinstance(await failed, TransportError)
+            await stream.close()
+
+    run(work())
+
+
 def test_a_stopping_server_asks_to_come_back(federation: Federation) -> None:
     async def work() -> None:
         async with running(federation) as (server, address):

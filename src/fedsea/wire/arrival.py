@@ -18,6 +18,9 @@ from fedsea.wire.sealing.handshake import HANDSHAKE_S, Subject
 from fedsea.wire.sealing.pipe import SealedPipe, agree_as_server, tell_ready
 from fedsea.wire.transport import LAST_WORD, Timing, aio
 
+_BROKEN = (grpc.RpcError, aio.UsageError, aio.InternalError, asyncio.InvalidStateError)
+"""What gRPC raises at the server's end of a call that is over; `InternalError` where its client has vanished."""
+
 
 class Gate(Protocol):
     """Who may come in; `wire.identity.PeerGate`."""
@@ -50,7 +53,7 @@ class ContextChunks:
         """The next chunk, or None when the client ended its direction."""
         try:
             chunk = await self._context.read()
-        except (grpc.RpcError, aio.UsageError, asyncio.InvalidStateError):
+        except _BROKEN:
             raise TransportError(f"The connection of {self._name} broke.") from None
         return None if chunk is aio.EOF else chunk
 
@@ -58,7 +61,7 @@ class ContextChunks:
         """Hand over one chunk."""
         try:
             await self._context.write(chunk)
-        except (grpc.RpcError, aio.UsageError, asyncio.InvalidStateError):
+        except _BROKEN:
             raise TransportError(f"The connection of {self._name} broke.") from None
 
 
