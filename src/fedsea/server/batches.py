@@ -18,7 +18,7 @@ Answer = Callable[[m.Message], None]
 Owners = dict[int, int]
 """Of one stream: session number to the owner that opened it. The very object also tells streams apart."""
 
-_SMALL_TURN = 16
+SMALL_TURN = 16
 """A message with more new tokens per sequence is a prefill: one of those runs in a batch, beside small ones."""
 _MOST_IN_BATCH = 1024
 LONGEST_GATHERING_S = 0.02
@@ -105,7 +105,7 @@ class Batcher:
     def add(self, session: Session, message: m.SessionForward) -> None:
         """A message may run; the session's next one when this one has."""
         ready = Ready(session, message, session.owners)
-        small = ready.num_tokens <= _SMALL_TURN * len(message.lengths)
+        small = ready.num_tokens <= SMALL_TURN * len(message.lengths)
         with self._lock:
             (self._small if small else self._large).setdefault(session.client, deque()).append(ready)
             if session in self._away:

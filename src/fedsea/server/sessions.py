@@ -23,7 +23,7 @@ from fedsea.errors import ConfigError, FedseaError, ProtocolError, SessionLost
 from fedsea.model.decoding import TrunkDecoder, reason_of
 from fedsea.plan import InferenceSection
 from fedsea.server.admission import Admission
-from fedsea.server.batches import Answer, Batcher, Owners, Ready, Session
+from fedsea.server.batches import SMALL_TURN, Answer, Batcher, Owners, Ready, Session
 from fedsea.server.engine import Engine
 from fedsea.server.executor.local import Priority
 from fedsea.server.line import failure, forget_owner
@@ -184,11 +184,12 @@ class Sessions:
         session = self._of(client, owners, message.session)
         if session is None:
             raise SessionLost("The server does not know this session (any more): open it again and replay it.")
-        if sum(message.lengths) > self._settings.most_rows:
+        most = max(self._settings.prefill_tokens, SMALL_TURN * len(session.memory.caches))
+        if sum(message.lengths) > most:
             self._end(session)
             raise ProtocolError(
-                f"A message has {sum(message.lengths)} new tokens, and {self._settings.most_rows} are allowed: send "
-                "longer prompts in several."
+                f"A message has {sum(message.lengths)} new tokens, and {most} are allowed in this session: send longer "
+                "prompts in several."
             )
         if len(session.waiting) >= _MOST_WAITING:
             self._end(session)

@@ -232,6 +232,24 @@ def test_wrong_message_ends_its_session_alone_and_gives_the_memory_back(wrong, c
     assert world.used == (before[0] - 1, before[1], 1)
 
 
+@pytest.mark.parametrize(("num_sequences", "most"), [(1, 24), (2, 32)])
+def test_message_has_as_many_tokens_as_a_prefill_or_some_for_each_of_its_own_sessions_sequences(num_sequences, most):
+    world = World("a", prefill_tokens=24, max_sequences=64)
+    stream = Stream(world, "a")
+    stream.open(max_tokens=64, num_sequences=num_sequences)
+    stream.take()
+    for number, count in enumerate((most, most + 1)):
+        others = (0,) * (num_sequences - 1)
+        stream.forward(0, number, rows(count), (0, *others), lengths=(count, *others))
+    refused(stream.take(), "PROTOCOL", f"{most} are allowed in this session")
+    assert world.used == (0, 0, 0)
+    stream.open(max_tokens=64, num_sequences=num_sequences)
+    stream.take()
+    stream.forward(0, 0, rows(most), (0, *others), lengths=(most, *others))
+    world.run()
+    assert stream.outputs().keys() == {(0, 0)}
+
+
 def test_what_was_not_finite_does_not_reach_whoever_has_the_slot_next():
     world = World()
     bad = Stream(world, "a")
