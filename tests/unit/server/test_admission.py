@@ -472,6 +472,25 @@ def test_wish_that_cannot_be_met_ends_no_session_and_holds_others_up_for_a_while
     assert len(world.sessions._sessions) == 5
 
 
+def test_session_that_is_larger_than_a_share_is_passed_by_a_later_one_of_its_own_client_when_nothing_is_kept_for_it():
+    world = small_world("a", "b")
+    other, own = Stream(world, "a"), Stream(world, "b")
+    assert isinstance(ask(other), m.SessionOpened)
+    wait(own, 0, ROOM)
+    wait(own, 1, 32)
+    began, opened = world.now, []
+    while not opened:
+        assert world.now - began < 2 * _HOLDS_S
+        later(world, RETRY_AFTER_S)
+        opened += [answer.session for answer in own.answers if isinstance(answer, m.SessionOpened)]
+        ask(own, 0, ROOM)
+        opened += [answer.session for answer in own.answers if isinstance(answer, m.SessionOpened)]
+        if not opened:
+            ask(own, 1, 32)
+    assert opened == [1]
+    assert world.now - began > _HOLDS_S / 2
+
+
 @pytest.mark.parametrize(("held", "wanted", "most"), [(512, 1024, 4), (256, 2048, 8), (256, 256, 1)])
 def test_so_few_sessions_end_as_a_slab_has(held, wanted, most):
     world = small_world("a", "b", max_sequences=4096)

@@ -563,6 +563,8 @@ def test_what_did_not_run_before_the_stream_broke_runs_once():
     for number in range(3):
         new.forward(0, number, rows(1, number), number)
     world.run()
+    assert [answer.number for answer in new.answers] == [0, 1, 2]
+    assert world.sessions.num_tokens == 3
     got = new.outputs()
     assert old.answers == []
     torch.testing.assert_close(got[0, 2], sum(rows(1, number) for number in range(3)))
