@@ -283,7 +283,7 @@ class RemoteSession:
         if self.num_sequences > 1 or len(self._history) < 2:
             return
         before, last = self._history[-2:]
-        if before.future is not None or last.future is not None or before.number in self._in_flight:
+        if before.future is not None or last.future is not None:
             return
         kept = last.positions[0] - before.positions[0]
         if kept < 1 or kept + last.lengths[0] > self._owner.prefill_tokens:
