@@ -235,6 +235,38 @@ def test_stream_is_not_read_on_before_the_sessions_and_the_link_have_room():
     asyncio.run(work())
 
 
+def test_stream_that_trains_is_not_read_on_before_its_link_has_room():
+    async def work() -> None:
+        sent, received = asyncio.Event(), []
+
+        async def messages():
+            for number in range(2):
+                yield m.StepReady(number, 0, 1, 1.0)
+            yield m.Finished(0)
+
+        class Incoming:
+            def __aiter__(self) -> Any:
+                return messages()
+
+        coordinator = SimpleNamespace(
+            wait_s=None,
+            state=SimpleNamespace(check_standing=lambda *_, **__: None),
+            join=lambda *_: None,
+            receive=lambda name, message: received.append(message.step),
+        )
+        service: Any = SimpleNamespace(coordinator=coordinator, _links={}, _left=set(), _gone=lambda *_: None)
+        link: Any = SimpleNamespace(session=Incoming(), room=sent.wait)
+        reading = asyncio.ensure_future(Service._train(service, link, "a", m.Join("", 0, -1, 0, "train")))
+        for _ in range(10):
+            await a_turn()
+        assert received == [0]
+        sent.set()
+        await asyncio.wait_for(reading, 5.0)
+        assert received == [0, 1]
+
+    asyncio.run(work())
+
+
 def test_client_that_sends_and_never_reads_is_kept_so_much_and_no_more():
     async def work() -> None:
         world, num_read = World("a", prefill_tokens=16, max_sequences=1, max_tokens=64), 0
