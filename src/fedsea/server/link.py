@@ -136,11 +136,11 @@ def _tensors(message: m.Message) -> Iterator[torch.Tensor]:
 
 def _alone(message: m.Message) -> m.Message:
     """The same without what others have of its memory: one row must not keep the whole batch that it was part of."""
-    reply: Any = getattr(message, "tensors", None)
-    if not isinstance(reply, Reply) or all(_is_whole(tensor) for tensor in reply.tensors.values()):
+    sent: Any = message
+    if all(_is_whole(tensor) for tensor in _tensors(message)):
         return message
-    own = {name: tensor if _is_whole(tensor) else tensor.clone() for name, tensor in reply.tensors.items()}
-    copy: m.Message = replace(message, tensors=Reply(own))  # type: ignore[call-arg, type-var]
+    own = {name: tensor if _is_whole(tensor) else tensor.clone() for name, tensor in sent.tensors.tensors.items()}
+    copy: m.Message = replace(sent, tensors=Reply(own))
     return copy
 
 
