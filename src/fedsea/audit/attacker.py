@@ -238,8 +238,8 @@ class Attacker:
     def row_variance(self, channel: Channel, rows_TH: torch.Tensor) -> torch.Tensor:
         """Variance [T] of the difference between what was observed and what the client computed.
 
-        The plan's noise, and what its codec rounds away: int8 steps are a 127th of a row's largest value; casts
-        lose half a unit in the last place.
+        The plan's noise, and what its codec rounds away: int8 steps are a 127th of a row's largest value, or a little
+        more; casts lose half a unit in the last place.
         """
         magnitudes_T = rows_TH.abs().amax(dim=1)
         match self.codecs.get(channel, "fp32"):

@@ -26,6 +26,8 @@ assert sys.byteorder == "little", "tensors travel as they lie in memory"
 _LARGEST_INT8 = 127
 _SMALLEST_SCALE = 1e-37
 """Rows with a smaller scale become zeros: its reciprocal is near float32's overflow."""
+_LARGEST_SCALE = 2.0**121
+"""Rows with a larger scale, of values beyond 3.37e38, are cut there: 127 steps that are rounded up might overflow."""
 
 
 class Codec(Protocol):
@@ -77,11 +79,14 @@ class Cast:
 
 @dataclass(frozen=True, slots=True)
 class Int8:
-    """Eight bits a value: every row over its largest magnitude; the rows' float32 scales come first."""
+    """Eight bits a value: every row over its largest magnitude; the rows' bfloat16 scales come first.
+
+    Rounded up, a scale makes steps that are wider by less than 0.8 %, and no value leaves the range.
+    """
 
     def num_bytes(self, shape: tuple[int, ...]) -> int:
         """See `Codec`."""
-        return 4 * shape[0] + math.prod(shape)
+        return 2 * shape[0] + math.prod(shape)
 
     def encode(self, tensor: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """See `Codec`."""
@@ -89,16 +94,22 @@ class Int8:
         scales_R = torch.linalg.vector_norm(values_RH, ord=torch.inf, dim=1) / _LARGEST_INT8
         if not all_finite(scales_R):
             raise NonFiniteError("A tensor that was about to be sent holds a NaN or an infinity.")
-        scales_R = torch.where(scales_R < _SMALLEST_SCALE, 0.0, scales_R)
+        short_R = _rounded_up(torch.where(scales_R < _SMALLEST_SCALE, 0.0, scales_R.clamp(max=_LARGEST_SCALE)))
+        scales_R = short_R.to(torch.float32)
         factors_R = torch.where(scales_R > 0, 1 / scales_R, 0.0)
         rows_RH = (values_RH * factors_R[:, None]).round_().clamp_(-_LARGEST_INT8, _LARGEST_INT8).to(torch.int8)
-        return scales_R.to("cpu").contiguous(), rows_RH.to("cpu").contiguous()
+        return short_R.to("cpu").contiguous(), rows_RH.to("cpu").contiguous()
 
     def decode(self, raw: torch.Tensor, out: torch.Tensor) -> None:
         """See `Codec`."""
         num_rows = out.shape[0]
-        scales_R = raw[: 4 * num_rows].view(torch.float32)
-        torch.mul(raw[4 * num_rows :].view(torch.int8).view(out.shape), scales_R[:, None], out=out)
+        scales_R = raw[: 2 * num_rows].view(torch.bfloat16).to(torch.float32)
+        torch.mul(raw[2 * num_rows :].view(torch.int8).view(out.shape), scales_R[:, None], out=out)
+
+
+def _rounded_up(scales_R: torch.Tensor) -> torch.Tensor:
+    """The next bfloat16 for each of these, which are not negative: bfloat16 is the upper half of float32."""
+    return ((scales_R.view(torch.int32) + 0xFFFF) >> 16).to(torch.int16).view(torch.bfloat16)
 
 
 @dataclass(frozen=True, slots=True)
