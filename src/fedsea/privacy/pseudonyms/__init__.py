@@ -7,7 +7,7 @@ opening.py      from a client's settings to `Pseudonyms`
 pseudonyms.py   replacing and restoring
 recogniser.py   what is an identifier: patterns.py, dates.py, names.py, and the client's own words
 lexicon.py      names that are known, and from which surrogates are drawn
-surrogates.py   realistic surrogates by a keyed function; checksums.py
+surrogates.py   realistic surrogates by a keyed function; checksums.py, urls.py
 table.py        what stands for what; restoring.py puts originals back while an answer grows
 vault.py        the mapping on disk, sealed; keys.py
 spans.py        places in a text

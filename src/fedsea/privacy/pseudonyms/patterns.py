@@ -9,9 +9,9 @@ from collections.abc import Iterator
 from fedsea.privacy.pseudonyms.checksums import iban_valid, luhn_valid
 from fedsea.privacy.pseudonyms.lexicon import Lexicon, missing
 from fedsea.privacy.pseudonyms.spans import Span
+from fedsea.privacy.pseudonyms.urls import URL
 
 _EMAIL = re.compile(r"(?<![\w.+%-])[\w.+%-]{1,64}@(?:[\w-]{1,63}\.){1,8}[^\W\d_]{2,24}")
-_URL = re.compile(r"(?:https?|ftp)://[^\s<>\"'`|{}\\^]+|\bwww\.[\w-]+\.[^\s<>\"'`|{}\\^]+", re.IGNORECASE)
 _IPV4 = re.compile(r"(?<![\w.])(?:\d{1,3}\.){3}\d{1,3}(?![\w]|\.\d)")
 _IPV6 = re.compile(r"(?<![\w:])(?:[0-9A-Fa-f]{0,4}:){2,7}[0-9A-Fa-f]{0,4}(?![\w:])")
 _IBAN = re.compile(r"(?<!\w)[A-Z]{2}\d{2}(?:[ -]?[A-Z0-9]{4}){2,7}(?:[ -]?[A-Z0-9]{1,3})?(?!\w)")
@@ -126,7 +126,7 @@ class PatternRecogniser:
 
     def find(self, text: str) -> Iterator[Span]:
         """Candidates, the surest first; they may overlap."""
-        yield from _all(_URL, text, "url", trailing=".,;:!?)]'")
+        yield from _all(URL, text, "url", trailing=".,;:!?)]'")
         yield from _all(_EMAIL, text, "email", trailing=".")
         if any(letter.isdigit() for letter in text):
             yield from self._numbers(text)

@@ -16,7 +16,7 @@ from fedsea.privacy.pseudonyms.names import NameRecogniser
 from fedsea.privacy.pseudonyms.patterns import PatternRecogniser
 from fedsea.privacy.pseudonyms.spans import Span, apart, grown
 
-VERSION = 1
+VERSION = 2
 """Counted up whenever other places of a text would be found, so that an interrupted run notices."""
 
 _MOST_WORDS = 200_000

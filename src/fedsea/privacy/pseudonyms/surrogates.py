@@ -16,6 +16,7 @@ from fedsea.privacy.pseudonyms.checksums import iban_completed, luhn_completed
 from fedsea.privacy.pseudonyms.dates import shifted
 from fedsea.privacy.pseudonyms.lexicon import Lexicon
 from fedsea.privacy.pseudonyms.names import NameRecogniser
+from fedsea.privacy.pseudonyms.urls import url_parts
 from fedsea.privacy.pseudonyms.words import ADDRESS_FRAME, SYLLABLES
 
 _LEAST_WEEKS, _MOST_WEEKS = 26, 260
@@ -135,13 +136,14 @@ class SurrogateMaker:
         return f"{who}.{family}{number}@{house}.example.{draws.one_of(('com', 'org', 'net'))}"
 
     def _url(self, canonical: str, draws: Draws, attempt: int) -> str:
-        scheme, slashes, rest = canonical.rpartition("://") if "://" in canonical else ("", "", canonical)
-        host, slash, path = rest.partition("/")
+        """Scheme, `www.` and port stay; a file without a host goes on without one."""
+        scheme, host, port, path = url_parts(canonical)
+        if not host and any(letter.isalnum() for letter in path):
+            return f"{scheme}{port}{_alike(path, draws, attempt)}"
         www = "www." if host.lower().startswith("www.") else ""
-        port = host[host.rindex(":") :] if ":" in host and host[host.rindex(":") + 1 :].isdigit() else ""
         house = self._lexicon.plain(draws.one_of(self._lexicon.families))
         number = str(draws.below(900) + 100) if attempt > 2 else ""
-        return f"{scheme}{slashes}{www}{house}{number}.example.org{port}{slash}{_alike(path, draws, 0)}"
+        return f"{scheme}{www}{house}{number}.example.org{port}{_alike(path, draws, 0)}"
 
     def _address(self, canonical: str, draws: Draws, attempt: int) -> str:
         """Numbers become others, the words that name something become names; what says street or state stays."""

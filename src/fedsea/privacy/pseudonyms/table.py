@@ -7,6 +7,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 from fedsea.privacy.pseudonyms.spans import joins
+from fedsea.privacy.pseudonyms.urls import keeps_too_much
 from fedsea.privacy.pseudonyms.vault import Entry
 
 
@@ -59,7 +60,15 @@ class Table:
         return self._originals.get(surrogate)
 
     def add(self, entry: Entry) -> None:
-        """Take an entry in, or what is new in one that is here."""
+        """Take an entry in, or what is new in one that is here.
+
+        A surrogate that holds a part of what it stands for becomes an original again, and is given out no more.
+        """
+        if entry.kind == "url" and keeps_too_much(entry.canonical.removeprefix("="), entry.base):
+            self.entries.append(entry)
+            for surface, surrogate in entry.surfaces.items():
+                self._restores(surrogate, surface)
+            return
         if self._by_canonical.get((entry.kind, entry.canonical)) is not entry:
             self._by_canonical[entry.kind, entry.canonical] = entry
             self.entries.append(entry)
@@ -69,10 +78,7 @@ class Table:
             if (entry.kind, surface) in self._surrogates:
                 continue
             self._surrogates[entry.kind, surface] = surrogate
-            self._originals[surrogate] = surface
-            self._known.add(surface.lower())
-            self._taken.add(surrogate.lower())
-            self._index(surrogate)
+            self._restores(surrogate, surface)
         if entry.kind == "name":
             self._vary(entry)
 
@@ -119,6 +125,12 @@ class Table:
     def is_one(self, text: str) -> bool:
         """Whether a text is a surrogate, in whatever form."""
         return text in self._originals or text in self._variants
+
+    def _restores(self, surrogate: str, surface: str) -> None:
+        self._originals[surrogate] = surface
+        self._known.add(surface.lower())
+        self._taken.add(surrogate.lower())
+        self._index(surrogate)
 
     def _vary(self, entry: Entry) -> None:
         """Other forms of a name that a model may write: in capitals, and with the German genitive."""
