@@ -41,10 +41,11 @@ class PseudonymSettings(Section):
         types: What is looked for.
         languages: Languages whose names, dates and addresses are known.
         patterns: Name to regular expression: the client's own identifiers, such as badge numbers.
-        words: Words and phrases that are always replaced, in any case.
+        words: Words and phrases that are always replaced, in any case; inside a longer identifier with all of it.
         word_files: Files of such words, one a line.
         name_files: Files of names that are always replaced as names (patients, staff), one word or full name a line.
-        keep: Words that look like identifiers and are none: never replaced.
+        keep: Words that look like identifiers and are none: not replaced, but for those inside a longer identifier
+            (an e-mail address, a street).
         restore: Which surrogates become originals again in an answer: "all" that this client ever gave out, or only
             those of the "prompt".
     """

@@ -5,7 +5,9 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+from bisect import bisect_right
 from collections.abc import Iterator
+from itertools import accumulate
 from pathlib import Path
 
 from fedsea.errors import ConfigError
@@ -14,7 +16,7 @@ from fedsea.privacy.pseudonyms.dates import find_dates
 from fedsea.privacy.pseudonyms.lexicon import load_lexicon
 from fedsea.privacy.pseudonyms.names import NameRecogniser
 from fedsea.privacy.pseudonyms.patterns import PatternRecogniser
-from fedsea.privacy.pseudonyms.spans import Span, apart, grown
+from fedsea.privacy.pseudonyms.spans import Span, apart, grown, united
 
 VERSION = 2
 """Counted up whenever other places of a text would be found, so that an interrupted run notices."""
@@ -54,19 +56,28 @@ class Recogniser:
 
     def find(self, text: str) -> list[Span]:
         """Identifiers in order; they do not overlap, and cut through no word."""
-        kept = [(span.start, span.end) for span in self._keep.find(text, "keep")]
-        candidates = (grown(text, span) for span in self._candidates(text))
-        return apart(
-            span
-            for span in candidates
-            if not any(start < span.end and span.start < end for start, end in kept) and text[span.start : span.end]
-        )
+        kept = list(self._keep.find(text, "keep"))
+        starts, ends = [one.start for one in kept], list(accumulate((one.end for one in kept), max))
 
-    def _candidates(self, text: str) -> Iterator[Span]:
+        def is_kept(span: Span) -> bool:
+            # Wholly: a kept word inside an address of the net is no reason to give out the rest of that.
+            before = bisect_right(starts, span.start)
+            return before > 0 and span.end <= ends[before - 1]
+
+        def chosen(candidates: Iterator[Span]) -> Iterator[Span]:
+            return (span for span in (grown(text, one) for one in candidates) if not is_kept(span))
+
+        return united(chosen(self._own(text)), apart(chosen(self._general(text))))
+
+    def _own(self, text: str) -> Iterator[Span]:
+        """Candidates by the client's own words and patterns."""
         yield from self._words.find(text, "word")
         for kind, pattern in self._custom.items():
             for match in pattern.finditer(text):
                 yield Span(match.start(), match.end(), kind)
+
+    def _general(self, text: str) -> Iterator[Span]:
+        """Candidates by what identifiers look like; these are the same whatever the client's own words are."""
         dates = (Span(start, end, "date") for start, end in find_dates(text)) if "date" in self._types else iter(())
         formed = [span for span in self._patterns.find(text) if span.kind in self._types]
         # A date may look like a phone number, and a part of an account number like a date.

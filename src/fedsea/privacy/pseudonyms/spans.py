@@ -61,3 +61,32 @@ def apart(candidates: Iterable[Span]) -> list[Span]:
             covered.update(letters)
             taken.append(span)
     return sorted(taken)
+
+
+def united(own: Iterable[Span], general: Iterable[Span]) -> list[Span]:
+    """Spans of both, in order; those that overlap become one that covers all of them.
+
+    So nothing that one of them covers is given out because of another. The kind is that of an own span that covers the
+    whole, and else that of the longest general one: what is part of an e-mail address becomes part of another.
+
+    >>> united([Span(5, 12, "word"), Span(40, 50, "word")], [Span(0, 25, "email"), Span(42, 45, "name")])
+    [Span(start=0, end=25, kind='email'), Span(start=40, end=50, kind='word')]
+    """
+    mine = [span for span in own if span.end > span.start]
+    groups: list[list[Span]] = []
+    end = 0
+    for span in sorted([*mine, *general], key=lambda span: span.start):
+        if groups and span.start < end:
+            groups[-1].append(span)
+        else:
+            groups.append([span])
+        end = max(end, span.end)
+    known = set(mine)
+    return [_union(group, known) for group in groups]
+
+
+def _union(group: list[Span], own: set[Span]) -> Span:
+    start, end = group[0].start, max(span.end for span in group)
+    whole = [span for span in group if span in own and (span.start, span.end) == (start, end)]
+    decisive = whole or [span for span in group if span not in own] or group
+    return Span(start, end, max(decisive, key=lambda span: span.end - span.start).kind)
