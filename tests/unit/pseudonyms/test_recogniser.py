@@ -41,6 +41,13 @@ def recogniser() -> Recogniser:
         ("Steuer-ID: 12 345 678 901", ["12 345 678 901"]),
         ("65 150870 M 003", ["65 150870 M 003"]),
         ("Kennzeichen: HH XY 99", ["HH XY 99"]),
+        ("Geb. 3.4.80, born on 3/4/80; am 3.4.80.", ["3.4.80", "3/4/80", "3.4.80"]),
+        ("ID: 12345678, ID-Nr. AB-1234, id=00-48/29.", ["12345678", "AB-1234", "00-48/29"]),
+        ("He lives in Boise, ID 83702", ["Boise, ID 83702"]),
+        ("file:///srv/anna/x.txt, smb://nas/anna, wss://a/b", ["file:///srv/anna/x.txt", "smb://nas/anna", "wss://a/b"]),
+        ("(klinik.de/anna-schmidt) a.klinik.org:80?x=1.", ["klinik.de/anna-schmidt", "a.klinik.org:80?x=1"]),
+        ("an anna.schmidt@[10.0.0.1] senden", ["anna.schmidt@[10.0.0.1]"]),
+        ("Siehe https://a.org/o'neil/anna, 'http://b.org/x'.", ["https://a.org/o'neil/anna", "http://b.org/x"]),
     ],
 )  # fmt: skip
 def test_identifiers_are_found_from_their_first_letter_to_their_last(recogniser, text, found):
@@ -57,6 +64,7 @@ def test_identifiers_are_found_from_their_first_letter_to_their_last(recogniser,
         "Es waren 1000 Einheiten in 30 Tagen, 3 von 4, um 12:30 Uhr.",
         "He took 4111 1111 1111 1112 steps and 1234567890123 more.",
         "Seite 12 von 30; 5 St. Tabletten; 100 %.",
+        "Abschnitt 3.4.80, Version 1.2.30, am 3.14.80, ID: 7, an idea: 12345, z.B. und/oder.de ja/nein, self.net / 2.",
     ],
 )
 def test_ordinary_text_is_left_as_it_is(recogniser, text):
@@ -107,7 +115,9 @@ def test_recall_on_generated_notes_stays_where_it_is(recogniser):
 def test_hostile_text_takes_no_more_than_its_length(recogniser):
     texts = ["1" * 10_000, "A" * 10_000, "a.b@" * 5_000, "Dr. " * 5_000, "1 " * 10_000, "Anna-" * 2_000, "x:" * 10_000,
              "12.12.20" * 2_000, "Aa " * 7_000, "-" * 10_000, "+49 " * 5_000, "Am Am " * 3_000,
-             "1-" * 9_000, "A1 " * 7_000, "MRN " * 5_000]  # fmt: skip
+             "1-" * 9_000, "A1 " * 7_000, "MRN " * 5_000, "a." * 9_000, "a.de/" * 4_000, "ID: " * 5_000,
+             "ID:a." * 4_000, "ID:" + "a" * 10_000, "am 1.1." * 3_000, "a@[" * 5_000, "http://" * 3_000,
+             "file://'a" * 2_000]  # fmt: skip
     began = time.process_time()
     for text in texts:
         recogniser.find(text)

@@ -38,6 +38,13 @@ _PATTERNS = tuple(
     )
 )  # fmt: skip
 
+# Without zeros it may be the number of a section or a version; behind these words it is a date.
+_SHORT = re.compile(r"(?P<a>\d{1,2})(?P<s>[./-])(?P<b>\d{1,2})(?P=s)(?P<yy>\d{2})(?![\w%]|[.,-]\d)")
+_BEFORE_SHORT = re.compile(
+    r"(?i:(?<!\w)(?:geb(?:\.|oren)?(?: am)?|geburts(?:datum|tag)|born(?: on)?|D\.?O\.?B\.?|date of birth|am|vom))"
+    r"\s?:?\s?(?=\d)"
+)
+
 
 def find_dates(text: str) -> Iterator[tuple[int, int]]:
     """Places of dates, those with more parts first."""
@@ -45,6 +52,10 @@ def find_dates(text: str) -> Iterator[tuple[int, int]]:
         for match in pattern.finditer(text):
             if _parsed(match) is not None:
                 yield match.start(), match.end()
+    for before in _BEFORE_SHORT.finditer(text):
+        short = _SHORT.match(text, before.end())
+        if short is not None and _parsed(short) is not None:
+            yield short.start(), short.end()
 
 
 def shifted(text: str, days: int) -> str | None:
@@ -52,8 +63,10 @@ def shifted(text: str, days: int) -> str | None:
 
     >>> shifted("28.02.1984", 7), shifted("March 3, 2021", -7), shifted("1. Mai", 7), shifted("7/4/2020", 14)
     ('06.03.1984', 'February 24, 2021', '8. Mai', '7/18/2020')
+    >>> shifted("3.4.80", -7)
+    '27.3.80'
     """
-    for pattern in _PATTERNS[:-2]:
+    for pattern in (*_PATTERNS[:-2], _SHORT):
         match = pattern.fullmatch(text)
         if match is not None and (parsed := _parsed(match)) is not None:
             return _moved(match, parsed, days)

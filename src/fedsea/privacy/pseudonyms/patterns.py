@@ -9,9 +9,11 @@ from collections.abc import Iterator
 from fedsea.privacy.pseudonyms.checksums import iban_valid, luhn_valid
 from fedsea.privacy.pseudonyms.lexicon import Lexicon, missing
 from fedsea.privacy.pseudonyms.spans import Span
-from fedsea.privacy.pseudonyms.urls import URL
+from fedsea.privacy.pseudonyms.urls import URL, URL_WITHOUT_SCHEME
 
-_EMAIL = re.compile(r"(?<![\w.+%-])[\w.+%-]{1,64}@(?:[\w-]{1,63}\.){1,8}[^\W\d_]{2,24}")
+_EMAIL = re.compile(r"(?<![\w.+%-])[\w.+%-]{1,64}@(?:(?:[\w-]{1,63}\.){1,8}[^\W\d_]{2,24}|\[[\w.:]{3,45}\])")
+_CLOSING = ".,;:!?)]'"
+"""What ends a sentence or a bracket rather than an address of the net."""
 _IPV4 = re.compile(r"(?<![\w.])(?:\d{1,3}\.){3}\d{1,3}(?![\w]|\.\d)")
 _IPV6 = re.compile(r"(?<![\w:])(?:[0-9A-Fa-f]{0,4}:){2,7}[0-9A-Fa-f]{0,4}(?![\w:])")
 _IBAN = re.compile(r"(?<!\w)[A-Z]{2}\d{2}(?:[ -]?[A-Z0-9]{4}){2,7}(?:[ -]?[A-Z0-9]{1,3})?(?!\w)")
@@ -39,6 +41,8 @@ _RECORD = _after(
     rf"policy|police?n|versicherten|mitglieds?|akten|auftrags?|rechnungs?|invoice|employee|personal|order|encounter|visit|"
     rf"proben?|sample|specimen|accession){_NUMBER}|aktenzeichen|az\.|ref\.|referenz|KVNR|pat\.-?(?:nr|id)\.?"
 )
+# Without a sign between, ID may be Idaho before a postal code.
+_ID = re.compile(r"(?i:\bID)(?:\s?[:#=]|[ -](?:Nr|No)\.?:?|\sis\b)\s?(?P<code>(?=[\w./-]{4})[\w./-]*\d[\w/-]*)(?!\w)")
 _SOCIAL = _after(
     rf"SSN|social security(?:{_NUMBER})?|tax{_NUMBER}|tax id|steuer-?id(?:nr\.?|entifikationsnummer)?|"
     rf"steuer{_NUMBER}|sozialversicherungs{_NUMBER}|SV-?{_NUMBER}|krankenversicherten{_NUMBER}|NHS{_NUMBER}",
@@ -126,8 +130,9 @@ class PatternRecogniser:
 
     def find(self, text: str) -> Iterator[Span]:
         """Candidates, the surest first; they may overlap."""
-        yield from _all(URL, text, "url", trailing=".,;:!?)]'")
+        yield from _all(URL, text, "url", trailing=_CLOSING)
         yield from _all(_EMAIL, text, "email", trailing=".")
+        yield from _all(URL_WITHOUT_SCHEME, text, "url", trailing=_CLOSING)
         if any(letter.isdigit() for letter in text):
             yield from self._numbers(text)
 
@@ -142,6 +147,7 @@ class PatternRecogniser:
         yield from _all(_SSN, text, "ssn")
         yield from _coded(_PASSPORT, text, "passport")
         yield from _coded(_RECORD, text, "record")
+        yield from _coded(_ID, text, "record")
         yield from _all(_INSURANCE, text, "ssn")
         for pattern in (_IPV4, _IPV6):
             yield from (span for span in _all(pattern, text, "ip") if _is_address(text[span.start : span.end]))
