@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -56,14 +57,35 @@ class OneNoise:
         return self._fresh().update(tensors)
 
 
+class ByText(OneNoise):
+    """Noise that is a function of the values: another for every text, and the same in every epoch."""
+
+    def hidden(self, rows: torch.Tensor, origin: Any) -> Release:
+        key = hashlib.sha256(rows.float().numpy().tobytes()).digest()
+        return Boundary.of(self._plan, key=key).hidden(rows, origin)
+
+    def gradient(self, rows: torch.Tensor, origin: Any) -> Release:
+        return Boundary.of(self._plan).gradient(rows, origin)
+
+
+class OneRow(OneNoise):
+    """One row of noise for all of a sequence."""
+
+    def _fresh(self) -> Boundary:
+        made = Boundary.of(self._plan)
+        add = made._generator.add
+        made._generator.add = lambda rows, std: rows.float() + add(torch.zeros_like(rows[:1]), std)  # type: ignore[assignment,method-assign]
+        return made
+
+
 def _findings(
-    plan_file: Path, boundary: Any = None, passes: int = 20, codecs: dict[Channel, str] = CODECS
+    plan_file: Path, boundary: Any = None, passes: int = 20, codecs: dict[Channel, str] = CODECS, epochs: int = 1
 ) -> list[Finding]:
     """What the checks say of some texts that go over the wire."""
     subject = open_subject(plan_file)
     targets = Texts(subject.tokenizer, subject.plan, 48).canaries(passes, 0)
     pairs = Tap(variant(subject.plan, subject.name), subject.checkpoint, boundary=boundary, key=b"t" * 32).observe(
-        targets
+        targets, epochs
     )
     taps = {Channel.HIDDEN: [pair[0] for pair in pairs], Channel.GRADIENT: [pair[1] for pair in pairs]}
     return check_taps(subject, taps, codecs)
@@ -130,8 +152,24 @@ def test_a_channel_that_was_forgotten_is_reported_and_attacked(tmp_path: Path) -
 def test_noise_that_is_used_twice_is_reported(tmp_path: Path) -> None:
     file = noised_plan(tmp_path)
     findings = _findings(file, OneNoise(open_subject(file).plan))
-    assert ["used twice" in finding.sentence for finding in findings] == [True, True]
+    said = ["used twice", "used twice", "on hidden states and on gradients"]
+    assert [words in finding.sentence for words, finding in zip(said, findings, strict=True)] == [True] * 3
     assert {finding.verdict for finding in findings} == {Verdict.EXPOSED}
+
+
+def test_noise_that_comes_again_in_the_next_epoch_is_reported(tmp_path: Path) -> None:
+    file = noised_plan(tmp_path)
+    boundary = ByText(open_subject(file).plan)
+    assert _findings(file, boundary, 4) == []
+    (finding,) = _findings(file, boundary, 4, epochs=3)
+    assert "used twice on hidden states" in finding.sentence
+
+
+def test_one_row_of_noise_for_a_whole_sequence_is_reported(tmp_path: Path) -> None:
+    file = noised_plan(tmp_path)
+    findings = _findings(file, OneRow(open_subject(file).plan), 4)
+    for channel in ("hidden states", "gradients"):
+        assert any(f"used twice on {channel}" in finding.sentence for finding in findings)
 
 
 def test_noise_that_is_too_small_is_reported(tmp_path: Path) -> None:

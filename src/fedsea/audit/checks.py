@@ -11,6 +11,7 @@ from dataclasses import replace
 
 import torch
 
+from fedsea.audit.noise_rows import Added, can_be_compared, shared, uneven, used_twice
 from fedsea.audit.observe import Tapped
 from fedsea.audit.subject import Subject
 from fedsea.audit.verdict import Finding, Verdict
@@ -20,11 +21,9 @@ from fedsea.types import Channel
 from fedsea.wire.codecs import CODECS
 
 _TOLERANCE = 0.01
-_SIGMAS = 4.0
+_SIGMAS = 5.0
 _BLIND = 0.5
 """Relative error of the noise's variance from which on nothing is said about it."""
-_SAME_NOISE = 0.5
-"""Correlation of the noise of two releases above which it is one and the same; independent noise stays near 0."""
 
 _WORDS = {Channel.HIDDEN: "hidden states", Channel.GRADIENT: "gradients", Channel.UPDATE: "updates"}
 
@@ -41,7 +40,7 @@ def check_taps(
     """
     noise = subject.plan.noise if subject.plan.trust.mode == "noised" else NoiseSection()
     protected = [channel for channel in taps if noise.std(channel)]
-    findings = []
+    findings: list[Finding] = []
     for channel, releases in taps.items():
         if noise.std(channel):
             findings += _check_noise(channel, releases, noise, codecs.get(channel, "fp32"))
@@ -53,6 +52,13 @@ def check_taps(
                     f"any, and tell as much: set noise.{channel}_std.",
                 )
             )
+    both = [channel for channel in (Channel.HIDDEN, Channel.GRADIENT) if channel in protected]
+    if len(both) > 1 and shared(
+        *(_added(channel, taps[channel], noise, codecs.get(channel, "fp32")) for channel in both)
+    ):
+        findings.append(
+            Finding(Verdict.EXPOSED, "The same noise was used on hidden states and on gradients: it is seen in both.")
+        )
     return findings
 
 
@@ -97,22 +103,41 @@ def _check_noise(
                 f"what is sent differs from what was computed by {measured:.3g}.",
             )
         ]
+    added = _added(channel, releases, noise, codec)
+    if abs(share - 1) <= tolerance:
+        return _check_rows(added, std, what, codec)
+    mismatch = Finding(
+        Verdict.EXPOSED if measured < std else Verdict.BROKEN,
+        f"The noise on {what} has a standard deviation of {measured:.4g}, and the plan says {std:g}.",
+    )
+    return [mismatch, *_check_rows(added, std, what, codec, even=False)]
+
+
+def _check_rows(added: Sequence[Added], std: float, what: str, codec: str, *, even: bool = True) -> list[Finding]:
+    """Reuse first: noise that comes again makes rows and columns uneven, too."""
+    if used_twice(added):
+        words = f"The same noise was used twice on {what}: the difference of two rows has none left."
+        return [Finding(Verdict.EXPOSED, words)]
     findings = []
-    if abs(share - 1) > tolerance:
-        findings.append(
-            Finding(
-                Verdict.EXPOSED if measured < std else Verdict.BROKEN,
-                f"The noise on {what} has a standard deviation of {measured:.4g}, and the plan says {std:g}.",
-            )
+    if even and (off := uneven(added, std)):
+        words = (
+            f"The noise on {what} is not the same everywhere: in {len(off)} rows or columns it has a standard "
+            f"deviation of {min(off):.3g} to {max(off):.3g}, and the plan says {std:g}."
         )
-    if _reused(parts):
-        findings.append(
-            Finding(
-                Verdict.EXPOSED,
-                f"The same noise was used twice on {what}: the difference of two releases has none left.",
-            )
+        findings.append(Finding(Verdict.EXPOSED if min(off) < std else Verdict.BROKEN, words))
+    if not can_be_compared(added):
+        words = (
+            f"Whether noise on {what} is used twice or left out of some rows cannot be seen: rows are too narrow, or "
+            f"{codec} rounds more coarsely than the noise. Audit the plan with fp32 codecs as well."
         )
+        findings.append(Finding(Verdict.INCONCLUSIVE, words))
     return findings
+
+
+def _added(channel: Channel, releases: Sequence[Tapped], noise: NoiseSection, codec: str) -> list[Added]:
+    """What was added to each release."""
+    std = noise.std(channel)
+    return [Added.of(one.seen_TH, _clipped(one, channel, noise), std, codec) for one in releases]
 
 
 def _clipped(tapped: Tapped, channel: Channel, noise: NoiseSection) -> torch.Tensor:
@@ -149,14 +174,3 @@ def _coded(rows_TH: torch.Tensor, name: str) -> torch.Tensor:
     raw = torch.cat([part.contiguous().view(torch.uint8).flatten() for part in codec.encode(rows_TH)])
     codec.decode(raw, decoded_TH)
     return decoded_TH
-
-
-def _reused(parts: Sequence[torch.Tensor]) -> bool:
-    """Whether two releases have the same noise: their first values are correlated."""
-    width = min(len(part) for part in parts)
-    if len(parts) < 2 or width < 64:
-        return False
-    rows = torch.stack([part[:width] for part in parts])
-    rows = rows / rows.norm(dim=1, keepdim=True)
-    alike = (rows @ rows.T).fill_diagonal_(0.0)
-    return bool(alike.max() > _SAME_NOISE)

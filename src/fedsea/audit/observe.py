@@ -29,6 +29,8 @@ from fedsea.wire.encoding import Decoder, Encoder, Sealed
 
 Change = Callable[[torch.Tensor], torch.Tensor]
 
+_TAPPED_EPOCHS = 2
+
 
 @dataclass(frozen=True, slots=True)
 class Tapped:
@@ -109,17 +111,18 @@ class Tap:
         """Send every target in every epoch; each gets an observation for each.
 
         Returns:
-            For every target, in the first epoch, what was before the boundary: [hidden states, gradients if any].
+            For every target, in the first epoch and then in the second, what was before the boundary: [hidden states,
+            gradients if any]. Two epochs, as noise may come again in the next one.
         """
-        first: list[list[Tapped]] = []
+        kept: list[list[Tapped]] = []
         for epoch in range(epochs):
             for number, target in enumerate(targets):
                 observation, tapped = self.send(target)
                 target.observations.append(observation)
-                if epoch == 0:
-                    first.append(tapped)
+                if epoch < _TAPPED_EPOCHS:
+                    kept.append(tapped)
                 progress(epoch * len(targets) + number + 1, epochs * len(targets))
-        return first
+        return kept
 
     def send(self, target: Target) -> tuple[Observation, list[Tapped]]:
         """One training pass of one sequence."""

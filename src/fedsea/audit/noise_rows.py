@@ -1,0 +1,137 @@
+"""The noise of each row: whether all rows and columns have as much of it as the plan says, and none has another's.
+
+That noise as planned is found to be at fault has a probability under `FALSE_ALARM` for each question, by bounds without
+approximation: Chernoff's for the mean square of k normal values, and for the cosine of two of them in k dimensions
+P(cosine > t) <= (1 - t²)^((k - 1) / 2) / 2.
+
+R  rows of one release, H  values of a row
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from fedsea.wire.codecs import CODECS, Cast
+
+FALSE_ALARM = 1e-7
+"""Of each question; an audit asks some ten."""
+_LEAST_WIDTH = 16
+"""Values of two rows by which it can be told whether their noise is the same."""
+_SAME_NOISE = 0.5
+"""Least cosine that is called the same noise, however wide the rows are: independent noise stays near 0."""
+_MOST_ROWS = 2048
+"""That are compared with one another, beside those of one release."""
+_UPDATE_WIDTH = 64
+"""An update has no rows; so many values, end to end, are taken for one."""
+_ROUNDED = 13 / 12
+"""Mean square, as a multiple of the noise's, that is still right: a codec whose step is the noise's adds a 12th."""
+_REACH = 4.0
+"""Standard deviations that noise adds to a value at most, for how coarsely that is rounded."""
+
+
+@dataclass(frozen=True, slots=True)
+class Added:
+    """What was added to the rows of one release.
+
+    Attributes:
+        added_RH: What was sent less what the noise was added to; 0 where `judged_RH` is not.
+        judged_RH: Values that the codec rounds no more coarsely than by a step of the noise's standard deviation:
+            only there is what was added the noise, and not what the codec made of the value itself.
+    """
+
+    added_RH: torch.Tensor
+    judged_RH: torch.Tensor
+
+    @classmethod
+    def of(cls, seen_RH: torch.Tensor, clipped_RH: torch.Tensor, std: float, codec: str) -> Added:
+        """Of a release.
+
+        Args:
+            seen_RH: As decoded; of an update [N, 1].
+            clipped_RH: What the noise was added to.
+            std: The noise's.
+            codec: Of the channel.
+        """
+        if clipped_RH.shape[1] == 1:
+            whole = len(clipped_RH) // _UPDATE_WIDTH * _UPDATE_WIDTH
+            seen_RH, clipped_RH = (rows[:whole].view(-1, _UPDATE_WIDTH) for rows in (seen_RH, clipped_RH))
+        judged_RH = _steps(clipped_RH.abs() + _REACH * std, codec) <= std
+        return cls(torch.where(judged_RH, seen_RH - clipped_RH, 0.0), judged_RH)
+
+    def units(self, most: int) -> tuple[torch.Tensor, int]:
+        """The first rows, each of norm 1, and the least number of values that any of them has; few are left out."""
+        counts_R = self.judged_RH.sum(1)
+        fit_R = counts_R >= max(_LEAST_WIDTH, self.judged_RH.shape[1] / 2)
+        rows_RH = self.added_RH[fit_R][:most]
+        width = int(counts_R[fit_R].min()) if len(rows_RH) else 0
+        return rows_RH / rows_RH.norm(dim=1, keepdim=True).clamp(min=1e-30), width
+
+
+def _steps(sizes_RH: torch.Tensor, codec: str) -> torch.Tensor:
+    """How far apart the values are to which a codec rounds those of a size."""
+    if isinstance(made := CODECS[codec], Cast):
+        limits = torch.finfo(made.dtype)
+        return limits.eps * sizes_RH.clamp(min=limits.tiny)
+    return (sizes_RH.amax(1, keepdim=True) / 127).expand_as(sizes_RH)
+
+
+def uneven(releases: Sequence[Added], std: float) -> list[float]:
+    """Standard deviations of rows and columns that have not the plan's noise, however it was drawn.
+
+    Args:
+        releases: All of one channel.
+        std: What the plan says.
+    """
+    squares = [one.added_RH.double().square() for one in releases]
+    sums_N, counts_N = _by_row_and_column(squares), _by_row_and_column([one.judged_RH for one in releases])
+    ratios_N = sums_N / counts_N.clamp(min=1) / std**2
+    ratios_N = torch.where(ratios_N > 1, (ratios_N / _ROUNDED).clamp(min=1), ratios_N)
+    surprises_N = counts_N / 2 * (ratios_N - 1 - ratios_N.clamp(min=1e-300).log())
+    off_N = surprises_N > math.log(2 * max(1, len(sums_N)) / FALSE_ALARM)
+    return [std * ratio**0.5 for ratio in ratios_N[off_N].tolist()]
+
+
+def _by_row_and_column(blocks: Sequence[torch.Tensor]) -> torch.Tensor:
+    """Sums of every block's rows, and of the columns of all."""
+    return torch.cat([*(block_RH.sum(1) for block_RH in blocks), torch.cat([*blocks]).sum(0)])
+
+
+def can_be_compared(releases: Sequence[Added]) -> bool:
+    """Whether any row has values enough for its noise to be known again; nothing to compare is no reason for doubt."""
+    return not any(len(one.added_RH) for one in releases) or any(one.units(1)[1] for one in releases)
+
+
+def used_twice(releases: Sequence[Added]) -> bool:
+    """Whether two rows of one release, or of the beginnings of two, have the same noise."""
+    blocks = [_beginnings(releases), *(one.units(_MOST_ROWS) for one in releases)]
+    pairs = sum(len(units_RH) * (len(units_RH) - 1) / 2 for units_RH, _ in blocks)
+    return any(
+        float((units_RH @ units_RH.T).fill_diagonal_(0.0).max()) > _limit(width, pairs)
+        for units_RH, width in blocks
+        if len(units_RH) > 1
+    )
+
+
+def shared(first: Sequence[Added], second: Sequence[Added]) -> bool:
+    """Whether two channels have the same noise in some row; rows of other widths are not compared."""
+    (ours_RH, our_width), (theirs_RH, their_width) = _beginnings(first), _beginnings(second)
+    if not len(ours_RH) or not len(theirs_RH) or ours_RH.shape[1] != theirs_RH.shape[1]:
+        return False
+    limit = _limit(min(our_width, their_width), len(ours_RH) * len(theirs_RH))
+    return float((ours_RH @ theirs_RH.T).max()) > limit
+
+
+def _beginnings(releases: Sequence[Added]) -> tuple[torch.Tensor, int]:
+    """The first rows of all releases as in `Added.units`."""
+    found = [one.units(max(1, _MOST_ROWS // len(releases))) for one in releases]
+    return torch.cat([rows_RH for rows_RH, _ in found]), min((width for _, width in found if width), default=0)
+
+
+def _limit(width: int, pairs: float) -> float:
+    """A cosine that no two of so many pairs of independent rows reach."""
+    reached = math.sqrt(-math.expm1(2 / (width - 1) * math.log(2 * FALSE_ALARM / pairs)))
+    return max(_SAME_NOISE, reached)
