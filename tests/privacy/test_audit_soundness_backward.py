@@ -94,6 +94,19 @@ def test_a_prompt_without_loss_stays_silent_and_is_not_scored(base_model: Path) 
         assert torch.equal(answer.ids_T[13:], target.ids_T[13:])
 
 
+@pytest.mark.parametrize("both", [False, True])
+def test_labels_that_noise_hides_count_as_missed(base_model: Path, both: bool) -> None:
+    """Else the few rows in which the attack sees a label at all would be the only ones to judge it by."""
+    noise = noised(hidden_std=100.0 if both else 0.0, gradient_std=3.0)
+    plan = plan_of(base_model, 1, 1, data={"loss_on": "completion"}, **noise)
+    targets = observed(plan, targets_of(texts(4, 32), prompt=12))
+    answers = a5_labels.run(attacker_of(plan, beam=2), targets)
+    for answer in answers:
+        assert answer.scored_T is not None
+        assert answer.scored_T.tolist() == [False] * 13 + [True] * 19
+    assert recovery(targets, answers) < 0.3
+
+
 def test_output_blocks_that_were_trained_are_still_read(base_model: Path) -> None:
     plan = plan_of(base_model, 1, 1, optimizer={"learning_rate": 3e-3})
     split = SplitRun(plan, open_checkpoint(plan.model.path))

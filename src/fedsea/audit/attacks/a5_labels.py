@@ -18,7 +18,7 @@ from fedsea.audit.attacks.a4_averaging import averaged
 from fedsea.audit.attacks.label_decoding import NO_LABEL, DecodedLabels, decode_labels
 from fedsea.audit.attacks.search import search
 from fedsea.audit.targets import Observation, Progress, Recovered, Target, unheard
-from fedsea.types import Channel
+from fedsea.types import IGNORE, Channel
 from fedsea.wire.codecs import CODECS
 
 UNKNOWN = -1
@@ -29,7 +29,8 @@ def run(attacker: Attacker, targets: Sequence[Target], progress: Progress = unhe
     """Decode each target's text from its gradients; several passes over a text are put together.
 
     A row's gradient speaks of the token after it. So the first token is never scored, nor are those whose row carries
-    no loss (a prompt's, with `loss_on = "completion"`). Where both channels are noised, what both say of each token is
+    no loss (a prompt's, with `loss_on = "completion"`). Which rows these are the attack has to find out; the scoring
+    takes it from the truth, so that a label that noise hides counts as one that was missed. Where both channels are noised, what both say of each token is
     put together in one search, with the public model's expectation (A2).
 
     Args:
@@ -44,7 +45,7 @@ def run(attacker: Attacker, targets: Sequence[Target], progress: Progress = unhe
     for number, target in enumerate(targets):
         progress(number, len(targets))
         decoded = [decode(attacker, seen) for seen in target.observations if seen.gradient_TH is not None]
-        answers.append(_answer(attacker, target.observations[0].length, decoded))
+        answers.append(_answer(attacker, target, decoded))
         evidence.append(together(decoded)[1] if decoded else None)
     progress(len(targets), len(targets))
     noised = [attacker.noise_std.get(channel, 0.0) > 0 for channel in (Channel.HIDDEN, Channel.GRADIENT)]
@@ -121,15 +122,15 @@ def together(decoded: Sequence[DecodedLabels]) -> tuple[torch.Tensor, torch.Tens
     return labels_T, likelihood_TV, prior_TV
 
 
-def _answer(attacker: Attacker, length: int, decoded: Sequence[DecodedLabels]) -> Recovered:
-    ids_T = torch.full((length,), UNKNOWN)
+def _answer(attacker: Attacker, target: Target, decoded: Sequence[DecodedLabels]) -> Recovered:
+    length = target.observations[0].length
+    ids_T, scored_T = torch.full((length,), UNKNOWN), torch.zeros(length, dtype=torch.bool)
     begins = torch.tensor(attacker.beginning[:length], dtype=torch.long)
     ids_T[: len(begins)] = begins
     if not decoded:
-        return Recovered(ids_T, torch.zeros(length, dtype=torch.bool), "the plan sends no gradients")
+        return Recovered(ids_T, scored_T, "the plan sends no gradients")
     labels_T, _, _ = together(decoded)
-    scored_T = torch.zeros(length, dtype=torch.bool)
     said_T = labels_T[:-1]
     ids_T[1:] = torch.where(said_T == NO_LABEL, ids_T[1:], said_T)
-    scored_T[1:] = True if attacker.plan.data.loss_on == "all" else said_T != NO_LABEL
+    scored_T[1:] = target.targets_T[: length - 1] != IGNORE
     return Recovered(ids_T, scored_T)
