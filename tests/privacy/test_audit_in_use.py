@@ -164,6 +164,22 @@ def test_answers_that_the_server_reads_make_the_verdict_whatever_the_noise(
     assert "A3, A4 and A6 are run on training alone" in page
 
 
+def test_own_texts_are_asked_too_and_scored_by_themselves(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(settings, "QUICK", replace(TINY, sessions=2))
+    own = tmp_path / "own.jsonl"
+    own.write_text('{"text": "The parcel for the third floor came on Friday."}\n' * 2)
+    found = audit(AuditOptions(PLAN, quick=True, attacks=("A1", "A10"), texts=(own,)))
+    for attack, channel in (("A1", "hidden"), ("A1", "session"), ("A10", "session")):
+        sets = found.by_attack()[attack][channel]["sets"]
+        assert list(sets) == ["planted", "own texts"]
+        assert sets["own texts"]["recovery"] > 0.95
+        assert not sets["own texts"]["num_identifiers"]
+    originals = [example["original"] for example in found.examples]
+    assert any(text.startswith("The parcel") for text in originals)
+    page = write_report(found, tmp_path / "out").read_text()
+    assert "<td>A10, own texts</td><td>session</td>" in page
+
+
 def test_an_answer_that_was_not_asked_about_leaves_the_verdict_open(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

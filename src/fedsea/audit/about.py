@@ -13,12 +13,14 @@ from fedsea.audit.outcome import Outcome
 from fedsea.audit.sessions import Use
 from fedsea.audit.settings import AuditOptions
 from fedsea.audit.subject import Subject
-from fedsea.audit.targets import Target
+from fedsea.audit.targets import Target, chosen
 from fedsea.audit.verdict import Verdict
 from fedsea.plan import backward_channel
 from fedsea.types import Channel
 
 _READ = (Verdict.PARTIAL, Verdict.EXPOSED)
+
+_EXAMPLES = 4
 
 _PUBLIC = "public weights"
 _SENT = "public weights and the adapters that were sent to the server"
@@ -123,7 +125,8 @@ def examples(targets: Sequence[Target], outcomes: Sequence[Outcome], texts: Text
         if not done:
             continue
         best = max(done, key=lambda o: o.score.recovery.value if o.score else 0.0)
-        for target, answer in list(zip(targets, best.answers, strict=True))[:4]:
+        for place in chosen(targets, _EXAMPLES):
+            target, answer = targets[place], best.answers[place]
             said, truth = answer.ids_T.tolist(), target.ids_T.tolist()
             pieces = [
                 {"text": texts.decode([token]) or "·", "right": token == truth[i]}

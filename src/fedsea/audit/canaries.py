@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -97,7 +98,7 @@ class Texts:
             ids, targets = sequence.ids.tolist(), sequence.targets.tolist()
             if len(ids) > len(self.beginning) + 1:
                 learns = [True, *(target != IGNORE for target in targets[:-1])]
-                made.append(self._target(ids, learns, ()))
+                made.append(replace(self._target(ids, learns, ()), own=True))
             if len(made) == count:
                 break
         if not made:

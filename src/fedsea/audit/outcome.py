@@ -9,7 +9,7 @@ from typing import Any, Literal
 from fedsea.audit.catalogue import Attack
 from fedsea.audit.scoring import Score
 from fedsea.audit.targets import Recovered
-from fedsea.audit.verdict import Finding, Verdict, of_score, sentences, worst
+from fedsea.audit.verdict import Finding, Verdict, of_sets, sentences, worst
 from fedsea.types import Channel
 
 Status = Literal["run", "skipped", "not needed", "not applicable", "not asked for"]
@@ -36,6 +36,7 @@ class Outcome:
         score: Of an attack that recovers text.
         own: Result of another one, as plain values.
         answers: What it recovered; stays out of the JSON line.
+        sets: Its scores of planted notes and of own texts, where both were attacked.
         in_use: It looked at prompts and answers of sessions, not at training.
     """
 
@@ -47,6 +48,7 @@ class Outcome:
     own: Mapping[str, Any] | None = None
     answers: Sequence[Recovered] = field(default=(), repr=False)
     in_use: bool = False
+    sets: Mapping[str, Score] = field(default_factory=dict)
 
     @property
     def channel(self) -> str:
@@ -67,15 +69,20 @@ class Outcome:
             values["verdict"] = self.verdict.value
         if self.score is not None:
             values |= self.score.to_json()
+        if self.sets:
+            values["sets"] = {name: one.to_json() for name, one in self.sets.items()}
         if self.own is not None:  # an attack that names no token has null for the figures that all have
             values |= dict.fromkeys(_FIGURES) | dict(self.own)
         return values
 
 
-def scored(attack: Attack, score: Score, answers: Sequence[Recovered]) -> Outcome:
+def scored(
+    attack: Attack, score: Score, answers: Sequence[Recovered], sets: Mapping[str, Score] | None = None
+) -> Outcome:
     """Of an attack that recovers text; A0 is what others are held against, so it has no verdict."""
-    verdict = None if attack.id == "A0" else of_score(score)
-    return Outcome(attack, "run", verdict, score=score, answers=answers)
+    sets = sets or {}
+    verdict = None if attack.id == "A0" else of_sets(score, sets.values())
+    return Outcome(attack, "run", verdict, score=score, answers=answers, sets=sets)
 
 
 def enough(before: Sequence[Outcome]) -> str:
@@ -83,7 +90,11 @@ def enough(before: Sequence[Outcome]) -> str:
 
     It is the excess that counts: 95 % of the tokens are little where the prior guesses 94 %.
     """
-    done = [o.score for o in before if o.score is not None and o.attack.id in ("A1", "A2")]
+    done = [
+        min((o.score, *o.sets.values()), key=lambda score: score.excess_share.value)
+        for o in before
+        if o.score is not None and o.attack.id in ("A1", "A2")
+    ]
     best = max(done, key=lambda score: score.excess_share.value, default=None)
     if best is None or best.excess_share.value < _ENOUGH:
         return ""

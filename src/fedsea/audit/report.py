@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import jinja2
 
 from fedsea.audit.outcome import AuditReport, Outcome
+from fedsea.audit.scoring import Score
 from fedsea.storage import storage_error, write_bytes_atomic
 
 if TYPE_CHECKING:
@@ -27,20 +28,29 @@ def percent(value: float) -> str:
     return f"{100 * value:.1f} %"
 
 
-def row_of(outcome: Outcome) -> list[str]:
-    """Attack, channel, recovery with its interval, prior, excess, identifiers, verdict: as text."""
+def rows_of(outcome: Outcome) -> list[list[str]]:
+    """Attack, channel, recovery with its interval, prior, excess, identifiers, verdict: as text.
+
+    One row; of planted notes and of own texts, where both were attacked, a row of each follows that has no verdict.
+    """
     attack = outcome.attack
+    verdict = outcome.status if outcome.verdict is None else outcome.verdict.value
     head = [f"{attack.id} {attack.title}", outcome.channel]
     if outcome.score is not None:
-        score = outcome.score
-        recovery = f"{percent(score.recovery.value)} ({percent(score.recovery.low)} to {percent(score.recovery.high)})"
-        named = ", ".join(f"{kind} {percent(share)}" for kind, share in score.identifiers.items())
         verdict = "" if outcome.verdict is None else outcome.verdict.value
-        return [*head, recovery, percent(score.prior.value), percent(score.excess.value), named, verdict]
+        rows = [[*head, *_figures(outcome.score), verdict]]
+        return rows + [
+            [f"{attack.id}, {name}", outcome.channel, *_figures(one), ""] for name, one in outcome.sets.items()
+        ]
     own = outcome.own or {}
     figures = [percent(own[key]) if key in own else "" for key in ("recovery", "prior", "excess")]
-    verdict = outcome.status if outcome.verdict is None else outcome.verdict.value
-    return [*head, *figures, outcome.reason, verdict]
+    return [[*head, *figures, outcome.reason, verdict]]
+
+
+def _figures(score: Score) -> list[str]:
+    recovery = f"{percent(score.recovery.value)} ({percent(score.recovery.low)} to {percent(score.recovery.high)})"
+    named = ", ".join(f"{kind} {percent(share)}" for kind, share in score.identifiers.items())
+    return [recovery, percent(score.prior.value), percent(score.excess.value), named]
 
 
 NOT_IN_USE = (
@@ -100,7 +110,7 @@ def write_report(report: AuditReport, folder: Path) -> Path:
         about=report.about,
         headings=HEADINGS,
         not_in_use=NOT_IN_USE if report.about.get("sessions") else "",
-        rows=[row_of(outcome) for outcome in report.outcomes],
+        rows=[row for outcome in report.outcomes for row in rows_of(outcome)],
         plots=_plots(report),
     )
     path = folder / "report.html"

@@ -21,11 +21,11 @@ from fedsea.audit.knowing import model_of
 from fedsea.audit.masking import MakeMember, check_masks
 from fedsea.audit.observe import Change, Tap, Tapped
 from fedsea.audit.outcome import TIME_UP, AuditReport, Outcome, Status, enough, own, scored
-from fedsea.audit.scoring import score
+from fedsea.audit.scoring import score, score_sets
 from fedsea.audit.sessions import Use, use
 from fedsea.audit.settings import AuditOptions, Clock, Show
 from fedsea.audit.subject import Subject, open_subject, variant
-from fedsea.audit.targets import OutOfTime, Target
+from fedsea.audit.targets import OutOfTime, Target, chosen
 from fedsea.audit.verdict import LEAST_SELF_CHECK, Finding, Verdict
 from fedsea.errors import ConfigError
 from fedsea.federation.secure import Member
@@ -205,7 +205,7 @@ class _Audit:
         started = time.monotonic()
         try:
             watch = self._clock.watch("prompts and answers")
-            self._used = use(tap, targets[: self._scale.sessions], watch)
+            self._used = use(tap, [targets[i] for i in chosen(targets, self._scale.sessions)], watch)
         except ConfigError as error:
             self._unused = ("not applicable", error.message)
             return []
@@ -294,7 +294,8 @@ class _Audit:
         if attack.answers == "own":
             return own(attack, answers)
         guesses = (module.guesses if attack.in_use else drawn.guesses_of)(self._attacker, targets)
-        return scored(attack, score(targets, answers, guesses, self._texts.decode, self._options.seed), answers)
+        given = (targets, answers, guesses, self._texts.decode, self._options.seed)
+        return scored(attack, score(*given), answers, score_sets(*given))
 
     def _who(self, attack: Attack) -> Attacker:
         """Text is recovered by who has what was sent; the prior is public, and other attacks train from the start."""

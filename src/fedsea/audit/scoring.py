@@ -19,6 +19,9 @@ from fedsea.audit.targets import Recovered, Target
 _DRAWS = 2000
 _COVERAGE = 0.95
 
+PLANTED, OWN = "planted", "own texts"
+"""The sets of texts that are scored each by itself, where there are both."""
+
 Decode = Callable[[Sequence[int]], str]
 
 
@@ -127,6 +130,33 @@ def score(
         shortlist_recall=min((answer.shortlist_recall for answer in answers), default=1.0),
         notes=tuple(dict.fromkeys(answer.note for answer in answers if answer.note)),
     )
+
+
+def score_sets(
+    targets: Sequence[Target],
+    answers: Sequence[Recovered],
+    guesses: Sequence[torch.Tensor],
+    decode: Decode,
+    seed: int = 0,
+) -> dict[str, Score]:
+    """Planted notes and the user's own texts each by themselves; nothing if not both are there.
+
+    What one set shows is not to be diluted by the other: notes are full of letters that no model can know.
+
+    Args:
+        targets: The truth; this and all others as in `score`.
+        answers: One for each.
+        guesses: Likewise.
+        decode: Ids to text.
+        seed: Of the bootstrap.
+    """
+    found = {}
+    for name, is_own in ((PLANTED, False), (OWN, True)):
+        ours = [i for i, target in enumerate(targets) if target.own is is_own]
+        if ours and len(ours) < len(targets):
+            picked = [targets[i] for i in ours], [answers[i] for i in ours], [guesses[i] for i in ours]
+            found[name] = score(*picked, decode, seed)
+    return {name: one for name, one in found.items() if one.num_tokens}
 
 
 def _rates(counts: npt.NDArray[np.float64], seed: int) -> tuple[Rate, Rate, Rate, Rate]:

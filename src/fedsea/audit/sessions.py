@@ -144,9 +144,9 @@ def _use(target: Target, given: Sequence[torch.Tensor], session: _Session, answe
     ids_T = torch.tensor([*target.ids_T.tolist(), *answer[:-1]])
     seen_TH = torch.cat([tapped.seen_TH for tapped in taps])
     observation = Observation(seen_TH, None, len(seen_TH), most_rows=most_rows)
-    whole = Target(
-        target.text, ids_T, torch.full_like(ids_T, IGNORE), target.secrets, [observation], begins=target.begins
-    )
+    silent_T = torch.full_like(ids_T, IGNORE)
+    whole = replace(target, ids_T=ids_T, targets_T=silent_T, observations=[observation])
     said_N = torch.tensor(answer)
     computed = replace(observation, output_TH=torch.cat(session.answered))
-    return Use(whole, Target("", said_N, torch.full_like(said_N, IGNORE), (), [computed]), taps, len(target.ids_T))
+    asked = Target("", said_N, torch.full_like(said_N, IGNORE), (), [computed], own=target.own)
+    return Use(whole, asked, taps, len(target.ids_T))

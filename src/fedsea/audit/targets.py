@@ -5,7 +5,7 @@ T  tokens of one sequence, H  hidden size, V  vocabulary size
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -62,6 +62,7 @@ class Target:
         secrets: Identifiers in the text.
         observations: One for each pass (epoch) over it.
         begins: Leading tokens that every sequence has (BOS): known to everybody, so not scored.
+        own: It is a text of the user's, not a planted note.
     """
 
     text: str
@@ -70,6 +71,14 @@ class Target:
     secrets: tuple[Secret, ...] = ()
     observations: list[Observation] = field(default_factory=list)
     begins: int = 0
+    own: bool = False
+
+
+def chosen(targets: Sequence[Target], count: int) -> list[int]:
+    """Places of so many targets, half of them of the user's own texts as far as there are any, planted notes first."""
+    planted, own = ([i for i, target in enumerate(targets) if target.own is is_own] for is_own in (False, True))
+    num_own = min(len(own), max(count // 2, count - len(planted)))
+    return planted[: count - num_own] + own[:num_own]
 
 
 @dataclass(frozen=True, slots=True)

@@ -24,6 +24,8 @@ EXPOSED_SHARE = 0.5
 """Of what the prior leaves open; so an excess of half of all tokens is always over it."""
 EXPOSED_IDENTIFIERS = 0.05
 """Of the planted identifiers of one type."""
+_CERTAIN_SEQUENCES = 6
+"""With fewer, each of them may be above the prior by luck, once in 2^5 times, and then so is the interval's low end."""
 LEAST_SHORTLIST_RECALL = 0.995
 LEAST_SELF_CHECK = 0.95
 """What A1 must recover at k = 1 without noise; an audit that does not is broken."""
@@ -88,6 +90,21 @@ def of_score(score: Score) -> Verdict:
     if score.excess.low > 0 or any(score.identifiers.values()):
         return Verdict.PARTIAL
     return Verdict.NOT_RECOVERED
+
+
+def of_sets(score: Score, sets: Iterable[Score]) -> Verdict:
+    """The worst of all texts together and of each set of them by itself; a few texts alone are no certain excess.
+
+    Args:
+        score: Of all.
+        sets: Of parts of them.
+    """
+    found = [of_score(score)]
+    for one in sets:
+        verdict = of_score(one)
+        if verdict is not Verdict.PARTIAL or one.num_sequences >= _CERTAIN_SEQUENCES:
+            found.append(verdict)
+    return worst(found)
 
 
 def worst(verdicts: Iterable[Verdict]) -> Verdict:

@@ -15,12 +15,16 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from fedsea.audit.outcome import AuditReport, Outcome
+    from fedsea.audit.scoring import Score
 
 _ATTACKS = (
     "Only these, such as A1,A2. A0: what the public model guesses; A1: nearest hidden state; A2: with noise and prior; "
     "A3: learned inverter; A4: average over epochs; A5: labels from gradients; A6: alignment by known texts; "
     "A7: inversion of an update; A8: membership; A9: test of the noise; A10: answers from the server's own outputs."
 )
+_COLUMNS = {"attack": 11, "tokens\nrecovered": 9, "prior": 5, "excess": 6, "identifiers": 17, "verdict": 13}
+"""Headings of the table and their least widths: 80 columns with what is between them."""
+_FIGURES = ("recovery", "prior", "excess")
 _LEVELS = ("partial", "exposed", "inconclusive", "broken", "never")
 
 
@@ -122,20 +126,19 @@ def _show(report: AuditReport) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    from fedsea.audit.report import HEADINGS, NOT_IN_USE, row_of
+    from fedsea.audit.report import NOT_IN_USE
 
     console = Console()
-    # What an attack says in words is too long for a column here; the page has it there.
-    table = Table(*HEADINGS[:5], "identifiers", HEADINGS[6], title="What the server could read")
-    words = []
-    for outcome in report.outcomes:
-        if outcome.status == "run":
-            row = row_of(outcome)
-            if outcome.score is None and row[5]:
-                words.append(f"{outcome.attack.id}: {row[5]}")
-                row[5] = ""
+    table = Table(title="What the server could read, in %", caption="Each attack in words: fedsea audit --help")
+    for heading, width in _COLUMNS.items():
+        table.add_column(heading, min_width=width, no_wrap=heading != "verdict")
+    done = [outcome for outcome in report.outcomes if outcome.status == "run"]
+    for outcome in done:
+        for row in _rows(outcome):
             table.add_row(*row)
     console.print(table)
+    # What an attack says in words is too long for a column here; the page has it there.
+    words = [f"{outcome.attack.id}: {outcome.reason}" for outcome in done if outcome.score is None and outcome.reason]
     not_in_use = [NOT_IN_USE] if report.about.get("sessions") else []
     for line in (*words, *not_in_use, *_left_out(report.outcomes)):
         output.say(line)
@@ -151,6 +154,30 @@ def _show(report: AuditReport) -> None:
         *report.sentences,
     ):
         output.say(line)
+
+
+def _rows(outcome: Outcome) -> list[list[str]]:
+    """An attack, and each set of texts if there are several; titles and intervals are on the page."""
+    verdict = "" if outcome.verdict is None else outcome.verdict.value
+    head = f"{outcome.attack.id} {outcome.channel}"
+    if outcome.score is None:
+        own = outcome.own or {}
+        figures = [f"{100 * own[key]:.1f}" if own.get(key) is not None else "" for key in _FIGURES]
+        return [[head, *figures, "", verdict]]
+    return [
+        [label, *_figures(score), verdict if label == head else ""]
+        for label, score in {head: outcome.score, **outcome.sets}.items()
+    ]
+
+
+def _figures(score: Score) -> list[str]:
+    rates = [f"{100 * getattr(score, key).value:.1f}" for key in _FIGURES]
+    lines = [""]
+    for kind, share in score.identifiers.items():
+        part = f"{kind} {100 * share:.0f}"
+        joined = f"{lines[-1]}, {part}" if lines[-1] else part
+        lines[-1:] = [joined] if len(joined) < _COLUMNS["identifiers"] else [f"{lines[-1]},", part]
+    return [*rates, "\n".join(lines)]
 
 
 def _left_out(outcomes: Sequence[Outcome]) -> list[str]:

@@ -9,7 +9,7 @@ from fedsea.audit.attacks.a8_membership import MembershipReport
 from fedsea.audit.attacks.a9_mechanism import MechanismReport
 from fedsea.audit.catalogue import ATTACKS
 from fedsea.audit.outcome import AuditReport, Outcome, Status, enough, own
-from fedsea.audit.report import row_of
+from fedsea.audit.report import rows_of
 from fedsea.audit.scoring import Rate, Score
 from fedsea.audit.verdict import Verdict, of_score
 
@@ -55,8 +55,8 @@ def test_every_attack_that_ran_has_recovery_prior_and_excess_in_the_json() -> No
         name: [outcome.to_json()[key] for key in ("recovery", "prior", "excess")] for name, outcome in found.items()
     }
     assert figures == {"A7": [0.9, 0.25, 0.65], "A8": [None] * 3, "A9": [None] * 3}
-    assert row_of(found["A7"])[2:5] == ["90.0 %", "25.0 %", "65.0 %"]
-    assert row_of(found["A8"])[2:5] == [""] * 3
+    assert rows_of(found["A7"])[0][2:5] == ["90.0 %", "25.0 %", "65.0 %"]
+    assert rows_of(found["A8"])[0][2:5] == [""] * 3
 
 
 def _found(name: str, recovery: float, prior: float) -> Outcome:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
-from fedsea.audit.scoring import Score, rouge_l, score
-from fedsea.audit.targets import Recovered, Secret, Target
-from fedsea.audit.verdict import Verdict, of_score
+from fedsea.audit.scoring import Score, rouge_l, score, score_sets
+from fedsea.audit.targets import Recovered, Secret, Target, chosen
+from fedsea.audit.verdict import Verdict, of_score, of_sets
 
 LETTERS = "abcdefghijklmnopqrstuvwxyz"
 
@@ -82,6 +84,37 @@ def test_an_attack_that_could_speak_about_no_token_is_inconclusive() -> None:
     nothing = torch.zeros(4, dtype=torch.bool)
     found = score([_target("abcd")], [Recovered(_ids("abcd"), nothing)], [_ids("abcd")], lambda _: "")
     assert of_score(found) is Verdict.INCONCLUSIVE
+
+
+def _own(text: str) -> Target:
+    return replace(_target(text), own=True)
+
+
+def test_own_texts_that_are_exposed_are_so_whatever_planted_notes_say() -> None:
+    truths = [*(_target("abcdefghij") for _ in range(8)), *(_own("klmnopqrst") for _ in range(8))]
+    said = ["axxxxxxxxx"] * 8 + ["klmnopqrxx"] * 8
+    given = (truths, [Recovered(_ids(text)) for text in said], [_ids("z" * 10)] * 16, lambda _: "")
+    together, sets = score(*given), score_sets(*given)
+    assert {name: one.recovery.value for name, one in sets.items()} == {"planted": 0.1, "own texts": 0.8}
+    assert of_score(together) is Verdict.PARTIAL
+    assert of_sets(together, sets.values()) is Verdict.EXPOSED
+    assert score_sets(truths[:8], given[1][:8], given[2][:8], given[3]) == {}  # one set is all there is
+
+
+def test_an_own_text_that_is_above_the_prior_by_luck_is_no_certain_excess() -> None:
+    truths = [*(_target("abcdefghij") for _ in range(8)), _own("klmnopqrst")]
+    said = ["xxxxxxxxxx"] * 8 + ["kxxxxxxxxx"]
+    given = (truths, [Recovered(_ids(text)) for text in said], [_ids("z" * 10)] * 9, lambda _: "")
+    assert of_sets(score(*given), score_sets(*given).values()) is Verdict.NOT_RECOVERED
+
+
+def test_half_of_a_choice_is_own_texts_as_far_as_there_are_any() -> None:
+    planted, own = [_target("a")] * 6, [_own("b")] * 3
+    assert chosen([*planted, *own], 4) == [0, 1, 6, 7]
+    assert chosen([*planted, *own], 8) == [0, 1, 2, 3, 4, 6, 7, 8]
+    assert chosen(planted, 4) == [0, 1, 2, 3]
+    assert chosen([*planted[:1], *own], 4) == [0, 1, 2, 3]
+    assert chosen(own, 1) == [0]
 
 
 def test_rouge_l_is_the_longest_common_subsequence() -> None:

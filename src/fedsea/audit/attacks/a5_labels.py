@@ -30,8 +30,8 @@ def run(attacker: Attacker, targets: Sequence[Target], progress: Progress = unhe
 
     A row's gradient speaks of the token after it. So the first token is never scored, nor are those whose row carries
     no loss (a prompt's, with `loss_on = "completion"`). Which rows these are the attack has to find out; the scoring
-    takes it from the truth, so that a label that noise hides counts as one that was missed. Where both channels are noised, what both say of each token is
-    put together in one search, with the public model's expectation (A2).
+    takes it from the truth, so that a label that noise hides counts as one that was missed. Where both channels are
+    noised, what both say of each token is put together in one search, with the public model's expectation (A2).
 
     Args:
         attacker: What the server knows.
