@@ -42,7 +42,8 @@ class Score:
         recovery: Share of tokens that are right.
         prior: Share that the public model's own guess gets right, given the true tokens before each.
         excess: `recovery - prior`.
-        excess_share: The excess as a share of what the prior leaves open, so that a good prior does not hide a leak.
+        excess_share: The excess as a share of what the prior leaves open, so that a good prior does not hide a leak; 0
+            where it leaves nothing open.
         exact: Share of sequences without a wrong token.
         rouge_l: Mean ROUGE-L (F1 over tokens).
         identifiers: Type to share of the planted identifiers of that type that stand in the recovered text letter by
@@ -164,8 +165,9 @@ def _rates(counts: npt.NDArray[np.float64], seed: int) -> tuple[Rate, Rate, Rate
     draws = np.random.default_rng(seed).integers(0, len(counts), (_DRAWS, len(counts)))
     sums = np.concatenate([counts.sum(axis=0)[None], counts[draws].sum(axis=1)])
     right, guessed, scored = sums[:, 0], sums[:, 1], np.maximum(sums[:, 2], 1)
-    open_share = np.maximum(scored - guessed, 1e-9)
-    series = (right / scored, guessed / scored, (right - guessed) / scored, (right - guessed) / open_share)
+    left = scored - guessed
+    share = np.where(left > 0, (right - guessed) / np.maximum(left, 1), 0.0)
+    series = (right / scored, guessed / scored, (right - guessed) / scored, share)
     tail = (1 - _COVERAGE) / 2
     rates = []
     for values in series:

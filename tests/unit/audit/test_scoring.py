@@ -66,6 +66,11 @@ def test_a_good_prior_does_not_hide_a_leak() -> None:
     assert of_score(found) is Verdict.EXPOSED
 
 
+def test_where_the_prior_leaves_nothing_open_there_is_no_share_of_it() -> None:
+    share = _score([_target("abcd"), _target("abcd")], ["abcx", "abcd"], ["abcd"] * 2).excess_share
+    assert (share.low, share.value, share.high) == (0.0, 0.0, 0.0)
+
+
 @pytest.mark.parametrize(
     ("said", "guessed", "verdict"),
     [
