@@ -92,12 +92,28 @@ def test_tokens_named_at_random_are_no_exposure_however_many_are_named() -> None
     truths = [set(range(0, 200, 5)), set(range(0, 200, 4))]
     found = [SpanFindings(tuple(range(200)), 3, 3, "sparse", False)] * 2
     case = a7_update._Case("difference", 1, 1, 2, "input")
-    greedy = a7_update._result(case, found, truths, list(range(500, 600)), 90 / 400)
+    greedy = a7_update._result(case, found, truths, list(range(500, 600)), [40, 50])
     assert greedy.recall == 1.0
     assert greedy.quality < 0.4
     assert a7_update.UpdateReport((greedy,)).verdict is Verdict.PARTIAL
-    common = a7_update._result(case, found, truths, list(range(200)), 90 / 400)
+    common = a7_update._result(case, found, truths, list(range(200)), [40, 50])
     assert a7_update.UpdateReport((common,)).verdict is Verdict.NOT_RECOVERED
+
+
+@pytest.mark.parametrize(
+    ("hits", "verdict"),
+    [([9, 0, 0, 0, 0, 0, 0, 0], Verdict.NOT_RECOVERED), ([2] * 8, Verdict.PARTIAL), ([2, 2], Verdict.PARTIAL)],
+)
+def test_a_token_here_and_there_is_no_excess_and_some_in_every_update_are(hits: list[int], verdict: Verdict) -> None:
+    """Nine tokens of one update of eight may be luck, two of each are not."""
+    truths = [set(range(20))] * len(hits)
+    found = [SpanFindings(tuple(range(hit)), 3, 3, "sparse", False) for hit in hits]
+    case = a7_update._Case("gradient", 1, 1, 1, "input")
+    made = a7_update._result(case, found, truths, list(range(500, 600)), hits)
+    assert made.excess_share > 0.05
+    report = a7_update.UpdateReport((made,))
+    assert report.verdict is verdict
+    assert ("no certain excess" in report.sentence) is (verdict is Verdict.NOT_RECOVERED)
 
 
 @pytest.mark.parametrize(

@@ -4,7 +4,7 @@
   recovered, or more than 5 % of the planted identifiers of any type; PARTIAL if anything beyond the prior was, with
   certainty.
 - A7 names a set of tokens: by how far its F1 is above that of guessing the commonest, as a share of what the guess
-  leaves open: EXPOSED above a half, PARTIAL above 5 %.
+  leaves open: EXPOSED above a half, PARTIAL if above 0 with certainty.
 - A8 tells which texts were trained on, and recovers none: PARTIAL at most.
 - A9 refutes a claim of the noise: EXPOSED if it does.
 - What should have run and did not: INCONCLUSIVE, unless something worse was found.

@@ -13,6 +13,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import torch
 
 from fedsea.audit.attacker import Attacker
@@ -40,6 +42,10 @@ _MOST_MATCHED = 4
 
 _EXPOSED_EXCESS = 0.5
 _CLEAR_EXCESS = 0.05
+_CERTAIN_UPDATES = 6
+"""With fewer, all of them may be above the guess by luck, and so the interval's low end: then the margin counts too."""
+_DRAWS = 500
+_TAIL = 0.025
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,6 +64,8 @@ class UpdateInversion:
         quality: F1 of what was named: naming much that was not there counts against the attack.
         guess_quality: The best F1 of naming so many of the commonest tokens of public text, however many these are.
         side: "input" or "output": of which segment.
+        updates: How many were attacked.
+        excess_share_low: Low end of the 95 % interval of `excess_share`, bootstrapped over the updates.
         conclusive: Share of the updates of which the attacker knows that its answer is exact.
         method: See `SpanFindings`; the commonest.
     """
@@ -75,11 +83,19 @@ class UpdateInversion:
     quality: float
     guess_quality: float
     side: str = "input"
+    updates: int = 0
+    excess_share_low: float = 0.0
 
     @property
     def excess_share(self) -> float:
         """How much better than guessing, as a share of what the guess leaves open; negative if it was worse."""
         return (self.quality - self.guess_quality) / max(1.0 - self.guess_quality, 1e-9)
+
+    @property
+    def certain(self) -> bool:
+        """Whether it was better than guessing, and not by chance."""
+        clear = self.updates >= _CERTAIN_UPDATES or self.excess_share > _CLEAR_EXCESS
+        return clear and self.excess_share_low > 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,7 +113,7 @@ class UpdateReport:
     @property
     def worst(self) -> UpdateInversion | None:
         """The one that told most."""
-        return max(self.cases, key=lambda case: case.excess_share, default=None)
+        return max(self.cases, key=_told_most, default=None)
 
     @property
     def verdict(self) -> Verdict:
@@ -107,7 +123,7 @@ class UpdateReport:
             return Verdict.EXPOSED
         if self.cut_short:
             return Verdict.INCONCLUSIVE
-        return Verdict.NOT_RECOVERED if worst is None or worst.excess_share <= _CLEAR_EXCESS else Verdict.PARTIAL
+        return Verdict.PARTIAL if any(case.certain for case in self.cases) else Verdict.NOT_RECOVERED
 
     @property
     def sentence(self) -> str:
@@ -115,11 +131,16 @@ class UpdateReport:
         if (worst := self.worst) is None:
             return "No update that names tokens leaves this client."
         of = "one client" if worst.clients == 1 else f"the sum of {worst.clients} clients"
-        return (
+        said = (
             f"From a {worst.kind} of the {worst.side} side of {of}, {worst.sequences} text(s) each, {worst.recall:.1%} "
             f"of the distinct tokens were named ({worst.precision:.1%} of those named were there; guessing the "
             f"commonest names {worst.guess:.1%}): F1 {worst.quality:.2f}, and {worst.guess_quality:.2f} by guessing."
-        ) + (" The time was up before all kinds of update were attacked." if self.cut_short else "")
+        )
+        if not worst.certain:
+            said += " That is no certain excess."
+        if self.cut_short:
+            said += " The time was up before all kinds of update were attacked."
+        return said
 
     def to_json(self) -> dict[str, Any]:
         """Plain values; of the worst update its recall, that of guessing, and the difference, as other attacks have."""
@@ -128,6 +149,10 @@ class UpdateReport:
             return values
         figures = {"recovery": worst.recall, "prior": worst.guess, "excess": worst.recall - worst.guess}
         return {name: round(value, 6) for name, value in figures.items()} | values
+
+
+def _told_most(case: UpdateInversion) -> tuple[bool, bool, float]:
+    return case.excess_share > _EXPOSED_EXCESS, case.certain, case.excess_share
 
 
 def run(attacker: Attacker, targets: Sequence[Target], progress: Progress = unheard) -> UpdateReport:
@@ -255,9 +280,8 @@ def _scored(
         # The last token of a text carries no loss, and without noise no gradient comes back to it.
         truths = [{token for ids_T in chunk for token in ids_T[:-1].tolist()} for chunk in texts]
         present = [{token for ids_T in chunk for token in ids_T.tolist()} for chunk in texts]
-    there = sum(len(truth & set(one.found)) for one, truth in zip(found, present, strict=True))
-    named = sum(len(one.found) for one in found)
-    return _result(case, found, truths, common, there / max(1, named))
+    there = [len(truth & set(one.found)) for one, truth in zip(found, present, strict=True)]
+    return _result(case, found, truths, common, there)
 
 
 def _gradient(split: SplitRun, texts: Sequence[torch.Tensor]) -> _Update:
@@ -281,11 +305,19 @@ def _result(
     found: Sequence[SpanFindings],
     truths: Sequence[set[int]],
     common: Sequence[int],
-    precision: float,
+    there: Sequence[int],
 ) -> UpdateInversion:
-    hits = sum(len(truth & set(one.found)) for one, truth in zip(found, truths, strict=True))
+    hits_U = np.array([len(truth & set(one.found)) for one, truth in zip(found, truths, strict=True)])
+    counts_UK = np.stack([hits_U, there, [len(one.found) for one in found], [len(truth) for truth in truths]], axis=1)
+    right_UC = np.array([[token in truth for token in common] for truth in truths]).cumsum(axis=1)
+    ones_1U = np.ones((1, len(truths)))
+    draws = np.random.default_rng(0).integers(0, len(truths), (_DRAWS, len(truths)))
+    drawn_DU = np.stack([np.bincount(draw, minlength=len(truths)) for draw in draws])
+    quality, guess_quality = (float(values[0]) for values in _qualities(ones_1U, counts_UK, right_UC))
+    qualities_D, guesses_D = _qualities(drawn_DU, counts_UK, right_UC)
     lucky = sum(len(truth & set(common[: len(one.found)])) for one, truth in zip(found, truths, strict=True))
     total = sum(len(truth) for truth in truths)
+    hits, present, named, _ = counts_UK.sum(axis=0).tolist()
     recall = hits / total
     return UpdateInversion(
         kind=case.kind,
@@ -294,20 +326,31 @@ def _result(
         steps=case.steps,
         num_tokens=total,
         recall=recall,
-        precision=precision,
+        precision=present / max(1, named),
         guess=lucky / total,
         conclusive=sum(one.conclusive for one in found) / len(found),
         method=Counter(one.method for one in found).most_common(1)[0][0] if found else NOTHING.method,
-        quality=2 * precision * recall / max(precision + recall, 1e-9),
-        guess_quality=_best_guess(truths, common),
+        quality=quality,
+        guess_quality=guess_quality,
         side=case.side,
+        updates=len(truths),
+        excess_share_low=float(np.quantile((qualities_D - guesses_D) / np.maximum(1 - guesses_D, 1e-9), _TAIL)),
     )
 
 
-def _best_guess(truths: Sequence[set[int]], common: Sequence[int]) -> float:
-    """The best F1 of naming the commonest tokens for every update, over how many are named."""
-    total, right, best = sum(len(truth) for truth in truths), 0, 0.0
-    for number, token in enumerate(common):
-        right += sum(token in truth for truth in truths)
-        best = max(best, 2 * right / (total + (number + 1) * len(truths)))
-    return best
+def _qualities(
+    weights_DU: npt.NDArray[Any], counts_UK: npt.NDArray[Any], right_UC: npt.NDArray[Any]
+) -> tuple[npt.NDArray[Any], npt.NDArray[Any]]:
+    """F1 [D] of what was named, and the best of naming the commonest tokens for every update, over how many are named.
+
+    Args:
+        weights_DU: How often each update counts.
+        counts_UK: Tokens of each that were named rightly, named and there, named, and to be named.
+        right_UC: How many of its first so many of the commonest tokens are right.
+    """
+    hits_D, there_D, named_D, total_D = (weights_DU @ counts_UK).T
+    precision_D, recall_D = there_D / np.maximum(named_D, 1), hits_D / np.maximum(total_D, 1)
+    sizes_C = np.arange(1, right_UC.shape[1] + 1)
+    guesses_DC = 2 * (weights_DU @ right_UC) / (total_D[:, None] + sizes_C * weights_DU.sum(axis=1)[:, None])
+    best_D = guesses_DC.max(axis=1, initial=0.0)
+    return 2 * precision_D * recall_D / np.maximum(precision_D + recall_D, 1e-9), best_D
