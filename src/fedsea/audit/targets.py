@@ -7,8 +7,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
-import torch
+if TYPE_CHECKING:
+    import torch
 
 Progress = Callable[[int, int], None]
 """Told (done, of how many); raises `OutOfTime` when the audit's time is up."""

@@ -77,18 +77,19 @@ def audit(
 
     if fail_on not in _LEVELS:
         raise ConfigError(f"--fail-on {fail_on} is no verdict: choose one of {', '.join(_LEVELS)}.")
-    _check_files(path, text or ())
+    from fedsea.audit.settings import AuditOptions
+
+    wanted = tuple(item.strip().upper() for item in attacks.split(",") if item.strip())
+    options = AuditOptions(path, model, client, tuple(text or ()), quick, minutes, wanted, seed, device, settings)
+    _check_files(path, options.texts)
     o.need_device(device)
     import torch
 
     from fedsea.audit.report import folder_for, write_report
     from fedsea.audit.run import audit as run
-    from fedsea.audit.settings import AuditOptions
 
     if threads:
         torch.set_num_threads(threads)
-    wanted = tuple(item.strip().upper() for item in attacks.split(",") if item.strip())
-    options = AuditOptions(path, model, client, tuple(text or ()), quick, minutes, wanted, seed, device, settings)
     with folder_for(out):  # before the work, not after it
         with Parts(silent) as parts:
             report = run(options, parts)

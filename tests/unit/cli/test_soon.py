@@ -55,6 +55,8 @@ _WRONG: dict[str, tuple[int, list[str], str]] = {
     "identity of the server": (2, ["server", "--listen", "127.0.0.1:0"], "no file ca/server/ca.pem"),
     "plan of an audit": (2, ["audit", "none.toml"], "no file none.toml"),
     "text of an audit": (3, ["audit", "plan.toml", "--text", "none.txt"], "no file none.txt"),
+    "attacks of an audit": (2, ["audit", "plan.toml", "--attacks", "A77"], "no attack A77"),
+    "minutes of an audit": (2, ["audit", "plan.toml", "--minutes", "0"], "a number above 0"),
     "ledger": (2, ["ledger", "none"], "no folder none"),
     "quickstart": (2, ["quickstart", "--folder", "."], "not empty"),
 }
