@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from fedsea.audit import settings
+from fedsea.audit.about import notes
 from fedsea.audit.claimed import claimed
 from fedsea.audit.report import write_report
 from fedsea.audit.run import audit
@@ -59,6 +60,9 @@ def test_a_run_is_audited_with_the_trained_segments(tmp_path: Path, monkeypatch:
     assert "DP claim: epsilon = " in page
     assert "<td>gradient</td>" in page
     assert "folder" not in spent
+    assert not any("by pseudonyms" in said for said in found.sentences)
+    (run / "pseudonyms").write_bytes(b"")  # as training notes it
+    assert any("by pseudonyms" in said for said in notes(open_subject(run), ()))
     with pytest.raises(ConfigError, match="audited with the noise that it was trained with; leave --settings out"):
         open_subject(run, settings=own)
     with pytest.raises(ConfigError, match="is the run of bank"):

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from fedsea.audit.applied import OF_THE_PLAN, applied
+from fedsea.client.pseudonyms import trained_on_pseudonyms
 from fedsea.data.tokenizer import load_tokenizer
 from fedsea.errors import ConfigError
 from fedsea.model import adapters
@@ -48,7 +49,8 @@ class Subject:
         run: The run folder, if one was given.
         agreed: The plan as the server has it, where the client's own noise in `plan` is stricter; else None.
         noise_from: Where the noise in `plan` is known from, in words.
-        pseudonyms: Whether the client's settings have identifiers replaced before anything is tokenised.
+        pseudonyms: Whether the client's settings, or those that its run was trained with, have identifiers replaced
+            before anything is tokenised.
     """
 
     plan: FederationPlan
@@ -143,7 +145,7 @@ def open_subject(path: Path, model: str | None = None, client: str = "", setting
     plan.partition_of(name).trunk(checkpoint.num_blocks)
     size = int(checkpoint.config.get_text_config(decoder=True).vocab_size)
     tokenizer = load_tokenizer(str(checkpoint.folder), plan.model.revision, vocab_size=size)
-    pseudonyms = own.pseudonyms.enabled
+    pseudonyms = own.pseudonyms.enabled if run is None else trained_on_pseudonyms(path)
     subject = Subject(plan, name, checkpoint, tokenizer, agreed=agreed, noise_from=where, pseudonyms=pseudonyms)
     if run is None:
         return subject

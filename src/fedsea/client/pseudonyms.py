@@ -48,9 +48,14 @@ def note_training(run: Path, settings: Path | None) -> None:
         write_bytes_atomic(run / _NOTE, b"")
 
 
+def trained_on_pseudonyms(run: Path) -> bool:
+    """Whether this was noted in a client's run folder."""
+    return (run / _NOTE).exists()
+
+
 def warn_without(run: Path, pseudonyms: Pseudonyms | None) -> None:
     """Say so if a run that was trained on pseudonyms is used without them."""
-    if pseudonyms is None and (run / _NOTE).exists():
+    if pseudonyms is None and trained_on_pseudonyms(run):
         log.warning(
             "%s was trained on pseudonyms, and nothing is replaced in what you ask now: names and numbers leave as "
             "they are. Give the --settings of the training.",
