@@ -78,9 +78,6 @@ class Sealed:
     def __reduce__(self) -> NoReturn:
         self.__copy__()
 
-    def __setstate__(self, state: object) -> NoReturn:
-        self.__copy__()
-
     @property
     def num_rows(self) -> int:
         """T of a hidden state or gradient."""
@@ -99,6 +96,13 @@ class Sealed:
         pieces = tuple(np.concatenate(same) for same in zip(*(one.pieces for one in every), strict=True))
         shape = (sum(one.num_rows for one in every), *spec.shape[1:])
         return Sealed(self.channel, (replace(spec, shape=shape),), pieces)
+
+
+def _not_filled(self: Sealed, _state: object) -> NoReturn:
+    self.__copy__()
+
+
+Sealed.__setstate__ = _not_filled  # type: ignore[attr-defined]  # Python before 3.11.4 would replace one in the class
 
 
 def _like(first: Sealed, others: Sequence[Sealed]) -> tuple[TensorSpec, ...]:

@@ -114,6 +114,11 @@ def plan_file(tmp_path: Path) -> Path:
     return path
 
 
+def served(plan_file: Path, folder: Path) -> list[str]:
+    """A server's command line, on whatever port of loopback is free."""
+    return ["server", "--plan", str(plan_file), "--listen", "127.0.0.1:0", "--run", str(folder / "run")]
+
+
 def test_server_hands_every_option_on(
     stubbed: dict[str, Any], tmp_path: Path, plan_file: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -148,7 +153,7 @@ def test_the_server_says_that_it_loads_before_it_does(
 def test_the_servers_identity_is_in_the_authoritys_folder_by_default(
     stubbed: dict[str, Any], tmp_path: Path, plan_file: Path
 ) -> None:
-    assert main.run(["server", "--plan", str(plan_file), "--ca", "authority", "--run", str(tmp_path / "run")]) == 0
+    assert main.run([*served(plan_file, tmp_path), "--ca", "authority"]) == 0
     assert stubbed["serve"].identity == Path("authority/server")
 
 
@@ -185,7 +190,7 @@ def test_metrics_are_served_on_loopback_or_where_asked(
     option: list[str],
     where: list[tuple[str, int]],
 ) -> None:
-    arguments = ["server", "--plan", str(plan_file), "--run", str(tmp_path / "run"), *option]
+    arguments = [*served(plan_file, tmp_path), *option]
     assert main.run(arguments) == 0
     assert metrics_asked == where
 
@@ -197,7 +202,7 @@ def test_a_default_port_of_metrics_in_use_is_one_warning(
     metrics_asked: list[str],
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    arguments = ["server", "--plan", str(plan_file), "--run", str(tmp_path / "run"), "--quiet"]
+    arguments = [*served(plan_file, tmp_path), "--quiet"]
     assert main.run(arguments) == 0
     (line,) = capsys.readouterr().err.splitlines()
     assert line.endswith("Metrics cannot be served there. The run goes on without metrics.")
@@ -206,7 +211,7 @@ def test_a_default_port_of_metrics_in_use_is_one_warning(
 def test_a_port_of_metrics_that_was_asked_for_must_be_free(
     stubbed: dict[str, Any], tmp_path: Path, plan_file: Path, metrics_asked: list[str]
 ) -> None:
-    arguments = ["server", "--plan", str(plan_file), "--run", str(tmp_path / "run"), "--metrics", "127.0.0.1:9464"]
+    arguments = [*served(plan_file, tmp_path), "--metrics", "127.0.0.1:9464"]
     assert main.run(arguments) == 2
     assert "serve" not in stubbed
 
