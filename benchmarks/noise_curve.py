@@ -56,11 +56,16 @@ def channels(study: Study, cut: Partition) -> dict[str, Any]:
     return row | {"forward": study.forward(plan, targets), "backward": study.backward(plan, targets)}
 
 
+def searched(study: Study, scale: float, rho: float, num_draws: int) -> dict[str, Any]:
+    """What the attack on the hidden states gets out of them under so much noise."""
+    plan = study.plan(MIDDLE, rho * scale)
+    return {"rho": rho, **study.forward(plan, *(study.observe(plan) for _ in range(num_draws if rho else 1)))}
+
+
 def under_noise(study: Study, scale: float, rho: float, num_draws: int) -> dict[str, Any]:
     """A point of the curve: the attack on the hidden states, and what the model is worth."""
-    plan = study.plan(MIDDLE, rho * scale)
-    found = study.forward(plan, *(study.observe(plan) for _ in range(num_draws if rho else 1)))
-    return {"rho": rho, **found, "perplexity": SplitRun(plan, study.checkpoint).perplexity(study.held)}
+    worth = SplitRun(study.plan(MIDDLE, rho * scale), study.checkpoint).perplexity(study.held)
+    return {**searched(study, scale, rho, num_draws), "perplexity": worth}
 
 
 def main() -> None:
@@ -96,7 +101,7 @@ def main() -> None:
     by_beam = []
     for beam in args.beams:
         narrow = replace(study, sizes=replace(sizes, beam=beam))
-        by_beam.append({"beam": beam, **under_noise(narrow, scale, args.rhos[-1], args.draws)})
+        by_beam.append({"beam": beam, **searched(narrow, scale, args.rhos[-1], args.draws)})
         print(f"rho {args.rhos[-1]:g}, {beam} hypotheses: {by_beam[-1]['recovery']:.3f}", file=sys.stderr)
     figures = {"prior": study.prior(), "every_cut": every_cut, "curve": curve, "by_beam": by_beam}
     settings = {
