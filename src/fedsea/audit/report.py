@@ -34,7 +34,6 @@ def rows_of(outcome: Outcome) -> list[list[str]]:
     One row; of planted notes and of own texts, where both were attacked, a row of each follows that has no verdict.
     """
     attack = outcome.attack
-    verdict = outcome.status if outcome.verdict is None else outcome.verdict.value
     head = [f"{attack.id} {attack.title}", outcome.channel]
     if outcome.score is not None:
         verdict = "" if outcome.verdict is None else outcome.verdict.value
@@ -44,6 +43,7 @@ def rows_of(outcome: Outcome) -> list[list[str]]:
         ]
     own = outcome.own or {}
     figures = [percent(own[key]) if key in own else "" for key in ("recovery", "prior", "excess")]
+    verdict = outcome.status if outcome.verdict is None else outcome.verdict.value
     return [[*head, *figures, outcome.reason, verdict]]
 
 
