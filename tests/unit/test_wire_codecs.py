@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from fedsea.errors import ConfigError, NonFiniteError
 from fedsea.tensors import all_finite
-from fedsea.wire.codecs import CODECS, WORDS, check_codec
+from fedsea.wire.codecs import CODECS, WORDS, check_codec, rounded_away
 
 NAMES = sorted(CODECS.keys() - {WORDS})
 
@@ -49,6 +49,32 @@ def test_int8_errs_by_half_a_step_of_its_row_at_most(scale: float, seed: int) ->
     step = values.abs().amax(1, keepdim=True) / 127
     wider = 1 + 2.0**-7  # the scale travels as the next bfloat16
     assert bool(((through("int8", values) - values).abs() <= 0.5001 * wider * step).all())
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("scale", [1e-3, 1.0, 300.0])
+def test_what_a_codec_says_that_it_rounds_away_is_what_it_does(name: str, scale: float) -> None:
+    values = scale * torch.randn(200, 320, generator=torch.Generator().manual_seed(2))
+    values[::2] *= 1.5  # another part of the way from one power of two to the next
+    away = through(name, values) - values
+    said_R, found_R = rounded_away(name, values), away.square().mean(dim=1)
+    if name == "fp32":
+        assert not said_R.any()
+        assert not found_R.any()
+        return
+    assert float(found_R.sum() / said_R.sum()) == pytest.approx(1.0, abs=0.02)
+    assert float((found_R / said_R - 1).abs().max()) < 0.4  # and of every row by itself, which has 320 values
+    steps = CODECS[name].steps(values)
+    assert bool((away.abs() <= 0.5001 * steps).all())
+    assert float((away.abs() / steps).amax(dim=1).min()) > 0.45
+    assert float(rounded_away(name, through(name, values)).sum() / said_R.sum()) == pytest.approx(1.0, abs=0.01)
+
+
+def test_below_the_normal_numbers_fp16_rounds_by_steps_of_one_size() -> None:
+    values = 1e-6 * torch.randn(20, 320, generator=torch.Generator().manual_seed(2))
+    assert CODECS["fp16"].steps(values).unique().tolist() == [2.0**-24]
+    found_R = (through("fp16", values) - values).square().mean(dim=1)
+    assert float(found_R.sum() / rounded_away("fp16", values).sum()) == pytest.approx(1.0, abs=0.05)
 
 
 def test_int8_costs_two_bytes_a_row_beside_its_values() -> None:

@@ -17,7 +17,6 @@ from typing import TypeVar
 import torch
 
 from fedsea.audit.targets import Progress, Target, unheard
-from fedsea.errors import ConfigError
 from fedsea.model.branching import Branches
 from fedsea.model.checkpoint import Checkpoint
 from fedsea.model.loading import load_input_blocks, load_output_blocks, load_trunk
@@ -25,6 +24,7 @@ from fedsea.model.segments import InputBlocks, OutputBlocks, Trunk
 from fedsea.plan import FederationPlan
 from fedsea.privacy.clip import clip_rows, clip_sequences
 from fedsea.types import Channel, Partition
+from fedsea.wire.codecs import rounded_away
 
 _PROFILED, _PROFILED_TOKENS = 24, 64
 """Texts, and their length, that show how large rows are."""
@@ -238,19 +238,6 @@ class Attacker:
     def row_variance(self, channel: Channel, rows_TH: torch.Tensor) -> torch.Tensor:
         """Variance [T] of the difference between what was observed and what the client computed.
 
-        The plan's noise, and what its codec rounds away: int8 steps are a 127th of a row's largest value, or a little
-        more; casts lose half a unit in the last place.
+        The plan's noise, and what its codec rounds away.
         """
-        magnitudes_T = rows_TH.abs().amax(dim=1)
-        match self.codecs.get(channel, "fp32"):
-            case "int8":
-                rounding_T = (magnitudes_T / 127) ** 2 / 12
-            case "bf16":
-                rounding_T = (rows_TH.square().mean(dim=1) * 2.0**-18) / 3
-            case "fp16":
-                rounding_T = (rows_TH.square().mean(dim=1) * 2.0**-24) / 3
-            case "fp32":
-                rounding_T = torch.zeros_like(magnitudes_T)
-            case other:
-                raise ConfigError(f"The audit does not know the codec {other!r}; update fedsea.")
-        return rounding_T + self.noise_std.get(channel, 0.0) ** 2
+        return rounded_away(self.codecs.get(channel, "fp32"), rows_TH) + self.noise_std.get(channel, 0.0) ** 2

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 
 import torch
 
-from fedsea.wire.codecs import CODECS, Cast
+from fedsea.wire.codecs import CODECS
 
 FALSE_ALARM = 1e-7
 """Of each question; an audit asks some ten."""
@@ -59,7 +59,7 @@ class Added:
         if clipped_RH.shape[1] == 1:
             whole = len(clipped_RH) // _UPDATE_WIDTH * _UPDATE_WIDTH
             seen_RH, clipped_RH = (rows[:whole].view(-1, _UPDATE_WIDTH) for rows in (seen_RH, clipped_RH))
-        judged_RH = _steps(clipped_RH.abs() + _REACH * std, codec) <= std
+        judged_RH = CODECS[codec].steps(clipped_RH.abs() + _REACH * std) <= std
         return cls(torch.where(judged_RH, seen_RH - clipped_RH, 0.0), judged_RH)
 
     def units(self, most: int) -> tuple[torch.Tensor, int]:
@@ -69,14 +69,6 @@ class Added:
         rows_RH = self.added_RH[fit_R][:most]
         width = int(counts_R[fit_R].min()) if len(rows_RH) else 0
         return rows_RH / rows_RH.norm(dim=1, keepdim=True).clamp(min=1e-30), width
-
-
-def _steps(sizes_RH: torch.Tensor, codec: str) -> torch.Tensor:
-    """How far apart the values are to which a codec rounds those of a size."""
-    if isinstance(made := CODECS[codec], Cast):
-        limits = torch.finfo(made.dtype)
-        return limits.eps * sizes_RH.clamp(min=limits.tiny)
-    return (sizes_RH.amax(1, keepdim=True) / 127).expand_as(sizes_RH)
 
 
 def uneven(releases: Sequence[Added], std: float) -> list[float]:

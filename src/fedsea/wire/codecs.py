@@ -1,6 +1,6 @@
 """How tensors become bytes, little-endian as on every machine that torch runs on.
 
-A codec is three methods. Every value of the protocol's `Codec` enum has one; that is checked at import.
+A codec is four methods. Every value of the protocol's `Codec` enum has one; that is checked at import.
 Encoding happens on the tensor's own device, so that only the encoded bytes are copied off an accelerator.
 
     R  rows: tokens of a hidden state or gradient
@@ -49,6 +49,10 @@ class Codec(Protocol):
         """Write the values of `raw` (uint8, one axis) into `out` (float32, of the tensor's shape)."""
         ...
 
+    def steps(self, rows_RH: torch.Tensor) -> torch.Tensor:
+        """How far apart [R, H] the values are that can be carried where those of these rows lie; see `rounded_away`."""
+        ...
+
 
 @dataclass(frozen=True, slots=True)
 class Cast:
@@ -76,6 +80,12 @@ class Cast:
         """See `Codec`."""
         out.copy_(raw.view(self.dtype).view(out.shape))
 
+    def steps(self, rows_RH: torch.Tensor) -> torch.Tensor:
+        """See `Codec`."""
+        limits = torch.finfo(self.dtype)
+        sizes_RH = rows_RH.float().abs().clamp(min=limits.tiny)
+        return sizes_RH * limits.eps / (2 * torch.frexp(sizes_RH).mantissa)  # alike from one power of two to the next
+
 
 @dataclass(frozen=True, slots=True)
 class Int8:
@@ -91,10 +101,7 @@ class Int8:
     def encode(self, tensor: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """See `Codec`."""
         values_RH = tensor.detach().to(torch.float32)
-        scales_R = torch.linalg.vector_norm(values_RH, ord=torch.inf, dim=1) / _LARGEST_INT8
-        if not all_finite(scales_R):
-            raise NonFiniteError("A tensor that was about to be sent holds a NaN or an infinity.")
-        short_R = _rounded_up(torch.where(scales_R < _SMALLEST_SCALE, 0.0, scales_R.clamp(max=_LARGEST_SCALE)))
+        short_R = self._scales(values_RH)
         scales_R = short_R.to(torch.float32)
         factors_R = torch.where(scales_R > 0, 1 / scales_R, 0.0)
         rows_RH = (values_RH * factors_R[:, None]).round_().clamp_(-_LARGEST_INT8, _LARGEST_INT8).to(torch.int8)
@@ -105,6 +112,17 @@ class Int8:
         num_rows = out.shape[0]
         scales_R = raw[: 2 * num_rows].view(torch.bfloat16).to(torch.float32)
         torch.mul(raw[2 * num_rows :].view(torch.int8).view(out.shape), scales_R[:, None], out=out)
+
+    def steps(self, rows_RH: torch.Tensor) -> torch.Tensor:
+        """See `Codec`."""
+        return self._scales(rows_RH.float()).to(torch.float32)[:, None].expand(rows_RH.shape)
+
+    def _scales(self, values_RH: torch.Tensor) -> torch.Tensor:
+        """Of every row, in bfloat16."""
+        scales_R = torch.linalg.vector_norm(values_RH, ord=torch.inf, dim=1) / _LARGEST_INT8
+        if not all_finite(scales_R):
+            raise NonFiniteError("A tensor that was about to be sent holds a NaN or an infinity.")
+        return _rounded_up(torch.where(scales_R < _SMALLEST_SCALE, 0.0, scales_R.clamp(max=_LARGEST_SCALE)))
 
 
 def _rounded_up(scales_R: torch.Tensor) -> torch.Tensor:
@@ -128,6 +146,10 @@ class Words64:
     def decode(self, raw: torch.Tensor, out: torch.Tensor) -> None:
         """See `Codec`; `out` is int64."""
         out.copy_(raw.view(torch.int64).view(out.shape))
+
+    def steps(self, rows_RH: torch.Tensor) -> torch.Tensor:
+        """See `Codec`."""
+        return torch.ones(rows_RH.shape, device=rows_RH.device)
 
 
 WORDS = "words64"
@@ -157,3 +179,15 @@ def check_codec(name: str) -> str:
     if name not in get_args(CodecName):
         raise ConfigError(f"There is no codec {name!r}; use one of {', '.join(get_args(CodecName))}.")
     return name
+
+
+def rounded_away(name: str, rows_RH: torch.Tensor) -> torch.Tensor:
+    """Variance [R] of what a codec rounds away of a value of each row: a twelfth of the square of its steps.
+
+    Args:
+        name: Of the codec. What carries float32 as it is rounds nothing away, though its values lie steps apart too.
+        rows_RH: Values, or what was decoded of them.
+    """
+    if name in IN_PLACE:
+        return torch.zeros(rows_RH.shape[0], device=rows_RH.device)
+    return CODECS[name].steps(rows_RH).square().mean(dim=1) / 12
