@@ -41,10 +41,14 @@ class Added:
         added_RH: What was sent less what the noise was added to; 0 where `judged_RH` is not.
         judged_RH: Values that the codec rounds no more coarsely than by a step of the noise's standard deviation:
             only there is what was added the noise, and not what the codec made of the value itself.
+        units_RH: The first of the rows that have values enough to be known again, each of norm 1.
+        width: The least number of judged values of those that have; 0 if none has.
     """
 
     added_RH: torch.Tensor
     judged_RH: torch.Tensor
+    units_RH: torch.Tensor
+    width: int
 
     @classmethod
     def of(cls, seen_RH: torch.Tensor, clipped_RH: torch.Tensor, std: float, codec: str) -> Added:
@@ -60,15 +64,12 @@ class Added:
             whole = len(clipped_RH) // _UPDATE_WIDTH * _UPDATE_WIDTH
             seen_RH, clipped_RH = (rows[:whole].view(-1, _UPDATE_WIDTH) for rows in (seen_RH, clipped_RH))
         judged_RH = CODECS[codec].steps(clipped_RH.abs() + _REACH * std) <= std
-        return cls(torch.where(judged_RH, seen_RH - clipped_RH, 0.0), judged_RH)
-
-    def units(self, most: int) -> tuple[torch.Tensor, int]:
-        """The first rows, each of norm 1, and the least number of values that any of them has; few are left out."""
-        counts_R = self.judged_RH.sum(1)
-        fit_R = counts_R >= max(_LEAST_WIDTH, self.judged_RH.shape[1] / 2)
-        rows_RH = self.added_RH[fit_R][:most]
+        added_RH = torch.where(judged_RH, seen_RH - clipped_RH, 0.0)
+        counts_R = judged_RH.sum(1)
+        fit_R = counts_R >= max(_LEAST_WIDTH, judged_RH.shape[1] / 2)
+        rows_RH = added_RH[fit_R][:_MOST_ROWS]
         width = int(counts_R[fit_R].min()) if len(rows_RH) else 0
-        return rows_RH / rows_RH.norm(dim=1, keepdim=True).clamp(min=1e-30), width
+        return cls(added_RH, judged_RH, rows_RH / rows_RH.norm(dim=1, keepdim=True).clamp(min=1e-30), width)
 
 
 def uneven(releases: Sequence[Added], std: float) -> list[float]:
@@ -94,12 +95,12 @@ def _by_row_and_column(blocks: Sequence[torch.Tensor]) -> torch.Tensor:
 
 def can_be_compared(releases: Sequence[Added]) -> bool:
     """Whether any row has values enough for its noise to be known again; nothing to compare is no reason for doubt."""
-    return not any(len(one.added_RH) for one in releases) or any(one.units(1)[1] for one in releases)
+    return not any(len(one.added_RH) for one in releases) or any(one.width for one in releases)
 
 
 def used_twice(releases: Sequence[Added]) -> bool:
     """Whether two rows of one release, or of the beginnings of two, have the same noise."""
-    blocks = [_beginnings(releases), *(one.units(_MOST_ROWS) for one in releases)]
+    blocks = [_beginnings(releases), *((one.units_RH, one.width) for one in releases)]
     pairs = sum(len(units_RH) * (len(units_RH) - 1) / 2 for units_RH, _ in blocks)
     return any(
         float((units_RH @ units_RH.T).fill_diagonal_(0.0).max()) > _limit(width, pairs)
@@ -118,9 +119,10 @@ def shared(first: Sequence[Added], second: Sequence[Added]) -> bool:
 
 
 def _beginnings(releases: Sequence[Added]) -> tuple[torch.Tensor, int]:
-    """The first rows of all releases as in `Added.units`."""
-    found = [one.units(max(1, _MOST_ROWS // len(releases))) for one in releases]
-    return torch.cat([rows_RH for rows_RH, _ in found]), min((width for _, width in found if width), default=0)
+    """The first units of all releases, and their least width."""
+    most = max(1, _MOST_ROWS // len(releases))
+    units_RH = torch.cat([one.units_RH[:most] for one in releases])
+    return units_RH, min((one.width for one in releases if one.width), default=0)
 
 
 def _limit(width: int, pairs: float) -> float:
