@@ -12,21 +12,22 @@ import torch
 from fedsea.audit import settings
 from fedsea.audit.attacks import a1_nearest, a2_likelihood, a10_answers
 from fedsea.audit.canaries import Texts
-from fedsea.audit.checks import check_sessions
+from fedsea.audit.checks import check_taps
 from fedsea.audit.curves import attacker_of, guesses_of
-from fedsea.audit.observe import Tap
+from fedsea.audit.observe import Tap, Tapped
 from fedsea.audit.report import write_report
 from fedsea.audit.run import audit
 from fedsea.audit.scoring import score
 from fedsea.audit.sessions import Use, use
 from fedsea.audit.settings import AuditOptions
 from fedsea.audit.subject import Subject, open_subject, variant
-from fedsea.audit.verdict import Verdict
+from fedsea.audit.verdict import Finding, Verdict
 from fedsea.privacy.boundary import Boundary
 from fedsea.types import Channel, Origin, Purpose, Release
 from tests.support.audited import PLAN, TINY, noised_plan
 
 CLIPS = "hidden_clip = 8.0\ngradient_clip = 8.0\n"
+HIDDEN, GRADIENT = "hidden states", "gradients"
 
 
 class Faulty:
@@ -35,7 +36,11 @@ class Faulty:
     def __init__(self, plan: Any, name: str, fault: str) -> None:
         self._right = Boundary.of(plan, name, key=b"k" * 32)
         self._open = Boundary.of(open_subject(PLAN).plan, name)
+        self._gradients = Boundary.of(plan, name, key=b"g" * 32)
         self._again = lambda: Boundary.of(plan, name, key=b"a" * 32)
+        self._once_more = {
+            f"that of {what}": Boundary.of(plan, name, key=key * 32) for what, key in ((HIDDEN, b"k"), (GRADIENT, b"g"))
+        }
         self.statement, self._fault = "", fault
 
     def hidden(self, rows: torch.Tensor, origin: Origin) -> Release:
@@ -46,11 +51,13 @@ class Faulty:
                 return self._open.hidden(rows, origin)
             case "no session's clip":  # every message clipped as if it were a whole sequence
                 return self._right.hidden(rows, replace(origin, most_rows=0))
-            case _:
+            case "the same noise":
                 return self._again().hidden(rows, origin)
+            case fault:
+                return self._once_more[fault].hidden(rows, origin)
 
     def gradient(self, rows: torch.Tensor, origin: Origin) -> Release:
-        return self._right.gradient(rows, origin)
+        return self._gradients.gradient(rows, origin)
 
     def update(self, tensors: Any) -> Release:
         return self._right.update(tensors)
@@ -71,19 +78,23 @@ def _asked(file: Path, count: int = 6, boundary: Any = None) -> tuple[Subject, l
     return subject, use(tap, texts.canaries(count, 0)), texts
 
 
+def _released(used: list[Use]) -> list[Tapped]:
+    return [tapped for one in used for tapped in one.taps]
+
+
 def test_prompts_and_answers_leave_token_by_token_and_as_they_were_computed() -> None:
     subject, used, _ = _asked(PLAN, 2)
     for one in used:
         assert [len(tapped.seen_TH) for tapped in one.taps] == [one.begins] + [1] * 7
         assert len(one.target.ids_T) == one.begins + 7 == one.target.observations[0].length
         assert torch.equal(torch.cat([tapped.raw_TH for tapped in one.taps]), one.target.observations[0].hidden_TH)
-    assert check_sessions(subject, [tapped for one in used for tapped in one.taps], "fp32") == []
+    assert check_taps(subject, {}, {}, _released(used)) == []
 
 
 @pytest.mark.parametrize("extra", ["", CLIPS])
 def test_noise_and_clip_are_found_to_be_as_planned_in_use(tmp_path: Path, extra: str) -> None:
     subject, used, _ = _asked(noised_plan(tmp_path, 2.0, 2.0, extra))
-    assert check_sessions(subject, [tapped for one in used for tapped in one.taps], "fp32") == []
+    assert check_taps(subject, {}, {}, _released(used)) == []
 
 
 @pytest.mark.parametrize(
@@ -98,9 +109,32 @@ def test_a_fault_of_the_boundary_in_use_alone_is_broken(tmp_path: Path, fault: s
     file = noised_plan(tmp_path, 0.05, 2.0, extra)
     plan = open_subject(file)
     subject, used, _ = _asked(file, boundary=Faulty(variant(plan.plan, plan.name), plan.name, fault))
-    findings = check_sessions(subject, [tapped for one in used for tapped in one.taps], "fp32")
+    findings = check_taps(subject, {}, {}, _released(used))
     assert {finding.verdict for finding in findings} == {Verdict.BROKEN}
     assert any(said in finding.sentence and "in use" in finding.sentence for finding in findings)
+
+
+@pytest.mark.parametrize("extra", ["", CLIPS])
+@pytest.mark.parametrize("what", [HIDDEN, GRADIENT])
+def test_noise_of_training_that_comes_again_in_use_is_broken(tmp_path: Path, what: str, extra: str) -> None:
+    """Once in training and once in use: each by itself looks as it should."""
+    file = noised_plan(tmp_path, 2.0, 2.0, extra)
+    subject = open_subject(file)
+    plan = variant(subject.plan, subject.name)
+    targets = Texts(subject.tokenizer, subject.plan, 32).canaries(3, 0)
+
+    def checked(boundary: Any, key: bytes = b"t" * 32) -> list[list[Finding]]:
+        tap = Tap(plan, subject.checkpoint, subject.name, boundary=boundary, key=key)
+        pairs = tap.observe(targets)
+        taps = {Channel.HIDDEN: [pair[0] for pair in pairs], Channel.GRADIENT: [pair[1] for pair in pairs]}
+        used = _released(use(tap, targets))
+        return [check_taps(subject, taps, {}), check_taps(subject, {}, {}, used), check_taps(subject, taps, {}, used)]
+
+    assert checked(None) == [[], [], []]
+    training, in_use, (finding,) = checked(Faulty(plan, subject.name, f"that of {what}"))
+    assert training == in_use == []
+    assert finding.verdict is Verdict.BROKEN
+    assert f"The same noise was used on {what} of training and on hidden states in use" in finding.sentence
 
 
 def test_the_audit_of_a_plan_whose_noise_is_left_out_in_use_is_broken(

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -26,64 +26,98 @@ _BLIND = 0.5
 """Relative error of the noise's variance from which on nothing is said about it."""
 
 _WORDS = {Channel.HIDDEN: "hidden states", Channel.GRADIENT: "gradients", Channel.UPDATE: "updates"}
+_IN_USE = "hidden states in use (of prompts and answers)"
+
+
+@dataclass(frozen=True, slots=True)
+class _Noised:
+    """All releases of a channel that gets noise.
+
+    Attributes:
+        what: They are, in words.
+        std: Of the noise as planned.
+        codec: Of the channel.
+        seen: As decoded.
+        clipped: What the noise was added to.
+        added: What was added.
+    """
+
+    what: str
+    std: float
+    codec: str
+    seen: Sequence[torch.Tensor]
+    clipped: Sequence[torch.Tensor]
+    added: Sequence[Added]
+
+    @classmethod
+    def of(
+        cls, channel: Channel, releases: Sequence[Tapped], noise: NoiseSection, codec: str, what: str = ""
+    ) -> _Noised:
+        std = noise.std(channel)
+        seen, clipped = [one.seen_TH for one in releases], [_clipped(one, channel, noise) for one in releases]
+        added = [Added.of(*rows, std, codec) for rows in zip(seen, clipped, strict=True)]
+        return cls(what or _WORDS[channel], std, codec, seen, clipped, added)
 
 
 def check_taps(
-    subject: Subject, taps: Mapping[Channel, Sequence[Tapped]], codecs: Mapping[Channel, str]
+    subject: Subject,
+    taps: Mapping[Channel, Sequence[Tapped]],
+    codecs: Mapping[Channel, str],
+    used: Sequence[Tapped] = (),
 ) -> list[Finding]:
     """Compare what was before the boundary with what the server decoded.
 
     Args:
         subject: The plan says which noise there is to be.
-        taps: Channel to its releases.
+        taps: Channel to its releases in training.
         codecs: Channel to codec, for what it rounds away.
+        used: Hidden states of sessions, message by message. Noise that training has and use has not is a fault of
+            fedsea itself.
     """
     noise = subject.plan.noise if subject.plan.trust.mode == "noised" else NoiseSection()
-    protected = [channel for channel in taps if noise.std(channel)]
+    noised = {
+        channel: _Noised.of(channel, releases, noise, codecs.get(channel, "fp32"))
+        for channel, releases in taps.items()
+        if noise.std(channel)
+    }
     findings: list[Finding] = []
-    for channel, releases in taps.items():
-        if noise.std(channel):
-            findings += _check_noise(channel, releases, noise, codecs.get(channel, "fp32"))
-        elif protected:
+    for channel in taps:
+        if channel in noised:
+            findings += _check_noise(noised[channel])
+        elif noised:
             findings.append(
                 Finding(
                     Verdict.PARTIAL if channel is Channel.UPDATE else Verdict.EXPOSED,
-                    f"A channel was forgotten: {_WORDS[protected[0]]} get noise, but {_WORDS[channel]} leave without "
-                    f"any, and tell as much: set noise.{channel}_std.",
+                    f"A channel was forgotten: {next(iter(noised.values())).what} get noise, but {_WORDS[channel]} "
+                    f"leave without any, and tell as much: set noise.{channel}_std.",
                 )
             )
-    both = [channel for channel in (Channel.HIDDEN, Channel.GRADIENT) if channel in protected]
-    if len(both) > 1 and shared(
-        *(_added(channel, taps[channel], noise, codecs.get(channel, "fp32")) for channel in both)
-    ):
+    in_training = [noised[channel] for channel in (Channel.HIDDEN, Channel.GRADIENT) if channel in noised]
+    if len(in_training) > 1 and shared(*(one.added for one in in_training)):
         findings.append(
             Finding(Verdict.EXPOSED, "The same noise was used on hidden states and on gradients: it is seen in both.")
         )
-    return findings
+    if not used or not noise.std(Channel.HIDDEN):
+        return findings
+    in_use = _Noised.of(Channel.HIDDEN, used, noise, codecs.get(Channel.HIDDEN, "fp32"), _IN_USE)
+    return findings + _check_use(in_use, in_training)
 
 
-def check_sessions(subject: Subject, releases: Sequence[Tapped], codec: str) -> list[Finding]:
-    """The same for what leaves in use: noise that training has and use has not is a fault of fedsea itself.
-
-    Args:
-        subject: The plan says which noise there is to be.
-        releases: Hidden states of sessions, message by message.
-        codec: Of hidden states.
-    """
-    noise = subject.plan.noise
-    if subject.plan.trust.mode != "noised" or not noise.std(Channel.HIDDEN) or not releases:
-        return []
-    found = _check_noise(Channel.HIDDEN, releases, noise, codec, "hidden states in use (of prompts and answers)")
+def _check_use(in_use: _Noised, in_training: Sequence[_Noised]) -> list[Finding]:
+    found = _check_noise(in_use)
+    for one in in_training:
+        if shared(in_use.added, one.added):
+            words = f"The same noise was used on {one.what} of training and on {in_use.what}: it is seen in both."
+            found.append(Finding(Verdict.BROKEN, words))
     return [one if one.verdict is Verdict.INCONCLUSIVE else replace(one, verdict=Verdict.BROKEN) for one in found]
 
 
-def _check_noise(
-    channel: Channel, releases: Sequence[Tapped], noise: NoiseSection, codec: str, what: str = ""
-) -> list[Finding]:
-    std, what = noise.std(channel), what or _WORDS[channel]
-    clipped = [_clipped(tapped, channel, noise) for tapped in releases]
-    parts = [(tapped.seen_TH - rows_TH).flatten().double() for tapped, rows_TH in zip(releases, clipped, strict=True)]
-    found, none, whole = _squares(parts, clipped, std, codec)
+def _check_noise(noised: _Noised) -> list[Finding]:
+    std, what, codec = noised.std, noised.what, noised.codec
+    parts = [
+        (seen_TH - rows_TH).flatten().double() for seen_TH, rows_TH in zip(noised.seen, noised.clipped, strict=True)
+    ]
+    found, none, whole = _squares(parts, noised.clipped, std, codec)
     tolerance = 2 * max(_TOLERANCE, _SIGMAS * math.sqrt(1 / sum(map(len, parts))) * whole / max(whole - none, 1e-30))
     if tolerance > _BLIND:
         return [
@@ -103,18 +137,18 @@ def _check_noise(
                 f"what is sent differs from what was computed by {measured:.3g}.",
             )
         ]
-    added = _added(channel, releases, noise, codec)
     if abs(share - 1) <= tolerance:
-        return _check_rows(added, std, what, codec)
+        return _check_rows(noised)
     mismatch = Finding(
         Verdict.EXPOSED if measured < std else Verdict.BROKEN,
         f"The noise on {what} has a standard deviation of {measured:.4g}, and the plan says {std:g}.",
     )
-    return [mismatch, *_check_rows(added, std, what, codec, even=False)]
+    return [mismatch, *_check_rows(noised, even=False)]
 
 
-def _check_rows(added: Sequence[Added], std: float, what: str, codec: str, *, even: bool = True) -> list[Finding]:
+def _check_rows(noised: _Noised, *, even: bool = True) -> list[Finding]:
     """Reuse first: noise that comes again makes rows and columns uneven, too."""
+    added, std, what = noised.added, noised.std, noised.what
     if used_twice(added):
         words = f"The same noise was used twice on {what}: the difference of two rows has none left."
         return [Finding(Verdict.EXPOSED, words)]
@@ -128,16 +162,10 @@ def _check_rows(added: Sequence[Added], std: float, what: str, codec: str, *, ev
     if not can_be_compared(added):
         words = (
             f"Whether noise on {what} is used twice or left out of some rows cannot be seen: rows are too narrow, or "
-            f"{codec} rounds more coarsely than the noise. Audit the plan with fp32 codecs as well."
+            f"{noised.codec} rounds more coarsely than the noise. Audit the plan with fp32 codecs as well."
         )
         findings.append(Finding(Verdict.INCONCLUSIVE, words))
     return findings
-
-
-def _added(channel: Channel, releases: Sequence[Tapped], noise: NoiseSection, codec: str) -> list[Added]:
-    """What was added to each release."""
-    std = noise.std(channel)
-    return [Added.of(one.seen_TH, _clipped(one, channel, noise), std, codec) for one in releases]
 
 
 def _clipped(tapped: Tapped, channel: Channel, noise: NoiseSection) -> torch.Tensor:

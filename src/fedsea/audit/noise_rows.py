@@ -29,6 +29,9 @@ _UPDATE_WIDTH = 64
 """An update has no rows; so many values, end to end, are taken for one."""
 _ROUNDED = 13 / 12
 """Mean square, as a multiple of the noise's, that is still right: a codec whose step is the noise's adds a 12th."""
+_LEAST_NOISE = 1 / 4
+"""Mean square, as a multiple of the noise's, of a row that has any noise: what the codec alone makes of equal values is
+equal, too."""
 _REACH = 4.0
 """Standard deviations that noise adds to a value at most, for how coarsely that is rounded."""
 
@@ -41,7 +44,7 @@ class Added:
         added_RH: What was sent less what the noise was added to; 0 where `judged_RH` is not.
         judged_RH: Values that the codec rounds no more coarsely than by a step of the noise's standard deviation:
             only there is what was added the noise, and not what the codec made of the value itself.
-        units_RH: The first of the rows that have values enough to be known again, each of norm 1.
+        units_RH: The first of the rows that have values and noise enough to be known again, each of norm 1.
         width: The least number of judged values of those that have; 0 if none has.
     """
 
@@ -66,10 +69,11 @@ class Added:
         judged_RH = CODECS[codec].steps(clipped_RH.abs() + _REACH * std) <= std
         added_RH = torch.where(judged_RH, seen_RH - clipped_RH, 0.0)
         counts_R = judged_RH.sum(1)
-        fit_R = counts_R >= max(_LEAST_WIDTH, judged_RH.shape[1] / 2)
+        has_noise_R = added_RH.square().sum(1) >= _LEAST_NOISE * std**2 * counts_R
+        fit_R = (counts_R >= max(_LEAST_WIDTH, judged_RH.shape[1] / 2)) & has_noise_R
         rows_RH = added_RH[fit_R][:_MOST_ROWS]
         width = int(counts_R[fit_R].min()) if len(rows_RH) else 0
-        return cls(added_RH, judged_RH, rows_RH / rows_RH.norm(dim=1, keepdim=True).clamp(min=1e-30), width)
+        return cls(added_RH, judged_RH, rows_RH / rows_RH.norm(dim=1, keepdim=True), width)
 
 
 def uneven(releases: Sequence[Added], std: float) -> list[float]:
@@ -110,7 +114,7 @@ def used_twice(releases: Sequence[Added]) -> bool:
 
 
 def shared(first: Sequence[Added], second: Sequence[Added]) -> bool:
-    """Whether two channels have the same noise in some row; rows of other widths are not compared."""
+    """Whether a row of one channel, or of use, has the noise of one of the other; rows of other widths have not."""
     (ours_RH, our_width), (theirs_RH, their_width) = _beginnings(first), _beginnings(second)
     if not len(ours_RH) or not len(theirs_RH) or ours_RH.shape[1] != theirs_RH.shape[1]:
         return False

@@ -15,7 +15,7 @@ from fedsea.audit.attacker import Attacker
 from fedsea.audit.attacks import a1_nearest
 from fedsea.audit.canaries import Texts
 from fedsea.audit.catalogue import ATTACKS, Attack
-from fedsea.audit.checks import check_sessions, check_taps
+from fedsea.audit.checks import check_taps
 from fedsea.audit.claimed import claimed
 from fedsea.audit.knowing import model_of
 from fedsea.audit.masking import MakeMember, check_masks
@@ -117,8 +117,7 @@ class _Audit:
             )
         self._tap, taps = self._observe(targets)
         tap = self._tap
-        findings += check_taps(self._subject, taps, self._attacker.codecs)
-        findings += self._observe_use(tap, targets)
+        findings += check_taps(self._subject, taps, self._attacker.codecs, self._observe_use(tap, targets))
         if self._subject.plan.aggregation.secure:
             watch = self._clock.watch("rounds of secure aggregation")
             findings += check_masks(self._subject.plan, self._subject.checkpoint, self._member, watch)
@@ -197,8 +196,8 @@ class _Audit:
         self._seconds["tapping"] = time.monotonic() - started
         return tap, taps
 
-    def _observe_use(self, tap: Tap, targets: Sequence[Target]) -> list[Finding]:
-        """What the server sees of prompts and answers, and what is wrong with these bytes."""
+    def _observe_use(self, tap: Tap, targets: Sequence[Target]) -> list[Tapped]:
+        """What the server sees of prompts and answers, message by message."""
         if not self._subject.plan.inference.enabled:
             self._unused = ("not applicable", "the plan allows no inference")
             return []
@@ -213,8 +212,7 @@ class _Audit:
             self._unused = ("skipped", _TOO_SHORT)
             return []
         self._seconds["use"] = time.monotonic() - started
-        releases = [tapped for one in self._used for tapped in one.taps]
-        return check_sessions(self._subject, releases, self._attacker.codecs[Channel.HIDDEN])
+        return [tapped for one in self._used for tapped in one.taps]
 
     def _plain_texts(self) -> list[Target]:
         """What perplexity is measured on: the user's texts, or else what the public model writes itself."""

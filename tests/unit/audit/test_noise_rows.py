@@ -92,6 +92,18 @@ def test_noise_of_hidden_states_that_comes_again_on_gradients_is_seen() -> None:
     assert not shared(hidden, [_added(draw(20, 32), draw(20, 32))])
 
 
+@pytest.mark.parametrize("codec", ["bf16", "int8"])
+def test_rows_that_have_no_noise_have_none_that_comes_again(codec: str) -> None:
+    """Equal values are rounded alike, so that what was added to them is the same."""
+    draw = _draw(0)
+    raw_RH, silent_RH = 20 * draw(20, 64), torch.zeros(20, 64)
+    first, second = (_added(silent_RH, raw_RH, codec) for _ in range(2))
+    assert first.judged_RH.all()
+    assert first.added_RH.any()
+    assert not used_twice([first, second])
+    assert not shared([first], [second])
+
+
 def test_what_a_codec_makes_of_the_value_itself_is_not_taken_for_noise() -> None:
     """A row with one huge value: int8 rounds all others away, alike wherever this row is sent."""
     draw = _draw(0)
