@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from fedsea.audit.attacks import a7_update, a8_membership, a9_mechanism
 from fedsea.audit.attacks.membership import membership
 from fedsea.audit.attacks.output_inversion import name_labels
 from fedsea.audit.attacks.update_inversion import SpanFindings, invert, token_inputs
+from fedsea.audit.attacks.update_scoring import Case, UpdateInversion, result_of
 from fedsea.audit.canaries import Texts
 from fedsea.audit.curves import attacker_of as audited_attacker_of
 from fedsea.audit.settings import AuditOptions
@@ -91,12 +93,12 @@ def test_tokens_named_at_random_are_no_exposure_however_many_are_named() -> None
     """Naming half of the vocabulary names most tokens of any text; what counts is how many of them were there."""
     truths = [set(range(0, 200, 5)), set(range(0, 200, 4))]
     found = [SpanFindings(tuple(range(200)), 3, 3, "sparse", False)] * 2
-    case = a7_update._Case("difference", 1, 1, 2, "input")
-    greedy = a7_update._result(case, found, truths, list(range(500, 600)), [40, 50])
+    case = Case("difference", 1, 1, 2, "input")
+    greedy = result_of(case, found, truths, list(range(500, 600)), [40, 50])
     assert greedy.recall == 1.0
     assert greedy.quality < 0.4
     assert a7_update.UpdateReport((greedy,)).verdict is Verdict.PARTIAL
-    common = a7_update._result(case, found, truths, list(range(200)), [40, 50])
+    common = result_of(case, found, truths, list(range(200)), [40, 50])
     assert a7_update.UpdateReport((common,)).verdict is Verdict.NOT_RECOVERED
 
 
@@ -108,8 +110,8 @@ def test_a_token_here_and_there_is_no_excess_and_some_in_every_update_are(hits: 
     """Nine tokens of one update of eight may be luck, two of each are not."""
     truths = [set(range(20))] * len(hits)
     found = [SpanFindings(tuple(range(hit)), 3, 3, "sparse", False) for hit in hits]
-    case = a7_update._Case("gradient", 1, 1, 1, "input")
-    made = a7_update._result(case, found, truths, list(range(500, 600)), hits)
+    case = Case("gradient", 1, 1, 1, "input")
+    made = result_of(case, found, truths, list(range(500, 600)), hits)
     assert made.excess_share > 0.05
     report = a7_update.UpdateReport((made,))
     assert report.verdict is verdict
@@ -148,6 +150,44 @@ def test_lora_of_the_output_side_gives_the_labels_away_though_no_gradient_leaves
     assert report.cases[0].method == "matching"
     assert report.cases[0].recall > 0.9
     assert report.verdict is Verdict.EXPOSED
+
+
+def test_own_texts_are_told_apart_from_planted_notes_and_not_diluted_by_them(
+    base_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Three rows of a gradient name the tokens of a short text, and few of a long one's."""
+    monkeypatch.setattr(a7_update, "_MOST_UPDATES", 6)
+    plan = training_plan(base_model, adapter={"rank": 1, "output": "frozen"}, aggregation={"sync": "step"})
+    planted = targets_of(texts(8, 40))
+    own = [replace(target, own=True) for target in targets_of([ids_T[:4] for ids_T in texts(2, 8, seed=5)])]
+    attacker = attacker_of(plan, public=texts(8, 24, seed=4), num_clients=5)
+    report = a7_update.run(attacker, planted + own)
+    whole, alone = report.cases[0], {name: one.cases[0] for name, one in report.sets.items()}
+    assert (whole.clients, whole.sequences, whole.updates) == (1, 1, 6)
+    assert {name: case.updates for name, case in alone.items()} == {"planted": 4, "own texts": 2}
+    assert alone["own texts"].recall == 1.0
+    assert not whole.exposed
+    assert not alone["planted"].exposed
+    assert report.verdict is Verdict.EXPOSED
+    assert "own texts 1.00" in report.sentence
+    sums = [case for case in report.cases if case.clients == 3]
+    assert sums[0].updates == 3  # the third of what was left over of both
+    found = report.to_json()["sets"]
+    assert found["own texts"]["recovery"] == 1.0 > found["planted"]["recovery"]
+    assert a7_update.run(attacker, planted).sets == {}
+
+
+def test_a_few_updates_of_one_set_alone_are_no_certain_excess() -> None:
+    case = Case("gradient", 1, 1, 1, "input")
+
+    def made(updates: int, hits: int) -> UpdateInversion:
+        truths = [set(range(20))] * updates
+        found = [SpanFindings(tuple(range(hits)), 3, 3, "sparse", False)] * updates
+        return result_of(case, found, truths, list(range(500, 600)), [hits] * updates)
+
+    for updates, verdict in ((2, Verdict.NOT_RECOVERED), (8, Verdict.PARTIAL)):
+        sets = {"own texts": a7_update.UpdateReport((made(updates, 2),))}
+        assert a7_update.UpdateReport((made(10, 0),), sets=sets).verdict is verdict
 
 
 @pytest.mark.parametrize(("federation", "sums"), [(1, {1}), (2, {1, 2}), (5, {1, 3})])

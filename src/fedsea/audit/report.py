@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import io
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -42,9 +42,16 @@ def rows_of(outcome: Outcome) -> list[list[str]]:
             [f"{attack.id}, {name}", outcome.channel, *_figures(one), ""] for name, one in outcome.sets.items()
         ]
     own = outcome.own or {}
-    figures = [percent(own[key]) if key in own else "" for key in ("recovery", "prior", "excess")]
     verdict = outcome.status if outcome.verdict is None else outcome.verdict.value
-    return [[*head, *figures, outcome.reason, verdict]]
+    rows = [[*head, *_own_figures(own), outcome.reason, verdict]]
+    return rows + [
+        [f"{attack.id}, {name}", outcome.channel, *_own_figures(one), one["sentence"], ""]
+        for name, one in own.get("sets", {}).items()
+    ]
+
+
+def _own_figures(own: Mapping[str, Any]) -> list[str]:
+    return [percent(own[key]) if key in own else "" for key in ("recovery", "prior", "excess")]
 
 
 def _figures(score: Score) -> list[str]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -12,7 +12,7 @@ from fedsea.cli import output
 from fedsea.cli.parts import Parts
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
 
     from fedsea.audit.outcome import AuditReport, Outcome
     from fedsea.audit.scoring import Score
@@ -163,12 +163,16 @@ def _rows(outcome: Outcome) -> list[list[str]]:
     head = f"{outcome.attack.id} {outcome.channel}"
     if outcome.score is None:
         own = outcome.own or {}
-        figures = [f"{100 * own[key]:.1f}" if own.get(key) is not None else "" for key in _FIGURES]
-        return [[head, *figures, "", verdict]]
+        labelled = {head: own, **own.get("sets", {})}
+        return [[label, *_own_figures(one), "", verdict if label == head else ""] for label, one in labelled.items()]
     return [
         [label, *_figures(score), verdict if label == head else ""]
         for label, score in {head: outcome.score, **outcome.sets}.items()
     ]
+
+
+def _own_figures(own: Mapping[str, Any]) -> list[str]:
+    return [f"{100 * own[key]:.1f}" if own.get(key) is not None else "" for key in _FIGURES]
 
 
 def _figures(score: Score) -> list[str]:

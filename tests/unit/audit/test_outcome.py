@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import pytest
 
-from fedsea.audit.attacks.a7_update import UpdateInversion, UpdateReport
+from fedsea.audit.attacks.a7_update import UpdateReport
 from fedsea.audit.attacks.a8_membership import MembershipReport
 from fedsea.audit.attacks.a9_mechanism import MechanismReport
+from fedsea.audit.attacks.update_scoring import UpdateInversion
 from fedsea.audit.catalogue import ATTACKS
 from fedsea.audit.outcome import AuditReport, Outcome, Status, enough, own
 from fedsea.audit.report import rows_of
@@ -46,7 +47,7 @@ def test_every_attack_that_ran_has_recovery_prior_and_excess_in_the_json() -> No
     weak = UpdateInversion("gradient", 3, 1, 1, 40, 0.2, 0.5, 0.1, 0.0, "sparse", 0.29, 0.2)
     clear = UpdateInversion("gradient", 1, 1, 1, 40, 0.9, 1.0, 0.25, 1.0, "span", 0.95, 0.3)
     results = {
-        "A7": UpdateReport((weak, clear)),
+        "A7": UpdateReport((weak, clear), sets={"planted": UpdateReport((weak,)), "own texts": UpdateReport((clear,))}),
         "A8": MembershipReport(None, 0.0, "all", reason="too few"),
         "A9": MechanismReport(()),
     }
@@ -57,6 +58,11 @@ def test_every_attack_that_ran_has_recovery_prior_and_excess_in_the_json() -> No
     assert figures == {"A7": [0.9, 0.25, 0.65], "A8": [None] * 3, "A9": [None] * 3}
     assert rows_of(found["A7"])[0][2:5] == ["90.0 %", "25.0 %", "65.0 %"]
     assert rows_of(found["A8"])[0][2:5] == [""] * 3
+    sets = found["A7"].to_json()["sets"]
+    assert {name: one["excess"] for name, one in sets.items()} == {"planted": 0.1, "own texts": 0.65}
+    apart = rows_of(found["A7"])[1:]
+    assert [row[:3] for row in apart] == [["A7, planted", "update", "20.0 %"], ["A7, own texts", "update", "90.0 %"]]
+    assert [row[-1] for row in apart] == ["", ""]
 
 
 def _found(name: str, recovery: float, prior: float) -> Outcome:

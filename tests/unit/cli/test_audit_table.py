@@ -25,6 +25,8 @@ def test_the_table_has_what_ran_and_the_others_are_said_by_reason(capsys: pytest
         )
         for attack in ATTACKS
     ]
+    by_set = {"planted": {"recovery": 0.25}, "own texts": {"recovery": 0.75}}
+    outcomes.append(Outcome(outcomes[0].attack, "run", Verdict.PARTIAL, own={"recovery": 0.5, "sets": by_set}))
     perplexity = {"without_defence": 4.5, "with_defence": 5.25, "client_alone": 121.0}
     said = {
         "about": {"audited": "segments", "attacker_model": "public weights"},
@@ -36,7 +38,14 @@ def test_the_table_has_what_ran_and_the_others_are_said_by_reason(capsys: pytest
     audit._show(SimpleNamespace(outcomes=outcomes, perplexity=perplexity, **said))
     shown = capsys.readouterr().out
     in_table = [attack.id for attack in ATTACKS if f"│ {attack.id}" in shown]
-    assert in_table == ["A9"]
+    assert in_table == ["A0", "A9"]
+    cells = [[cell.strip() for cell in line.split("│")[1:-1]] for line in shown.splitlines() if line.startswith("│")]
+    rows = [row for row in cells if row[0].startswith(("A0", "planted", "own"))]
+    assert [(row[0], row[1], row[-1]) for row in rows] == [
+        ("A0 hidden", "50.0", "PARTIAL"),
+        ("planted", "25.0", ""),
+        ("own texts", "75.0", ""),
+    ]
     assert "A9: words of its own" in shown
     assert f"A4, A3 not needed: {why}." in shown
     assert "A5 not applicable." in shown

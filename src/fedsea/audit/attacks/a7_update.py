@@ -8,18 +8,19 @@ the server itself computed. The input side names the tokens that were read, the 
 from __future__ import annotations
 
 import functools
+import itertools
 from collections import Counter
-from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
-import numpy as np
-import numpy.typing as npt
 import torch
 
 from fedsea.audit.attacker import Attacker
 from fedsea.audit.attacks.output_inversion import name_labels
-from fedsea.audit.attacks.update_inversion import NOTHING, SpanFindings, invert, token_inputs
+from fedsea.audit.attacks.update_inversion import SpanFindings, invert, token_inputs
+from fedsea.audit.attacks.update_scoring import CERTAIN_UPDATES, Case, UpdateInversion, scored
+from fedsea.audit.scoring import OWN, PLANTED
 from fedsea.audit.targets import OutOfTime, Progress, Target, unheard
 from fedsea.audit.training import SplitRun, Tensors, batches_of, pack
 from fedsea.audit.verdict import Verdict
@@ -40,63 +41,6 @@ _MOST_UPDATES = 24
 _MOST_MATCHED = 4
 """Of a kind, whose output side is matched: each takes as long as some tens of steps."""
 
-_EXPOSED_EXCESS = 0.5
-_CLEAR_EXCESS = 0.05
-_CERTAIN_UPDATES = 6
-"""With fewer, all of them may be above the guess by luck, and so the interval's low end: then the margin counts too."""
-_DRAWS = 500
-_TAIL = 0.025
-
-
-@dataclass(frozen=True, slots=True)
-class UpdateInversion:
-    """What one kind of update told.
-
-    Attributes:
-        kind: "gradient" (`sync = "step"`) or "difference" (`sync = "round"`).
-        clients: How many clients' updates were summed before the server saw them.
-        sequences: Texts of the update, each client's.
-        steps: Optimizer steps that the update covers.
-        num_tokens: Distinct tokens behind it, over all updates that were attacked.
-        recall: Share of them that was named.
-        precision: Share of the tokens named that were there.
-        guess: Recall of naming as many of the commonest tokens of public text.
-        quality: F1 of what was named: naming much that was not there counts against the attack.
-        guess_quality: The best F1 of naming so many of the commonest tokens of public text, however many these are.
-        side: "input" or "output": of which segment.
-        updates: How many were attacked.
-        excess_share_low: Low end of the 95 % interval of `excess_share`, bootstrapped over the updates.
-        conclusive: Share of the updates of which the attacker knows that its answer is exact.
-        method: See `SpanFindings`; the commonest.
-    """
-
-    kind: str
-    clients: int
-    sequences: int
-    steps: int
-    num_tokens: int
-    recall: float
-    precision: float
-    guess: float
-    conclusive: float
-    method: str
-    quality: float
-    guess_quality: float
-    side: str = "input"
-    updates: int = 0
-    excess_share_low: float = 0.0
-
-    @property
-    def excess_share(self) -> float:
-        """How much better than guessing, as a share of what the guess leaves open; negative if it was worse."""
-        return (self.quality - self.guess_quality) / max(1.0 - self.guess_quality, 1e-9)
-
-    @property
-    def certain(self) -> bool:
-        """Whether it was better than guessing, and not by chance."""
-        clear = self.updates >= _CERTAIN_UPDATES or self.excess_share > _CLEAR_EXCESS
-        return clear and self.excess_share_low > 0
-
 
 @dataclass(frozen=True, slots=True)
 class UpdateReport:
@@ -105,10 +49,12 @@ class UpdateReport:
     Attributes:
         cases: Those that were attacked.
         cut_short: The time was up before all were.
+        sets: The same of updates that were made of planted notes, and of own texts, alone, where there are others, too.
     """
 
     cases: tuple[UpdateInversion, ...]
     cut_short: bool = False
+    sets: Mapping[str, UpdateReport] = field(default_factory=dict)
 
     @property
     def worst(self) -> UpdateInversion | None:
@@ -117,13 +63,17 @@ class UpdateReport:
 
     @property
     def verdict(self) -> Verdict:
-        """By how far the worst update's F1 is above that of guessing: few of many named tokens right is no exposure."""
-        worst = self.worst
-        if worst is not None and worst.excess_share > _EXPOSED_EXCESS:
+        """By how far the worst update's F1 is above that of guessing: few of many named tokens right is no exposure.
+
+        The worst of all updates together and of each set by itself; of a few updates alone no excess is certain.
+        """
+        apart = [case for one in self.sets.values() for case in one.cases]
+        cases = [*self.cases, *(case for case in apart if case.exposed or case.updates >= CERTAIN_UPDATES)]
+        if any(case.exposed for case in cases):
             return Verdict.EXPOSED
         if self.cut_short:
             return Verdict.INCONCLUSIVE
-        return Verdict.PARTIAL if any(case.certain for case in self.cases) else Verdict.NOT_RECOVERED
+        return Verdict.PARTIAL if any(case.certain for case in cases) else Verdict.NOT_RECOVERED
 
     @property
     def sentence(self) -> str:
@@ -138,13 +88,19 @@ class UpdateReport:
         )
         if not worst.certain:
             said += " That is no certain excess."
+        apart = [(name, told) for name, one in self.sets.items() if (told := one.worst)]
+        if apart:
+            figures = [f"{name} {told.quality:.2f} ({told.guess_quality:.2f})" for name, told in apart]
+            said += f" F1, and that of guessing, of each by itself: {', '.join(figures)}."
         if self.cut_short:
             said += " The time was up before all kinds of update were attacked."
         return said
 
     def to_json(self) -> dict[str, Any]:
         """Plain values; of the worst update its recall, that of guessing, and the difference, as other attacks have."""
-        values = {"cases": [asdict(case) for case in self.cases], "sentence": self.sentence}
+        values: dict[str, Any] = {"cases": [asdict(case) for case in self.cases], "sentence": self.sentence}
+        if self.sets:
+            values["sets"] = {name: one.to_json() for name, one in self.sets.items()}
         if (worst := self.worst) is None:
             return values
         figures = {"recovery": worst.recall, "prior": worst.guess, "excess": worst.recall - worst.guess}
@@ -152,7 +108,7 @@ class UpdateReport:
 
 
 def _told_most(case: UpdateInversion) -> tuple[bool, bool, float]:
-    return case.excess_share > _EXPOSED_EXCESS, case.certain, case.excess_share
+    return case.exposed, case.certain, case.excess_share
 
 
 def run(attacker: Attacker, targets: Sequence[Target], progress: Progress = unheard) -> UpdateReport:
@@ -168,14 +124,19 @@ def run(attacker: Attacker, targets: Sequence[Target], progress: Progress = unhe
     """
     if Channel.UPDATE not in open_channels(attacker.plan, attacker.plan.client_names[0]):
         return UpdateReport(())
-    found: list[UpdateInversion] = []
+    cases: list[UpdateInversion] = []
+    sets: dict[str, list[UpdateInversion]] = {}
+    cut_short = False
     try:
-        found.extend(_Updates(attacker, [target.ids_T.long() for target in targets]).attacked(progress))
+        for case, of_sets in _Updates(attacker, targets).attacked(progress):
+            cases.append(case)
+            for name, one in of_sets.items():
+                sets.setdefault(name, []).append(one)
     except OutOfTime:
-        if not found:
+        if not cases:
             raise
-        return UpdateReport(tuple(found), cut_short=True)
-    return UpdateReport(tuple(found))
+        cut_short = True
+    return UpdateReport(tuple(cases), cut_short, {name: UpdateReport(tuple(ones)) for name, ones in sets.items()})
 
 
 class _Updates:
@@ -183,14 +144,18 @@ class _Updates:
 
     Args:
         attacker: See `run`.
-        texts: As ids.
+        targets: Planted notes and own texts.
     """
 
-    def __init__(self, attacker: Attacker, texts: Sequence[torch.Tensor]) -> None:
-        self._attacker, self._texts = attacker, texts
+    def __init__(self, attacker: Attacker, targets: Sequence[Target]) -> None:
+        self._attacker = attacker
+        self._texts = {
+            name: [target.ids_T.long() for target in targets if target.own is is_own]
+            for name, is_own in ((PLANTED, False), (OWN, True))
+        }
         plan = self._plan = attacker.plan
         name = plan.client_names[0]
-        public = [ids_T.long() for ids_T in attacker.public] or list(texts)
+        public = [ids_T.long() for ids_T in attacker.public] or [target.ids_T.long() for target in targets]
         tokens = Counter(token for ids_T in public for token in ids_T.tolist())
         self._common = [token for token, _ in tokens.most_common()]
         self._micro_batch = plan.micro_batches_of(name)[1]
@@ -203,8 +168,8 @@ class _Updates:
         if self._by_step:
             self._start.train(batches_of(public, self._micro_batch, _WARM_UP_STEPS, attacker.seed))
 
-    def attacked(self, progress: Progress) -> Iterator[UpdateInversion]:
-        """Every kind of update that the texts suffice for, as soon as it was attacked."""
+    def attacked(self, progress: Progress) -> Iterator[tuple[UpdateInversion, dict[str, UpdateInversion]]]:
+        """Every kind of update that the texts suffice for, and its sets of texts, as soon as it was attacked."""
         # Secure aggregation shows the server sums alone; without it a single client's update is there to be had.
         summed = min(_SUMMED_CLIENTS, self._attacker.num_clients or len(self._plan.client_names))
         members = {summed} if self._plan.aggregation.secure else {1, summed}
@@ -213,16 +178,37 @@ class _Updates:
             progress(number, len(kinds))
             told = functools.partial(_told, progress, number, len(kinds))
             together = size * clients
-            chunks = [self._texts[at : at + together] for at in range(0, len(self._texts) - together + 1, together)]
-            cuts = [[chunk[at : at + size] for at in range(0, together, size)] for chunk in chunks[:_MOST_UPDATES]]
+            chunks = self._chunks(together)[:_MOST_UPDATES]
+            cuts = [[chunk.texts[at : at + size] for at in range(0, together, size)] for chunk in chunks]
             made = [[self._update(part) for part in parts] for parts in cuts]
             for side in self._sides if chunks else ():
                 most = _MOST_UPDATES if side == "input" else _MOST_MATCHED
                 found = [self._invert(updates, side, told) for updates in made[:most]]
                 kind, steps = ("gradient", 1) if self._by_step else ("difference", _ROUND_STEPS)
-                case = _Case(kind, clients, size, steps, side)
-                yield _scored(case, found, chunks[: len(found)], self._common)
+                yield self._scored(Case(kind, clients, size, steps, side), found, chunks[: len(found)])
         progress(len(kinds), len(kinds))
+
+    def _chunks(self, together: int) -> list[_Chunk]:
+        """Texts of one update each: planted notes and own texts by turns, and at last of both what was left over."""
+        rows, left = [], []
+        for name, texts in self._texts.items():
+            whole = len(texts) - len(texts) % together
+            rows.append([_Chunk(texts[at : at + together], name) for at in range(0, whole, together)])
+            left += texts[whole:]
+        mixed = [_Chunk(left[at : at + together]) for at in range(0, len(left) - together + 1, together)]
+        return [chunk for turn in itertools.zip_longest(*rows) for chunk in turn if chunk is not None] + mixed
+
+    def _scored(
+        self, case: Case, found: Sequence[SpanFindings], chunks: Sequence[_Chunk]
+    ) -> tuple[UpdateInversion, dict[str, UpdateInversion]]:
+        """All updates together, and those of a set of texts alone if there are others."""
+
+        def of(picked: Sequence[int]) -> UpdateInversion:
+            return scored(case, [found[i] for i in picked], [chunks[i].texts for i in picked], self._common)
+
+        ours = {name: [i for i, chunk in enumerate(chunks) if chunk.whose == name] for name in self._texts}
+        apart = {name: of(picked) for name, picked in ours.items() if 0 < len(picked) < len(chunks)}
+        return of(range(len(chunks))), apart
 
     def _update(self, texts: Sequence[torch.Tensor]) -> _Update:
         if self._by_step:
@@ -251,37 +237,20 @@ def _told(progress: Progress, number: int, total: int, _done: int, _all: int) ->
 
 
 @dataclass(frozen=True, slots=True)
+class _Chunk:
+    """The texts of one update, as ids, and which set they are of; "" if of several."""
+
+    texts: Sequence[torch.Tensor]
+    whose: str = ""
+
+
+@dataclass(frozen=True, slots=True)
 class _Update:
     """What the server has of one client's update: its tensors, and its own outputs for the texts behind it."""
 
     tensors: Tensors
     output_TH: torch.Tensor
     lengths: tuple[int, ...]
-
-
-@dataclass(frozen=True, slots=True)
-class _Case:
-    """See the fields of `UpdateInversion`."""
-
-    kind: str
-    clients: int
-    sequences: int
-    steps: int
-    side: str
-
-
-def _scored(
-    case: _Case, found: Sequence[SpanFindings], texts: Sequence[Sequence[torch.Tensor]], common: Sequence[int]
-) -> UpdateInversion:
-    if case.side == "output":
-        truths = [{token for ids_T in chunk for token in ids_T[1:].tolist()} for chunk in texts]
-        present = truths
-    else:
-        # The last token of a text carries no loss, and without noise no gradient comes back to it.
-        truths = [{token for ids_T in chunk for token in ids_T[:-1].tolist()} for chunk in texts]
-        present = [{token for ids_T in chunk for token in ids_T.tolist()} for chunk in texts]
-    there = [len(truth & set(one.found)) for one, truth in zip(found, present, strict=True)]
-    return _result(case, found, truths, common, there)
 
 
 def _gradient(split: SplitRun, texts: Sequence[torch.Tensor]) -> _Update:
@@ -298,59 +267,3 @@ def _difference(attacker: Attacker, texts: Sequence[torch.Tensor], key: bytes) -
     output_TH = split.output_TH
     split.train([batch] * (_ROUND_STEPS - 1))
     return _Update(split.update(before), output_TH, batch.lengths)
-
-
-def _result(
-    case: _Case,
-    found: Sequence[SpanFindings],
-    truths: Sequence[set[int]],
-    common: Sequence[int],
-    there: Sequence[int],
-) -> UpdateInversion:
-    hits_U = np.array([len(truth & set(one.found)) for one, truth in zip(found, truths, strict=True)])
-    counts_UK = np.stack([hits_U, there, [len(one.found) for one in found], [len(truth) for truth in truths]], axis=1)
-    right_UC = np.array([[token in truth for token in common] for truth in truths]).cumsum(axis=1)
-    ones_1U = np.ones((1, len(truths)))
-    draws = np.random.default_rng(0).integers(0, len(truths), (_DRAWS, len(truths)))
-    drawn_DU = np.stack([np.bincount(draw, minlength=len(truths)) for draw in draws])
-    quality, guess_quality = (float(values[0]) for values in _qualities(ones_1U, counts_UK, right_UC))
-    qualities_D, guesses_D = _qualities(drawn_DU, counts_UK, right_UC)
-    lucky = sum(len(truth & set(common[: len(one.found)])) for one, truth in zip(found, truths, strict=True))
-    total = sum(len(truth) for truth in truths)
-    hits, present, named, _ = counts_UK.sum(axis=0).tolist()
-    recall = hits / total
-    return UpdateInversion(
-        kind=case.kind,
-        clients=case.clients,
-        sequences=case.sequences,
-        steps=case.steps,
-        num_tokens=total,
-        recall=recall,
-        precision=present / max(1, named),
-        guess=lucky / total,
-        conclusive=sum(one.conclusive for one in found) / len(found),
-        method=Counter(one.method for one in found).most_common(1)[0][0] if found else NOTHING.method,
-        quality=quality,
-        guess_quality=guess_quality,
-        side=case.side,
-        updates=len(truths),
-        excess_share_low=float(np.quantile((qualities_D - guesses_D) / np.maximum(1 - guesses_D, 1e-9), _TAIL)),
-    )
-
-
-def _qualities(
-    weights_DU: npt.NDArray[Any], counts_UK: npt.NDArray[Any], right_UC: npt.NDArray[Any]
-) -> tuple[npt.NDArray[Any], npt.NDArray[Any]]:
-    """F1 [D] of what was named, and the best of naming the commonest tokens for every update, over how many are named.
-
-    Args:
-        weights_DU: How often each update counts.
-        counts_UK: Tokens of each that were named rightly, named and there, named, and to be named.
-        right_UC: How many of its first so many of the commonest tokens are right.
-    """
-    hits_D, there_D, named_D, total_D = (weights_DU @ counts_UK).T
-    precision_D, recall_D = there_D / np.maximum(named_D, 1), hits_D / np.maximum(total_D, 1)
-    sizes_C = np.arange(1, right_UC.shape[1] + 1)
-    guesses_DC = 2 * (weights_DU @ right_UC) / (total_D[:, None] + sizes_C * weights_DU.sum(axis=1)[:, None])
-    best_D = guesses_DC.max(axis=1, initial=0.0)
-    return 2 * precision_D * recall_D / np.maximum(precision_D + recall_D, 1e-9), best_D
