@@ -287,13 +287,51 @@ def test_losses_that_moved_by_no_more_than_rounding_are_no_evidence(base_model: 
     assert "rounding" in report.sentence
 
 
-def test_losses_that_are_not_finite_are_no_evidence(base_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    found = iter([[1.0] * 20, [1.0] * 20, [0.5] * 20, [math.nan] * 20])
+def _judged(monkeypatch: pytest.MonkeyPatch, folder: Path, *losses: list[float]) -> a8_membership.MembershipReport:
+    """A report on losses of members and of others, before a training and after it."""
+    found = iter(losses)
     monkeypatch.setattr(SplitRun, "losses", lambda *_args, **_kwargs: next(found))
-    plan = plan_of(base_model, 1, 1, training={"steps_per_round": 1})
-    report = a8_membership.run(attacker_of(plan), targets_of(texts(40, 16)))
+    monkeypatch.setattr(SplitRun, "train", lambda *_args, **_kwargs: [])
+    plan = plan_of(folder, 1, 1, training={"steps_per_round": 1})
+    return a8_membership.run(attacker_of(plan), targets_of(texts(40, 8)))
+
+
+@pytest.mark.parametrize("nan_in", range(4))
+def test_losses_that_are_not_finite_are_no_evidence(
+    base_model: Path, monkeypatch: pytest.MonkeyPatch, nan_in: int
+) -> None:
+    losses = [[1.0] * 20, [1.0] * 20, [0.5] * 20, [0.5] * 20]
+    losses[nan_in][7] = math.nan
+    report = _judged(monkeypatch, base_model, *losses)
+    assert report.found is None
     assert report.verdict is Verdict.INCONCLUSIVE
     assert "not finite" in report.sentence
+    with pytest.raises(ConfigError, match="finite"):
+        membership([1.0, math.nan], [0.0])
+
+
+def test_losses_that_all_moved_alike_but_for_their_last_bits_are_no_evidence(
+    base_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before, bit = [3.0] * 20, 5e-7
+    report = _judged(monkeypatch, base_model, before, before, [2.9 - bit] * 20, [2.9] * 20)
+    assert report.found is None
+    assert report.verdict is Verdict.INCONCLUSIVE
+    assert "100% of the pairs" in report.sentence
+    assert "rounding" in report.sentence
+
+
+def test_last_bits_of_some_losses_add_nothing_to_what_the_others_tell(
+    base_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before, bit = [3.0] * 20, 5e-7
+    halves = [*[2.9] * 10, *[2.8] * 10]
+    report = _judged(monkeypatch, base_model, before, before, [loss - bit for loss in halves], halves)
+    assert report.found is not None
+    assert report.found.auc == 0.5
+    assert report.found.auc_interval[0] <= 0.5
+    assert report.found.tpr == 0.0
+    assert report.found.exposure == membership([0.0, 1.0], [0.0] * 10 + [1.0] * 10).exposure
 
 
 def test_equal_scores_are_a_guess() -> None:

@@ -108,23 +108,24 @@ def run(attacker: Attacker, targets: Sequence[Target], progress: Progress = unhe
         adapters.load(reference.trunk, adapters.read(trained.trunk))
     judge = reference if which == "trunk" else trained
     after = [judge.losses(part, noised=False) for part in (members, others)]
-    scores = [[b - a for b, a in zip(*pair, strict=True)] for pair in zip(before, after, strict=True)]
+    inside, outside = ([b - a for b, a in zip(*pair, strict=True)] for pair in zip(before, after, strict=True))
     progress(steps, steps)
     epochs = trained.step * size / (len(members) + len(background))
     cut_short = trained.step < steps
-    if reason := _unusable(before[0] + before[1], scores[0] + scores[1]):
+    resolution = _ROUNDING * max(map(abs, before[0] + before[1]))
+    if reason := _unusable(inside, outside, resolution):
         return MembershipReport(None, epochs, which, cut_short, reason)
-    return MembershipReport(membership(scores[0], scores[1], attacker.seed), epochs, which, cut_short)
+    return MembershipReport(membership(inside, outside, attacker.seed, resolution), epochs, which, cut_short)
 
 
-def _unusable(losses: Sequence[float], scores: Sequence[float]) -> str:
+def _unusable(members: Sequence[float], others: Sequence[float], resolution: float) -> str:
     """Why nothing can be told from these scores, or nothing."""
-    if not all(map(math.isfinite, scores)):
+    if not all(map(math.isfinite, (*members, *others, resolution))):
         return "Membership: losses are not finite after the training, so nothing can be told from them."
-    moved = sum(abs(score) > _ROUNDING * abs(loss) for loss, score in zip(losses, scores, strict=True))
-    if 2 * moved < len(scores):
+    alike = sum(abs(member - other) <= resolution for member in members for other in others)
+    if 2 * alike > len(members) * len(others):
         return (
-            f"Membership: the training moved only {moved} of {len(scores)} losses by more than rounding does, so "
-            "nothing can be told from them."
+            f"Membership: in {alike / (len(members) * len(others)):.0%} of the pairs of a trained and another text the "
+            "training moved both losses alike, or not at all, up to rounding, so nothing can be told from them."
         )
     return ""

@@ -41,16 +41,17 @@ class Membership:
     num_others: int
 
 
-def membership(members: Sequence[float], others: Sequence[float], seed: int = 0) -> Membership:
+def membership(members: Sequence[float], others: Sequence[float], seed: int = 0, resolution: float = 0.0) -> Membership:
     """Compare the scores of trained texts with those of never-seen ones; higher means "trained on".
 
     Args:
         members: One score for each trained text.
         others: One for each text of the same kind that was not.
         seed: Of the bootstrap.
+        resolution: Scores that lie no further apart are equal, for all that is known of them.
 
     Raises:
-        ConfigError: A side is empty.
+        ConfigError: A side is empty, or a score is not finite.
 
     >>> found = membership([3.0, 4.0, 5.0], [0.0, 1.0, 2.0])
     >>> found.auc, found.tpr, found.exposure
@@ -58,9 +59,12 @@ def membership(members: Sequence[float], others: Sequence[float], seed: int = 0)
     """
     if not members or not others:
         raise ConfigError("Membership needs texts that were trained on and texts that were not.")
+    if not all(map(math.isfinite, (*members, *others))):
+        raise ConfigError("Membership needs scores that are finite: what is NaN is neither above nor below another.")
     inside_M = torch.tensor(members, dtype=torch.float64)
     outside_N = torch.tensor(others, dtype=torch.float64)
-    wins_MN = (inside_M[:, None] > outside_N).double() + 0.5 * (inside_M[:, None] == outside_N).double()
+    above_MN = inside_M[:, None] - outside_N
+    wins_MN = (above_MN > resolution).double() + 0.5 * (above_MN.abs() <= resolution).double()
     generator = torch.Generator().manual_seed(seed)
     draws = []
     for _ in range(_DRAWS):
@@ -70,7 +74,7 @@ def membership(members: Sequence[float], others: Sequence[float], seed: int = 0)
     low, high = torch.stack(draws).quantile(torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
     allowed = math.floor(0.01 * len(others))
     threshold = float(outside_N.sort(descending=True).values[allowed])
-    hits = int((inside_M > threshold).sum())
+    hits = int((inside_M > threshold + resolution).sum())
     ranks_M = len(others) + 1 - wins_MN.sum(1)  # among equals, the middle one
     exposure = float((math.log2(len(others) + 1) - ranks_M.log2()).mean())
     return Membership(
