@@ -190,10 +190,10 @@ class Attacker:
         """Texts [T] that the public model writes: all the public text that an attacker needs, without any data."""
         draw = torch.Generator().manual_seed(seed)
         reader, taken = self.reader(count), []
-        begins = self.beginning or (int(torch.randint(self.vocab_size, (1,), generator=draw)),)
+        begins = [torch.full((count,), token) for token in self.beginning[:length]]
         expected_SV = torch.empty(0)
-        for token in begins:
-            taken.append(torch.full((count,), token))
+        for ids_S in begins or [torch.randint(self.vocab_size, (count,), generator=draw)]:
+            taken.append(ids_S)
             expected_SV = reader.take(taken[-1].to(self.base.device))
         while len(taken) < length:
             taken.append(torch.multinomial(expected_SV.exp().cpu(), 1, generator=draw)[:, 0])

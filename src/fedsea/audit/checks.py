@@ -18,7 +18,7 @@ from fedsea.audit.verdict import Finding, Verdict
 from fedsea.plan import NoiseSection
 from fedsea.privacy.clip import clip_rows, clip_sequences
 from fedsea.types import Channel
-from fedsea.wire.codecs import CODECS
+from fedsea.wire.codecs import as_decoded
 
 _TOLERANCE = 0.01
 _SIGMAS = 5.0
@@ -185,20 +185,10 @@ def _squares(
 ) -> tuple[float, float, float]:
     """Mean squares of what was added: as found, as the codec alone adds it, and as it does with the plan's noise."""
     draw = torch.Generator().manual_seed(0)  # protects nothing: only its mean square is looked at
-    coded = [_coded(rows_TH, codec) - rows_TH for rows_TH in clipped]
+    coded = [as_decoded(codec, rows_TH) - rows_TH for rows_TH in clipped]
     noised = [
-        _coded(rows_TH + std * torch.randn(rows_TH.shape, generator=draw), codec) - rows_TH for rows_TH in clipped
+        as_decoded(codec, rows_TH + std * torch.randn(rows_TH.shape, generator=draw)) - rows_TH for rows_TH in clipped
     ]
     groups = (parts, coded, noised)
     found, none, whole = (float(torch.cat([p.flatten().double() for p in g]).square().mean()) for g in groups)
     return found, none, whole
-
-
-def _coded(rows_TH: torch.Tensor, name: str) -> torch.Tensor:
-    """Rows as a receiver decodes them."""
-    if name == "fp32":
-        return rows_TH
-    codec, decoded_TH = CODECS[name], torch.empty(rows_TH.shape)
-    raw = torch.cat([part.contiguous().view(torch.uint8).flatten() for part in codec.encode(rows_TH)])
-    codec.decode(raw, decoded_TH)
-    return decoded_TH

@@ -17,7 +17,7 @@ from fedsea.audit.observe import Tap
 from fedsea.audit.scoring import Score, score
 from fedsea.audit.settings import AuditOptions, Clock
 from fedsea.audit.subject import Subject, variant
-from fedsea.audit.targets import OutOfTime, Progress, Target, unheard
+from fedsea.audit.targets import OutOfTime, Progress, Target, unheard, within
 from fedsea.plan import FederationPlan
 from fedsea.types import IGNORE, Channel, Partition
 
@@ -49,6 +49,12 @@ def attacker_of(
         seed=options.seed,
         num_clients=len(subject.plan.client_names),
     )
+
+
+def tap_of(subject: Subject, plan: FederationPlan, options: AuditOptions, key: bytes, **planted: Any) -> Tap:
+    """The client and its server with what they have trained, under a plan that may be another; see `Tap`."""
+    own, device = subject.parameters, options.device
+    return Tap(plan, subject.checkpoint, subject.name, own, trunk=subject.trunk, key=key, device=device, **planted)
 
 
 def guesses_of(attacker: Attacker, targets: Sequence[Target]) -> list[torch.Tensor]:
@@ -91,9 +97,7 @@ def perplexity(
     """
     plan = plan or variant(subject.plan, subject.name, hidden_std=0.0, plain_wire=True)
     key = options.key("perplexity", plan.sha256())
-    tap = Tap(
-        plan, subject.checkpoint, subject.name, subject.parameters, trunk=subject.trunk, key=key, device=options.device
-    )
+    tap = tap_of(subject, plan, options, key)
     tap.observe(fresh(plain_texts, options.scale.tokens), progress=progress)
     return tap.perplexity
 
@@ -129,19 +133,10 @@ def noise_curve(
         std = rho * norm / math.sqrt(width)
         plan = variant(subject.plan, subject.name, hidden_std=std)
         sent = fresh(targets, options.scale.curve_tokens)
-        tap = Tap(
-            plan,
-            subject.checkpoint,
-            subject.name,
-            subject.parameters,
-            trunk=subject.trunk,
-            key=options.key("curve", rho),
-            device=options.device,
-        )
-        tap.observe(sent)
+        tap_of(subject, plan, options, options.key("curve", rho)).observe(sent)
         cost = perplexity(subject, plain_texts, options, plan)
         attacker = replace(plain, base=base, plan=plan, noise_std={Channel.HIDDEN: std} if std else {})
-        watch = _within(progress, number, total)
+        watch = within(progress, number, total)
         answers = (a2_likelihood if std else a1_nearest).run(attacker, sent, watch)
         found = score(sent, answers, guesses_of(plain, sent), texts.decode, options.seed)
         points.append({"rho": rho, "std": round(std, 6), **_point(found), "perplexity": round(cost, 4)})
@@ -175,7 +170,7 @@ def cut_curves(
     std = subject.noise_std()
     for number, (axis, partition) in enumerate(jobs):
         progress(number, len(jobs))
-        watch = _within(progress, number, len(jobs))
+        watch = within(progress, number, len(jobs))
         plan = variant(subject.plan, subject.name, partition=partition)
         sent = fresh(targets, options.scale.curve_tokens)
         Tap(
@@ -188,11 +183,6 @@ def cut_curves(
         blocks = partition.input_blocks if axis == "k" else partition.output_blocks
         points.setdefault(axis, []).append({axis: blocks, **_point(found)})
     progress(len(jobs), len(jobs))
-
-
-def _within(progress: Progress, number: int, total: int) -> Progress:
-    """For the work of one point: shows nothing new, and ends when the time is up."""
-    return lambda _done, _all: progress(number, total)
 
 
 def _point(found: Score) -> Point:

@@ -175,17 +175,8 @@ class _Audit:
         """What the server sees of all targets in all epochs."""
         started = time.monotonic()
         subject, options = self._subject, self._options
-        tap = Tap(
-            variant(subject.plan, subject.name),
-            subject.checkpoint,
-            subject.name,
-            subject.parameters,
-            trunk=subject.trunk,
-            boundary=self._boundary,
-            key=options.key("tap"),
-            change=self._change,
-            device=options.device,
-        )
+        plan, planted = variant(subject.plan, subject.name), {"boundary": self._boundary, "change": self._change}
+        tap = drawn.tap_of(subject, plan, options, options.key("tap"), **planted)
         epochs = self._scale.epochs if subject.noise_std() else 1
         pairs = tap.observe(targets, epochs, self._clock.watch("tapping the bytes"))
         taps: dict[Channel, list[Tapped]] = {Channel.HIDDEN: [pair[0] for pair in pairs]}

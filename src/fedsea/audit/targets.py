@@ -24,6 +24,11 @@ def unheard(_done: int, _total: int) -> None:
     """A `Progress` that nobody listens to."""
 
 
+def within(progress: Progress, number: int, total: int) -> Progress:
+    """For the work of one of several parts: shows nothing new, and ends when the time is up."""
+    return lambda _done, _all: progress(number, total)
+
+
 @dataclass(frozen=True, slots=True)
 class Secret:
     """A planted identifier: its type ("name", "phone", "mail", "id") and how it is written in the text."""

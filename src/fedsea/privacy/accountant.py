@@ -8,6 +8,7 @@ changes a release by at most S = 2 C. There is no amplification by sampling: the
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 _MOST = 1e150
 """A charge that is no protection whatever; sums of it stay finite."""
@@ -51,12 +52,7 @@ def epsilon_of(mu: float, delta: float) -> float:
     if math.isinf(mu):
         return math.inf
     low, high = 0.0, mu * mu / 2 + mu * math.sqrt(-2.0 * math.log(delta))
-    while high - low > 1e-12 * high:
-        middle = (low + high) / 2
-        if middle in (low, high):
-            break
-        low, high = (middle, high) if delta_of(mu, middle) > delta else (low, middle)
-    return high
+    return _narrowed(low, high, lambda epsilon: delta_of(mu, epsilon) > delta)[1]
 
 
 def mu_of(epsilon: float, delta: float) -> float:
@@ -68,12 +64,17 @@ def mu_of(epsilon: float, delta: float) -> float:
     low, high = 0.0, 1.0
     while delta_of(high, epsilon) <= delta:
         low, high = high, 2 * high
+    return _narrowed(low, high, lambda mu: delta_of(mu, epsilon) <= delta)[0]
+
+
+def _narrowed(low: float, high: float, is_low: Callable[[float], bool]) -> tuple[float, float]:
+    """Two numbers as near to one another as makes a difference, the first of which `is_low`, and the second is not."""
     while high - low > 1e-12 * high:
         middle = (low + high) / 2
         if middle in (low, high):
             break
-        low, high = (middle, high) if delta_of(middle, epsilon) <= delta else (low, middle)
-    return low
+        low, high = (middle, high) if is_low(middle) else (low, middle)
+    return low, high
 
 
 def _erfcx(x: float) -> float:

@@ -191,3 +191,14 @@ def rounded_away(name: str, rows_RH: torch.Tensor) -> torch.Tensor:
     if name in IN_PLACE:
         return torch.zeros(rows_RH.shape[0], device=rows_RH.device)
     return CODECS[name].steps(rows_RH).square().mean(dim=1) / 12
+
+
+def as_decoded(name: str, rows_RH: torch.Tensor) -> torch.Tensor:
+    """Float32 rows as a receiver has them, on the CPU.
+
+    Raises:
+        NonFiniteError: See `Codec.encode`.
+    """
+    codec, decoded_RH = CODECS[name], torch.empty(rows_RH.shape)
+    codec.decode(torch.cat([part.view(torch.uint8).flatten() for part in codec.encode(rows_RH)]), decoded_RH)
+    return decoded_RH

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from fedsea.audit.noise_rows import Added, can_be_compared, shared, uneven, used_twice
-from fedsea.wire.codecs import CODECS
+from fedsea.wire.codecs import as_decoded
 
 STD = 2.0
 Make = Callable[[int, int], torch.Tensor]
@@ -21,10 +21,7 @@ def _draw(seed: int) -> Make:
 
 
 def _added(noise_RH: torch.Tensor, raw_RH: torch.Tensor, codec: str = "fp32") -> Added:
-    sent_RH, seen_RH = raw_RH + STD * noise_RH, torch.empty(raw_RH.shape)
-    raw = torch.cat([part.view(torch.uint8).flatten() for part in CODECS[codec].encode(sent_RH)])
-    CODECS[codec].decode(raw, seen_RH)
-    return Added.of(seen_RH, raw_RH, STD, codec)
+    return Added.of(as_decoded(codec, raw_RH + STD * noise_RH), raw_RH, STD, codec)
 
 
 def _releases(width: int, noise: Callable[[int, Make], torch.Tensor], codec: str = "fp32") -> list[Added]:

@@ -99,24 +99,10 @@ def public_texts(attacker: Attacker, longest: int) -> list[torch.Tensor]:
     texts = [ids_T[:longest].long() for ids_T in attacker.public if len(ids_T) > 1]
     missing = _PUBLIC_TOKENS - sum(len(ids_T) for ids_T in texts)
     while not texts or (missing > 0 and time.monotonic() < until):
-        new_SL = _sample(attacker, longest)
-        texts += list(new_SL)
-        missing -= new_SL.numel()
+        seed = int(torch.randint(2**31, ()))  # none that other texts were made of
+        texts += attacker.sampled(_SAMPLED_AT_ONCE, longest, seed)
+        missing -= _SAMPLED_AT_ONCE * longest
     return texts
-
-
-def _sample(attacker: Attacker, longest: int) -> torch.Tensor:
-    reader = attacker.reader(_SAMPLED_AT_ONCE)
-    begins = list(attacker.beginning[:longest])
-    columns = [torch.full((_SAMPLED_AT_ONCE,), token) for token in begins]
-    if not columns:
-        columns = [torch.randint(attacker.vocab_size, (_SAMPLED_AT_ONCE,))]
-    for column in columns:
-        expected_SV = reader.take(column.to(attacker.base.device))
-    while len(columns) < longest:
-        columns.append(torch.multinomial(expected_SV.exp().cpu(), 1).squeeze(1))
-        expected_SV = reader.take(columns[-1].to(attacker.base.device))
-    return torch.stack(columns, 1)
 
 
 def _train(attacker: Attacker, longest: int, passes: int, progress: Progress) -> _Trained:

@@ -19,7 +19,7 @@ from fedsea.audit.attacks.label_decoding import NO_LABEL, DecodedLabels, decode_
 from fedsea.audit.attacks.search import search
 from fedsea.audit.targets import Observation, Progress, Recovered, Target, unheard
 from fedsea.types import IGNORE, Channel
-from fedsea.wire.codecs import CODECS
+from fedsea.wire.codecs import as_decoded
 
 UNKNOWN = -1
 """Stands for a token of which the gradients say nothing."""
@@ -98,14 +98,7 @@ def outputs_of(attacker: Attacker, seen: Observation) -> torch.Tensor:
 
 def _as_sent(attacker: Attacker, output_TH: torch.Tensor) -> torch.Tensor:
     """Outputs as the client decoded them: the gradient is taken there."""
-    name = attacker.codecs.get(Channel.HIDDEN, "fp32")
-    if name == "fp32":
-        return output_TH
-    output_TH = output_TH.cpu()
-    codec, decoded_TH = CODECS[name], torch.empty(output_TH.shape)
-    raw = torch.cat([part.contiguous().view(torch.uint8).flatten() for part in codec.encode(output_TH)])
-    codec.decode(raw, decoded_TH)
-    return decoded_TH
+    return as_decoded(attacker.codecs.get(Channel.HIDDEN, "fp32"), output_TH)
 
 
 def together(decoded: Sequence[DecodedLabels]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

@@ -7,7 +7,6 @@ the server itself computed. The input side names the tokens that were read, the 
 
 from __future__ import annotations
 
-import functools
 import itertools
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -21,7 +20,7 @@ from fedsea.audit.attacks.output_inversion import name_labels
 from fedsea.audit.attacks.update_inversion import SpanFindings, invert, token_inputs
 from fedsea.audit.attacks.update_scoring import CERTAIN_UPDATES, Case, UpdateInversion, scored
 from fedsea.audit.scoring import OWN, PLANTED
-from fedsea.audit.targets import OutOfTime, Progress, Target, unheard
+from fedsea.audit.targets import OutOfTime, Progress, Target, unheard, within
 from fedsea.audit.training import SplitRun, Tensors, batches_of, pack
 from fedsea.audit.verdict import Verdict
 from fedsea.plan import open_channels
@@ -176,7 +175,7 @@ class _Updates:
         kinds = [(size, clients) for size in sorted({1, self._micro_batch}) for clients in sorted(members)]
         for number, (size, clients) in enumerate(kinds):
             progress(number, len(kinds))
-            told = functools.partial(_told, progress, number, len(kinds))
+            told = within(progress, number, len(kinds))
             together = size * clients
             chunks = self._chunks(together)[:_MOST_UPDATES]
             cuts = [[chunk.texts[at : at + size] for at in range(0, together, size)] for chunk in chunks]
@@ -229,11 +228,6 @@ class _Updates:
             noise_std=self._attacker.noise_std.get(Channel.UPDATE, 0.0) * len(updates) ** 0.5,
             progress=progress,
         )
-
-
-def _told(progress: Progress, number: int, total: int, _done: int, _all: int) -> None:
-    """Within one case: shows nothing new, and ends when the time is up."""
-    progress(number, total)
 
 
 @dataclass(frozen=True, slots=True)
