@@ -217,13 +217,44 @@ def test_without_any_time_the_first_attacks_are_run_and_the_others_named(tmp_pat
     status = {outcome.attack.id: outcome.status for outcome in found.outcomes}
     assert [attack for attack, state in status.items() if state == "run"] == ["A0", "A1", "A10", "A5"]
     assert {attack for attack, state in status.items() if state == "skipped"} == {"A2", "A3", "A4", "A6", "A7", "A8"}
-    assert found.self_check > 0.99
+    assert found.self_check is None
+    assert found.to_json()["self_check"] is None
+    (unseen,) = (one for one in found.findings if "no time for the audit's own check" in one.sentence)
+    assert unseen.verdict is Verdict.INCONCLUSIVE
     assert found.verdict is Verdict.EXPOSED  # answers are read whatever the noise
     rest = replace(found, outcomes=tuple(one for one in found.outcomes if one.attack.id != "A10"))
     assert rest.verdict is Verdict.INCONCLUSIVE
     assert rest.verdict.exit_code == 22
     assert any("A8 (the time was up)" in sentence for sentence in found.sentences)
     assert any("give more --minutes" in sentence for sentence in found.sentences)
+
+
+@pytest.mark.parametrize(("took_s", "recovery", "left_s"), [(100.0, 1.0, 140.0), (130.0, None, 110.0)])
+def test_what_the_own_check_takes_is_counted_and_what_preparation_takes_is_not(
+    monkeypatch: pytest.MonkeyPatch, took_s: float, recovery: float | None, left_s: float
+) -> None:
+    now = 0.0
+    check, prepare = a1_nearest.run, _Audit._observe
+
+    def slow_check(attacker: Any, targets: Any, progress: Any) -> list[Recovered]:
+        nonlocal now
+        now += took_s
+        progress(0, 1)
+        return check(attacker, targets)
+
+    def slow_preparation(self: _Audit, targets: Any) -> Any:
+        nonlocal now
+        now += 1000.0
+        return prepare(self, targets)
+
+    clock = Clock(4.0, lambda *_: None, now=lambda: now)
+    run = _Audit(open_subject(PLAN), AuditOptions(PLAN, quick=True), clock, None, None, Member)
+    left: list[float] = []
+    monkeypatch.setattr(a1_nearest, "run", slow_check)
+    monkeypatch.setattr(_Audit, "_observe", slow_preparation)
+    monkeypatch.setattr(run, "_attacks", lambda _: left.append(clock.left_s) or [])
+    assert run.run().self_check == recovery
+    assert left == [left_s]
 
 
 def test_the_time_that_preparation_takes_is_not_the_attacks() -> None:

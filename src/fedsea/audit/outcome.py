@@ -139,7 +139,7 @@ class AuditReport:
         about: Plan, model, seed and scale, as plain values.
         statement: The trust mode in plain words.
         claim: (epsilon, delta), or the reason why there is none.
-        self_check: What A1 recovers at k = 1 without any defence.
+        self_check: What A1 recovers at k = 1 without any defence; None if there was no time to see.
         findings: What is wrong with the bytes.
         perplexity: "without_defence", "with_defence", "client_alone".
         curves: Name to points.
@@ -153,7 +153,7 @@ class AuditReport:
     about: dict[str, Any]
     statement: str
     claim: str
-    self_check: float
+    self_check: float | None
     outcomes: tuple[Outcome, ...]
     findings: tuple[Finding, ...]
     perplexity: dict[str, float]
@@ -193,7 +193,8 @@ class AuditReport:
         """What goes with the verdict."""
         said = sentences(self.verdict, self.findings, self.unasked + self.skipped)
         if any(outcome.status == "skipped" and TIME_UP in outcome.reason for outcome in self.outcomes):
-            said.append("There was no time for all attacks: give more --minutes.")
+            which = "all attacks" if any(outcome.verdict for outcome in self.outcomes) else "any attack"
+            said.append(f"There was no time for {which}: give more --minutes.")
         return [*said, *([self.curves_missing] if self.curves_missing else ()), *self.notes]
 
     def by_attack(self) -> dict[str, dict[str, Any]]:
@@ -210,7 +211,7 @@ class AuditReport:
             "statement": self.statement,
             "claim": self.claim,
             "ledgers": list(self.spent),
-            "self_check": round(self.self_check, 6),
+            "self_check": None if self.self_check is None else round(self.self_check, 6),
             "attacks": self.by_attack(),
             "findings": [finding.sentence for finding in self.findings],
             "perplexity": {key: round(value, 4) for key, value in self.perplexity.items()},

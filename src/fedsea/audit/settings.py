@@ -33,7 +33,7 @@ class Scale:
         rhos: Noise of the curve, as mean noise norm over mean norm of the hidden states.
         curve_sequences: Sequences at each point of a curve; 0: no curves.
         curve_tokens: Their length.
-        minutes: Time budget of attacks and curves.
+        minutes: Time budget of the audit's own check, attacks and curves.
         sessions: Prompts that are asked, to see what leaves in use.
     """
 
@@ -66,7 +66,7 @@ class AuditOptions:
         client: Client of a plan file; its first one if empty.
         texts: Own files; they never leave the machine.
         quick: A few minutes on two cores for a small model.
-        minutes: Time budget of attacks and curves; None takes the scale's.
+        minutes: Time budget of the audit's own check, attacks and curves; None takes the scale's.
         attacks: Ids of those to run; empty runs all.
         seed: Of canaries, noise and attacks.
         device: Where models and attacks run.

@@ -49,8 +49,8 @@ def audit(
     minutes: Annotated[
         float | None,
         typer.Option(
-            help="For attacks and curves: 30 if not given, 2.5 with --quick. A1, A5 and A10 always run; what does not "
-            "fit is said."
+            help="For the audit's own check, attacks and curves: 30 if not given, 2.5 with --quick. A1, A5 and A10 "
+            "always run; what does not fit is said."
         ),
     ] = None,
     attacks: Annotated[str, typer.Option(metavar="IDS", help=_ATTACKS)] = "",

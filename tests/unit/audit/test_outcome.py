@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from fedsea.audit.attacks.a7_update import UpdateReport
@@ -85,3 +87,13 @@ def test_what_is_read_nearly_whole_needs_no_further_attack() -> None:
     assert enough(found) == "a simpler attack recovered 98.0% already, 96.0% of what the prior leaves open"
     assert enough(found[:2]) == ""
     assert enough([]) == ""
+
+
+def test_no_time_for_any_attack_is_inconclusive_and_said_so() -> None:
+    outcomes = [Outcome(attack, "skipped", reason="the time was up") for attack in ATTACKS if not attack.always]
+    report = AuditReport({}, "", "", None, tuple(outcomes), (), {}, {})
+    assert report.verdict is Verdict.INCONCLUSIVE
+    assert report.sentences[-1] == "There was no time for any attack: give more --minutes."
+    some = replace(report, outcomes=(*outcomes, Outcome(ATTACKS[1], "run", Verdict.NOT_RECOVERED)))
+    assert some.verdict is Verdict.INCONCLUSIVE
+    assert some.sentences[-1] == "There was no time for all attacks: give more --minutes."
