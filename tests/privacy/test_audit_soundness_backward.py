@@ -74,6 +74,23 @@ def test_noise_on_the_gradients_lowers_recovery_and_epochs_raise_it_again(base_m
     assert found[0] > found[2] > found[1] + 0.1
 
 
+@pytest.mark.parametrize("hidden_std", [0.0, 1.0])
+def test_when_the_time_is_up_the_passes_that_were_decoded_are_put_together_and_it_is_said(
+    base_model: Path, hidden_std: float
+) -> None:
+    plan = plan_of(base_model, 1, 0, **noised(hidden_std=hidden_std, gradient_std=0.3))
+    targets = observed(plan, targets_of(texts(2, 16)), 3, key=b"k" * 32)
+    told: list[tuple[int, int]] = []
+    late = attacker_of(plan, beam=2, budget_s=-1.0)
+    hasty = a5_labels.run(late, targets, lambda done, total: told.append((done, total)))
+    assert told[:3] == [(0, 6), (1, 6), (2, 6)]  # each text once, and then no more
+    assert all(answer.cut_short for answer in hasty)
+    assert all(answer.scored_T is not None and answer.scored_T.any() for answer in hasty)
+    whole = a5_labels.run(attacker_of(plan, beam=2), targets)
+    assert not any(answer.cut_short for answer in whole)
+    assert recovery(targets, whole) > recovery(targets, hasty)
+
+
 def test_both_noised_channels_together_say_more_than_the_backward_one(base_model: Path) -> None:
     std = 0.5 * hidden_scale(base_model, 1)
     plan = plan_of(base_model, 1, 1, **noised(hidden_std=std, gradient_std=0.5))

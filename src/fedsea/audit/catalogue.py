@@ -24,7 +24,8 @@ class Attack:
         answers: "text": a list of `Recovered`; "own": an `OwnResult`.
         needs_more: Adds nothing where a simpler forward attack has recovered the text already.
         share: Of the attacks' time that is left when it begins; a slow one must not keep others from running.
-        always: Runs to its end even when the time is up: without it the audit would say nothing.
+        always: Runs even when the time is up: without it the audit would say nothing. It does then what it cannot do
+            without, whatever that takes.
         needs: Texts that the attacker has beside what it attacks: "known" ones, of which it saw what was sent, or
             "public" ones. They are made when the first attack that needs them runs.
         in_use: Looks at sessions alone; nothing like it is in training.
@@ -50,7 +51,7 @@ ATTACKS: tuple[Attack, ...] = (
     Attack("A0", "the public model's guesses", Channel.HIDDEN, "a0_prior", always=True),
     Attack("A1", "nearest hidden state over the vocabulary", Channel.HIDDEN, "a1_nearest", always=True),
     Attack("A10", "answers from the server's own outputs", Channel.HIDDEN, "a10_answers", always=True, in_use=True),
-    Attack("A5", "labels from gradients", Channel.GRADIENT, "a5_labels", always=True),
+    Attack("A5", "labels from gradients", Channel.GRADIENT, "a5_labels", share=0.7, always=True),
     Attack("A7", "inversion of an update", Channel.UPDATE, "a7_update", "own", needs="public"),
     Attack("A9", "test of the noise mechanism", Channel.HIDDEN, "a9_mechanism", "own", share=0.5),
     Attack(

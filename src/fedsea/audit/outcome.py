@@ -195,6 +195,8 @@ class AuditReport:
         if any(outcome.status == "skipped" and TIME_UP in outcome.reason for outcome in self.outcomes):
             which = "all attacks" if any(outcome.verdict for outcome in self.outcomes) else "any attack"
             said.append(f"There was no time for {which}: give more --minutes.")
+        if short := [one.name for one in self.outcomes if one.score is not None and one.score.cut_short]:
+            said.append(f"There was no time for all passes over a text in {', '.join(short)}: give more --minutes.")
         return [*said, *([self.curves_missing] if self.curves_missing else ()), *self.notes]
 
     def by_attack(self) -> dict[str, dict[str, Any]]:

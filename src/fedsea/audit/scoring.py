@@ -53,6 +53,7 @@ class Score:
         num_sequences: Sequences.
         shortlist_recall: Least of the attack's answers.
         notes: What the attack said about itself.
+        cut_short: The time was up before it had put together all that it saw.
     """
 
     recovery: Rate
@@ -67,6 +68,7 @@ class Score:
     num_sequences: int
     shortlist_recall: float = 1.0
     notes: tuple[str, ...] = field(default=())
+    cut_short: bool = False
 
     def to_json(self) -> dict[str, Any]:
         """Plain values: rates as numbers, their intervals beside them."""
@@ -130,6 +132,7 @@ def score(
         num_sequences=len(targets),
         shortlist_recall=min((answer.shortlist_recall for answer in answers), default=1.0),
         notes=tuple(dict.fromkeys(answer.note for answer in answers if answer.note)),
+        cut_short=any(answer.cut_short for answer in answers),
     )
 
 

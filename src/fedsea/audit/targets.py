@@ -97,9 +97,11 @@ class Recovered:
         scored_T: Positions that the attack could speak about; None: all.
         note: A sentence about this attack's own quality, e.g. a shortlist's recall.
         shortlist_recall: Share of positions at which the truth was among the candidates; 1.0 for an exhaustive search.
+        cut_short: The time was up before all was put together that says something about this text.
     """
 
     ids_T: torch.Tensor
     scored_T: torch.Tensor | None = None
     note: str = ""
     shortlist_recall: float = 1.0
+    cut_short: bool = False

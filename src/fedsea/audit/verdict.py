@@ -85,7 +85,7 @@ def of_score(score: Score) -> Verdict:
     """The verdict of one attack on one channel."""
     if score.excess_share.value > EXPOSED_SHARE or any(v > EXPOSED_IDENTIFIERS for v in score.identifiers.values()):
         return Verdict.EXPOSED
-    if score.shortlist_recall < LEAST_SHORTLIST_RECALL or not score.num_tokens:
+    if score.cut_short or score.shortlist_recall < LEAST_SHORTLIST_RECALL or not score.num_tokens:
         return Verdict.INCONCLUSIVE
     if score.excess.low > 0 or any(score.identifiers.values()):
         return Verdict.PARTIAL

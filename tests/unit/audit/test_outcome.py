@@ -11,7 +11,7 @@ from fedsea.audit.attacks.a8_membership import MembershipReport
 from fedsea.audit.attacks.a9_mechanism import MechanismReport
 from fedsea.audit.attacks.update_scoring import UpdateInversion
 from fedsea.audit.catalogue import ATTACKS
-from fedsea.audit.outcome import AuditReport, Outcome, Status, enough, own
+from fedsea.audit.outcome import AuditReport, Outcome, Status, enough, own, scored
 from fedsea.audit.report import rows_of
 from fedsea.audit.scoring import Rate, Score
 from fedsea.audit.verdict import Verdict, of_score
@@ -87,6 +87,16 @@ def test_what_is_read_nearly_whole_needs_no_further_attack() -> None:
     assert enough(found) == "a simpler attack recovered 98.0% already, 96.0% of what the prior leaves open"
     assert enough(found[:2]) == ""
     assert enough([]) == ""
+
+
+def test_an_attack_that_was_cut_short_proves_nothing_and_what_it_found_counts() -> None:
+    for recovery, verdict in ((0.5, Verdict.INCONCLUSIVE), (0.9, Verdict.EXPOSED)):
+        found = _found("A5", recovery, 0.5)
+        assert found.score is not None
+        outcome = scored(found.attack, replace(found.score, cut_short=True), ())
+        assert outcome.verdict is verdict
+        report = AuditReport({}, "", "", 1.0, (outcome,), (), {}, {})
+        assert report.sentences[-1] == "There was no time for all passes over a text in A5: give more --minutes."
 
 
 def test_no_time_for_any_attack_is_inconclusive_and_said_so() -> None:

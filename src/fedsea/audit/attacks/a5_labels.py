@@ -8,6 +8,7 @@ T  tokens of a sequence, V  vocabulary size
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 from dataclasses import replace
 
@@ -34,22 +35,38 @@ def run(attacker: Attacker, targets: Sequence[Target], progress: Progress = unhe
     noised, what both say of each token is put together in one search, with the public model's expectation (A2).
 
     Args:
-        attacker: What the server knows.
+        attacker: What the server knows. When its time is up, the passes that were decoded by then are put together; the
+            first one over each text always is.
         targets: With gradients in their observations.
-        progress: Told of every sequence.
+        progress: Told of every pass over a text.
 
     Returns:
         For each target; without any gradient, nothing is scored.
     """
     answers, evidence = [], []
-    for number, target in enumerate(targets):
-        progress(number, len(targets))
-        decoded = [decode(attacker, seen) for seen in target.observations if seen.gradient_TH is not None]
-        answers.append(_answer(attacker, target, decoded))
+    passes, all_passes = _decoded(attacker, targets, progress)
+    for target, decoded in zip(targets, passes, strict=True):
+        answers.append(replace(_answer(attacker, target, decoded), cut_short=not all_passes))
         evidence.append(together(decoded)[1] if decoded else None)
-    progress(len(targets), len(targets))
     noised = [attacker.noise_std.get(channel, 0.0) > 0 for channel in (Channel.HIDDEN, Channel.GRADIENT)]
     return _joint(attacker, targets, answers, evidence, progress) if all(noised) else answers
+
+
+def _decoded(
+    attacker: Attacker, targets: Sequence[Target], progress: Progress
+) -> tuple[list[list[DecodedLabels]], bool]:
+    """What the passes over each target say, and whether there was time for all of them."""
+    until = time.monotonic() + attacker.budget_s
+    found: list[list[DecodedLabels]] = [[] for _ in targets]
+    whole = [[seen for seen in target.observations if seen.gradient_TH is not None] for target in targets]
+    order = [(number, i) for i, seen in enumerate(whole) for number in range(len(seen))]
+    for done, (number, i) in enumerate(sorted(order)):
+        progress(done, len(order))
+        if number and time.monotonic() > until:
+            return found, False
+        found[i].append(decode(attacker, whole[i][number]))
+    progress(len(order), len(order))
+    return found, True
 
 
 def _joint(
@@ -70,7 +87,9 @@ def _joint(
         seen.append(both)
     truths = [target.ids_T for target in targets]
     found = search(attacker, seen, truths, beam=attacker.beam, prior=True, progress=progress)
-    return [replace(new, scored_T=old.scored_T) for new, old in zip(found, answers, strict=True)]
+    return [
+        replace(new, scored_T=old.scored_T, cut_short=old.cut_short) for new, old in zip(found, answers, strict=True)
+    ]
 
 
 def decode(attacker: Attacker, seen: Observation) -> DecodedLabels:
