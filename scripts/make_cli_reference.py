@@ -104,7 +104,7 @@ def _options(command: Any) -> str:
 
 def _codes() -> str:
     rows = ["| exit code | `code` in JSON | meaning |", "| --- | --- | --- |", "| 0 | | Done. |"]
-    for kind in (errors.FedseaError, *_below(errors.FedseaError)):
+    for kind in sorted((errors.FedseaError, *_below(errors.FedseaError)), key=lambda kind: kind.exit_code):
         said = " ".join((inspect.getdoc(kind) or "").split("Attributes:")[0].split())
         meaning = _OWN_CODES.get(kind.code, "{0}").format(said)
         if kind.retryable:

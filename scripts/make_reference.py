@@ -296,8 +296,9 @@ def messages_block() -> str:
 def errors_block() -> str:
     """Every code: exit code, whether it is retried, gRPC status, meaning."""
     rows = []
-    for code, row in TABLE.items():
-        cls = errors._subclasses(errors.FedseaError)[code]
+    kinds = errors._subclasses(errors.FedseaError)
+    for code, row in sorted(TABLE.items(), key=lambda item: kinds[item[0]].exit_code):
+        cls = kinds[code]
         says = "the error's own" if row.instead is None else row.instead
         rows.append(
             (f"`{code}`", str(cls.exit_code), "yes" if cls.retryable else "no", row.status.name, summary_of(cls), says)

@@ -201,6 +201,22 @@ def test_the_generated_pages_are_up_to_date():
     assert not stale, "run `make docs`"
 
 
+def test_the_exit_codes_are_in_order():
+    rows = re.findall(r"^\| (\d+)", (ROOT / "docs/reference/cli.md").read_text().split("## ")[1], re.MULTILINE)
+    assert len(rows) > 10
+    assert rows == sorted(rows, key=int)
+    said = [int(code) for code in re.findall(r"^\| `[A-Z_]+` \| (\d+)", make_reference.errors_block(), re.MULTILINE)]
+    assert said == sorted(said)
+
+
+def test_the_documents_say_how_many_model_types_are_compared():
+    module = ast.parse((ROOT / "tests" / "parity" / "test_model_parity.py").read_text())
+    tables = {node.targets[0].id: node.value for node in module.body if isinstance(node, ast.Assign)}
+    types = {entry.elts[0].value for name in ("NAMED", "OTHERS") for entry in tables[name].values}
+    for page in ("README.md", "docs/explanation/semantics.md"):
+        assert re.findall(r"(\d+) model types", (ROOT / page).read_text()) == [str(len(types))], page
+
+
 def test_every_key_of_the_plan_has_a_meaning():
     assert "|  |" not in make_reference.plan_page()
 
