@@ -96,7 +96,7 @@ def _check_alone(plan: Path | None, name: str | None, *, alone: bool) -> None:
             raise ConfigError("--alone needs --plan with the plan's file and --name with the client's name in it.")
         from fedsea.plan import load_plan
 
-        load_plan(plan)
+        load_plan(plan).alone(name)
 
 
 def _run(options: ClientOptions, plan: Path | None, name: str | None, *, silent: bool) -> TrainSummary:

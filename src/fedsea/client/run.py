@@ -243,11 +243,7 @@ def train_alone(plan_file: Path, name: str, options: ClientOptions, observer: Ob
     """
     if options.threads:
         torch.set_num_threads(options.threads)
-    plan = load_plan(plan_file)
-    training = plan.training.model_copy(update={"mode": "batched", "wait": "all", "min_clients": 1})
-    aggregation = plan.aggregation.model_copy(update={"secure": False})  # nobody to hide among, nobody to hide from
-    alone = {"clients": (plan.client(name),), "training": training, "aggregation": aggregation}
-    plan = plan.model_copy(update=alone)
+    plan = load_plan(plan_file).alone(name)
     checkpoint = setup.open_base_model(plan, options, name)
     plan = plan.model_copy(update={"model": plan.model.model_copy(update={"fingerprint": fingerprint(checkpoint)})})
     ended = _ended(options.run)

@@ -145,6 +145,20 @@ class FederationPlan(Section):
                 return entry
         raise ConfigError(f"The plan has no client {name!r}; add a [[clients]] entry with that name at the server.")
 
+    def alone(self, name: str) -> Self:
+        """This plan for a client that trains without a server: the others are left out, and nobody is waited for.
+
+        Raises:
+            ConfigError: The plan has no such client.
+        """
+        if name not in self.client_names:
+            known = ", ".join(self.client_names)
+            raise ConfigError(f"The plan has no client {name!r}: name one that it has ({known}).")
+        training = self.training.model_copy(update={"mode": "batched", "wait": "all", "min_clients": 1})
+        aggregation = self.aggregation.model_copy(update={"secure": False})  # nobody to hide among, or to hide from
+        parts = {"clients": (self.client(name),), "training": training, "aggregation": aggregation}
+        return self.model_copy(update=parts)
+
     def partition_of(self, name: str) -> Partition:
         """The cut of a client: its own values where it has some, else the default."""
         entry, default = self.client(name), self.partition

@@ -35,6 +35,11 @@ _WRONG: dict[str, tuple[int, list[str], str]] = {
     "device": (2, ["train", "--server", "h:1", "--data", "a.csv", "--device", "tpu"], "use cpu"),
     "identity": (2, ["train", "--server", "h:1", "--data", "a.csv"], "no file identity/ca.pem"),
     "alone": (2, ["train", "--alone", "--data", "a.csv", "--plan", "none.toml", "--name", "a"], "no file none.toml"),
+    "name alone": (
+        2,
+        ["train", "--alone", "--data", "a.csv", "--plan", "plan.toml", "--name", "nobody"],
+        "no client 'nobody': name one that it has (a).",
+    ),
     **{f"run of {name}": (2, [name, "--server", "h:1", "--run", "r"], "no folder r") for name in ("chat", "export")},
     "identity of chat": (2, ["chat", "--server", "h:1", "--base"], "no file identity/ca.pem"),
     "drafter": (2, ["chat", "--server", "h:1", "--drafter", "x"], "--drafter"),
