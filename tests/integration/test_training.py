@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
 from fedsea.client import run as client_run
+from fedsea.client.local_trunk import LocalTrunk
 from fedsea.client.segments import ClientSegments
 from fedsea.client.trainer import Trainer
 from fedsea.errors import AuthError, ConfigError, DataError, FedseaError, NonFiniteError, StorageError
@@ -55,6 +58,24 @@ def test_training_alone_gives_the_bits_of_a_federation_of_one(federation, sync):
     together = fed.durable()["a"][0]
     assert alone.keys() == together.keys()
     assert all(torch.equal(tensor, together[name]) for name, tensor in alone.items())
+
+
+def test_training_alone_counts_the_trunk_s_work_as_the_trunk_s(federation, monkeypatch):
+    fed, now = federation("a"), [0.0]
+
+    def taking(seconds, call):
+        def called(*args):
+            now[0] += seconds
+            return call(*args)
+
+        return called
+
+    monkeypatch.setattr("fedsea.client.trainer.time", SimpleNamespace(perf_counter=lambda: now[0]))
+    for name, seconds in (("forward", 2.0), ("backward", 3.0)):
+        monkeypatch.setattr(LocalTrunk, name, taking(seconds, getattr(LocalTrunk, name)))
+    summary = client_run.train_alone(fed.plan_file, "a", fed.client_options("a", evaluate=False))
+    count, _ = fed.plan.micro_batches_of("a")
+    assert summary.phases_s == {"input": 0.0, "trunk": 6 * count * 5.0, "output": 0.0, "commit": 0.0}
 
 
 def test_training_alone_goes_on_where_it_was_interrupted(federation, monkeypatch):

@@ -39,7 +39,8 @@ class StepReport:
 
     Attributes:
         mean_loss: Nats per target token, before the step.
-        seconds: Phase to wall seconds: "input", "trunk" (waiting for it), "output", "commit".
+        seconds: Phase to wall seconds: "input", "trunk" (waiting for it; its work, where it runs in this process),
+            "output", "commit".
     """
 
     step: int
@@ -239,7 +240,8 @@ class Trainer:
             with self._timed("input"):
                 hidden[number] = self.segments.embed(work.batches[number], update, number)
                 sealed = self._releases.hidden(number, work.batches[number], hidden[number])
-            outputs.append(self.trunk.forward(self._where(opened, work, number), sealed))
+            with self._timed("trunk"):  # one in this process does its work in the call
+                outputs.append(self.trunk.forward(self._where(opened, work, number), sealed))
 
         for number in range(min(self.plan.training.in_flight, count)):
             launch(number)
@@ -252,7 +254,8 @@ class Trainer:
             embedded = hidden.pop(number)
             if gradient is not None:
                 sealed = self._releases.gradient(number, work.batches[number], output, gradient)
-                answer = self.trunk.backward(self._where(opened, work, number), sealed)
+                with self._timed("trunk"):
+                    answer = self.trunk.backward(self._where(opened, work, number), sealed)
                 if self.segments.trains_input:
                     returned.append((embedded, answer))
             while returned and returned[0][1].done():
