@@ -178,11 +178,12 @@ def figures(stats: Sequence[GenerationStats], sent: int, received: int) -> str:
 
     new = sum(one.new_tokens for one in stats)
     seconds = math.fsum(one.seconds for one in stats)
+    first_s = math.fsum(one.first_token_s for one in stats) / len(stats)
     drafted = sum(one.drafted for one in stats)
     parts = [
         f"{counted(sum(one.prompt_tokens for one in stats), 'prompt token')}, {counted(new, 'new token')}",
         f"{number_text(new / seconds) if seconds > 0 else '0'} tokens/s",
-        f"first after {stats[-1].first_token_s:.2f} s",
+        f"first after {first_s:.2f} s{' on average' if len(stats) > 1 else ''}",
         counted(sum(one.round_trips for one in stats), "round trip"),
     ]
     if drafted:

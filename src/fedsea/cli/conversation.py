@@ -120,8 +120,9 @@ class Conversation:
             raise
 
     def reset(self) -> None:
-        """Forget what was said; figures of answers stay."""
+        """Forget what was said, and the figures of its answers."""
         self._messages = list(self._first)
+        self.answers = []
         self.close()
 
     def close(self) -> None:

@@ -122,6 +122,15 @@ def test_stats_are_of_the_last_answer_and_of_all(talk: Any, capsys: pytest.Captu
     assert every.startswith("all 2 answers: ")
     assert "12 new tokens" in every
     assert "12 round trips" in every
+    assert " on average" in every
+    assert " on average" not in last
+
+
+def test_a_conversation_that_begins_anew_has_figures_of_its_own(talk: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    assert talk("hi", "and", "/reset", "/stats", "so", "/stats") == 0
+    said = [line for line in capsys.readouterr().err.splitlines() if not line.startswith("(Cut off")]
+    assert said[:2] == ["The conversation begins anew.", "There is no answer yet."]
+    assert [line.split(":")[0] for line in said[2:]] == ["last answer"]
 
 
 def test_an_unknown_command_is_no_turn(talk: Any, capsys: pytest.CaptureFixture[str]) -> None:
