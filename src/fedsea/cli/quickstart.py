@@ -63,6 +63,7 @@ def quickstart(
 
         found = run(options, parts, present, _Indented(), audit)
     output.say(f"\nPlots and details: {found.report}")
+    output.say(f"From its start to here the quickstart took {found.seconds['all']:.1f} s.")
     output.say(
         f"Try next: look into {folder}/plan.toml, then `fedsea init my-federation --model {folder}/model` for one of "
         "your own."

@@ -60,7 +60,7 @@ class QuickstartResult:
         by_silo: Model to silo to loss.
         bytes_by_kind: Kind of message to bytes, over all clients.
         phases_s: Phase to seconds, summed over the clients' steps.
-        seconds: Wall time by part.
+        seconds: Wall time by part; of "all" when everything is done.
         sample: A prompt, the federation's greedy answer, why that ended ("finish_reason": "stop", or "length" where it
             was cut off), and what was asked ("through"): "gateway", or "process" where the gateway's packages are not
             installed.
@@ -127,7 +127,7 @@ def run(
         for number, (name, parameters) in enumerate(models.items()):
             losses[name] = comparison.losses(parameters)
             progress("evaluation", number + 1, len(models))
-        seconds = {"federation": watcher.seconds, "comparison": others_s, "all": time.monotonic() - started}
+        seconds = {"federation": watcher.seconds, "comparison": others_s}
         prompt = _held_out_prompt(folder, comparison, CLIENTS[0])
         sample = {"prompt": prompt, "answer": "", "through": "process" if url is None else "gateway"}
         sample["finish_reason"] = ""

@@ -44,7 +44,6 @@ PHASES = {
 PARTS = {
     "federation": "the federation, from its start to its end",
     "comparison": "beside it: the models it is compared with",
-    "all": "everything",
 }
 
 

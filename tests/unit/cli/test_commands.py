@@ -235,7 +235,7 @@ def test_quickstart_shows_losses_bytes_times_sample_and_report(
             progress("federation", step + 1, 24)
         val_loss = {"base": 3.5, "alone": {"clinic": 3.25, "bank": 3.125}, "central": 2.5, "federated": 2.5625}
         found = quickstart.QuickstartResult(
-            val_loss, models, {"Forward": 2_000_000}, {"trunk": 4.0}, {"all": 9.0},
+            val_loss, models, {"Forward": 2_000_000}, {"trunk": 4.0}, {"federation": 5.0},
             {"prompt": "Q?\ntwo lines\n", "answer": "", "through": "gateway", "finish_reason": ""},
             tmp_path / "report.html",
         )  # fmt: skip
@@ -244,7 +244,7 @@ def test_quickstart_shows_losses_bytes_times_sample_and_report(
             show(piece)
         cells = audit(replace(found, sample=found.sample | {"finish_reason": ended}))
         assert cells[1] == ("trusted-server", "hidden (A1)", "100 %", "25 %", "50 %")
-        return found
+        return replace(found, seconds=found.seconds | {"all": 9.0})
 
     monkeypatch.setattr(quickstart, "run", run)
     row = TableRow("trusted-server", "hidden", "A1", 1.0, 0.25, 0.5, 7.0)
@@ -258,6 +258,8 @@ def test_quickstart_shows_losses_bytes_times_sample_and_report(
     assert shown.out.index("federated") < shown.out.index("central")
     for part in ("What the server could have read", "hidden (A1)", "100 %", "25 %", "50 %", "fedsea audit"):
         assert part in shown.out
+    assert shown.out.count("9.0") == 1
+    assert "to here the quickstart took 9.0 s." in shown.out
     assert "through `fedsea gateway`" in shown.out
     assert below in shown.out
     said = "reach a validation loss of 2.562 over everybody's text; trained on all text in one place it is 2.500"
