@@ -35,6 +35,10 @@ def test_a_short_quickstart_compares_all_models_and_writes_its_page(tmp_path):
     assert ("federation", 8, 8) in told
     assert found.bytes_by_kind["Forward"] > found.bytes_by_kind["Backward"] > 0
     assert [result.sample["answer"] for result in presented] == [""]
+    assert [set(result.seconds) for result in (*presented, found)] == [
+        {"federation", "comparison"},
+        {"federation", "comparison", "all"},
+    ]
     assert audited == [found.sample["answer"]]
     assert found.sample["through"] == "gateway"
     assert found.sample["finish_reason"] in ("stop", "length")

@@ -53,12 +53,14 @@ class Parts:
 
     def __call__(self, what: str, done: int, total: int) -> None:
         """A part has come so far."""
+        from fedsea.observe.figures import LEAST_STEPS
+
         now = self._clock()
         began, first = self._began.setdefault(what, (now, done))
         if not first:  # up to the first step one waits for others, which says nothing of the steps' own pace
             self._began[what] = (began, first) = (now, done)
         gone = done - first
-        left = (now - began) / gone * (total - done) if gone and done < total else None
+        left = (now - began) / gone * (total - done) if gone >= LEAST_STEPS and done < total else None
         if what not in self._tasks:
             self._tasks[what] = self._bars.add_task(what, total=total, left="")
         self._bars.update(self._tasks[what], completed=done, left="" if left is None else _about(left))

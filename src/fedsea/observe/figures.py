@@ -6,6 +6,8 @@ from collections import deque
 from collections.abc import Callable
 
 _WINDOW = 30
+LEAST_STEPS = 2
+"""No time left is told before so many steps are done behind the first one, which warms up."""
 _MINUTE_S, _HOUR_S, _DAY_S = 60, 3600, 86400
 
 
@@ -83,23 +85,29 @@ class Pace:
 
     def __init__(self, window: int = _WINDOW) -> None:
         self._marks: deque[tuple[float, int, float]] = deque(maxlen=window)
+        self._warm: deque[tuple[float, int, float]] = deque(maxlen=window)
 
     def mark(self, now: float, steps: int, tokens: float) -> None:
         """Note totals: `steps` done and `tokens` seen at the time `now` (monotonic seconds)."""
+        if self._marks:
+            self._warm.append((now, steps, tokens))
         self._marks.append((now, steps, tokens))
 
     @property
     def tokens_per_s(self) -> float | None:
         """None until there are two marks apart."""
-        return self._rate(2)
+        return self._rate(self._marks, 2)
 
     def seconds_left(self, steps: int) -> float | None:
-        """Time for so many more steps; None as long as nothing is known."""
-        rate = self._rate(1)
+        """Time for so many more steps; None until a few are done. What lies before the second mark does not count."""
+        if not self._warm or self._warm[-1][1] - self._warm[0][1] < LEAST_STEPS:
+            return None
+        rate = self._rate(self._warm, 1)
         return None if not rate else steps / rate
 
-    def _rate(self, index: int) -> float | None:
-        if len(self._marks) < 2:
+    @staticmethod
+    def _rate(marks: deque[tuple[float, int, float]], index: int) -> float | None:
+        if len(marks) < 2:
             return None
-        first, last = self._marks[0], self._marks[-1]
+        first, last = marks[0], marks[-1]
         return (last[index] - first[index]) / (last[0] - first[0]) if last[0] > first[0] else None

@@ -77,6 +77,18 @@ def test_waiting_for_a_parts_first_step_is_not_taken_for_its_pace(capsys: pytest
     ]
 
 
+def test_one_step_behind_the_first_says_nothing_of_what_is_left(capsys: pytest.CaptureFixture[str]) -> None:
+    now = iter((100.0, 130.0, 131.0))
+    parts = Parts(silent=False, clock=lambda: next(now))
+    for done in (9, 10, 20):
+        parts("federation", done, 40)
+    assert capsys.readouterr().err.splitlines() == [
+        "federation: 9 of 40, under way",
+        "federation: 10 of 40, under way, 30 s",
+        "federation: 20 of 40, under way, 31 s, about 56 s left",
+    ]
+
+
 def test_a_bar_says_what_is_left_as_soon_as_that_is_known(monkeypatch: pytest.MonkeyPatch) -> None:
     out = io.StringIO()
     monkeypatch.setattr(rich.console, "Console", partial(Console, file=out, force_terminal=True, width=80))

@@ -81,7 +81,7 @@ def test_a_clients_line_says_all_that_one_wants_to_know() -> None:
         display.begin(PLAN, "clinic", Link())
         clock.now = 2.0
         display.step(Step(9, 0))
-    line = "clinic: step 10/20 · round 1 · loss 2.5000 · 500 tokens/s · up 1.50 MB, down 2.00 KB · 20 s left\n"
+    line = "clinic: step 10/20 · round 1 · loss 2.5000 · 500 tokens/s · up 1.50 MB, down 2.00 KB\n"
     assert out.getvalue() == line
 
 
@@ -89,10 +89,23 @@ def test_a_resumed_client_takes_its_speed_from_its_own_steps() -> None:
     (_, console), clock = plain(), Clock()
     display = ClientDisplay(PLAN, "clinic", console=console, clock=clock)
     display.begin(PLAN, "clinic")
-    for step in (15, 16):
+    for step in (14, 15, 16):
         clock.now += 10.0
         display.step(Step(step))
     assert "30 s left" in display.line()
+
+
+def test_the_time_left_is_told_when_a_few_steps_are_done_and_leaves_out_the_first() -> None:
+    (_, console), clock = plain(), Clock()
+    display = ClientDisplay(PLAN, "clinic", console=console, clock=clock)
+    display.begin(PLAN, "clinic")
+    for step, took_s in enumerate((60.0, 2.0)):
+        clock.now += took_s
+        display.step(Step(step))
+        assert "left" not in display.line()
+    clock.now += 2.0
+    display.step(Step(2))
+    assert "34 s left" in display.line()
 
 
 def test_waiting_is_said_once_a_change() -> None:
@@ -147,11 +160,12 @@ def test_a_servers_pace_leaves_out_what_it_waited_for_clients_that_were_away() -
         (600.0, both),  # it is there, and works
         (602.0, replace(both, step=1, tokens=1000)),
         (604.0, replace(both, step=2, tokens=2000)),
+        (606.0, replace(both, step=3, tokens=3000)),
     ):
         clock.now = now
         display.update(seen)
     assert "500 target tokens/s" in display.line()
-    assert "36 s left" in display.line()
+    assert "34 s left" in display.line()
 
 
 def test_quiet_shows_nothing_on_a_terminal_or_elsewhere() -> None:
