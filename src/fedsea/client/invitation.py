@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import asyncio
-import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import fedsea
-from fedsea.client.retry import RetryPolicy
+from fedsea.client.retry import RetryPolicy, Tries
 from fedsea.errors import FedseaError, ProtocolError, TransportError
 from fedsea.plan import FederationPlan, parse_plan_json
 from fedsea.wire import messages as m
@@ -16,8 +15,6 @@ from fedsea.wire.channel import ClientStream, connect
 from fedsea.wire.frames import PROTOCOL_VERSION
 from fedsea.wire.identity.identity import Identity
 from fedsea.wire.limits import HANDSHAKE
-
-log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,20 +85,19 @@ async def seek_invitation(address: str, identity: Callable[[], Identity], retry:
     Raises:
         FedseaError: The server refuses, or the policy's time is used up.
     """
-    pauses = retry.pauses()
+    tries = retry.tries()
     while True:
         try:
             return await fetch_invitation(address, identity())
         except FedseaError as error:
-            if not await pause_before(error, pauses):
+            if not await pause_before(error, tries):
                 raise
 
 
-async def pause_before(error: FedseaError, pauses: Iterator[float]) -> bool:
+async def pause_before(error: FedseaError, tries: Tries) -> bool:
     """Wait before the next try; False if there is to be none."""
-    pause = next(pauses, None)
-    if pause is None or not error.retryable:
+    pause = tries.pause_after(error)
+    if pause is None:
         return False
-    log.warning("%s Trying again in %.1f s.", error.message, pause)
     await asyncio.sleep(pause)
     return True

@@ -279,12 +279,12 @@ class RemoteTrunk:
             self._outgoing.put_nowait(encoded)
 
     async def _run(self) -> None:
-        pauses, lost = self._retry.pauses(), False
+        tries, lost = self._retry.tries(), False
         while True:
             try:
                 async with await connect(self.address, self._identity(), limits=HANDSHAKE) as stream:
                     await self._join(stream, again=lost)
-                    pauses, lost = self._retry.pauses(), False
+                    tries, lost = self._retry.tries(), False
                     await self._converse(stream)
                     return
             except FedseaError as error:
@@ -292,7 +292,7 @@ class RemoteTrunk:
                 self._set_joined(False)
                 if self._closing.is_set() and (not self._must_be_heard or isinstance(error, PeerClosed)):
                     return
-                if not await pause_before(error, pauses):
+                if not await pause_before(error, tries):
                     self._give_up(error)
                     return
                 lost = True
