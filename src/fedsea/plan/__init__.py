@@ -9,6 +9,7 @@ secure.py      what secure aggregation needs of a plan
 trust.py       which channels are open, what may be claimed, and the sentence for every start
 limits.py      what a client is willing to take part in, and noise that is stricter than the plan's
 loading.py     TOML and JSON to plan and limits, and sentences for what is wrong in them
+refusals.py    what is wrong with a value, and what is allowed, in words
 """
 
 from fedsea.plan.federation import FederationPlan, differences

@@ -15,6 +15,7 @@ from pydantic import BaseModel, ValidationError
 from fedsea.errors import ConfigError
 from fedsea.plan.federation import FederationPlan
 from fedsea.plan.limits import ClientLimits, ClientSettings
+from fedsea.plan.refusals import words_of
 
 
 def _explain(error: ValidationError, source: str, model: type[BaseModel]) -> ConfigError:
@@ -22,16 +23,8 @@ def _explain(error: ValidationError, source: str, model: type[BaseModel]) -> Con
     for item in found:
         if any(len(other["loc"]) > len(item["loc"]) == _common(item["loc"], other["loc"]) for other in found):
             continue  # a list is too short only because what is in it is wrong
-        where = ".".join(str(part) for part in item["loc"]) or "plan"
-        text = item["msg"].removeprefix("Value error, ")
-        if item["type"] == "extra_forbidden":
-            text = _unknown(item["loc"], model)
-        elif item["type"] == "missing":
-            text = "is missing; add it"
-        elif item["type"] == "string_pattern_mismatch":
-            text = (
-                "use 1 to 63 lower-case letters, digits, dots, dashes or underscores, beginning with a letter or digit"
-            )
+        where = ".".join(str(part) for part in item["loc"] if part != "[key]") or "plan"
+        text = _unknown(item["loc"], model) if item["type"] == "extra_forbidden" else words_of(item)
         lines.append(f"{where}: {text}")
     return ConfigError(f"{source} is not usable: " + "; ".join(lines))
 

@@ -1,12 +1,15 @@
 """What a wrong key in a plan or in a client's settings is told."""
 
+import re
 from pathlib import Path
 from typing import Any
 
 import pytest
+from pydantic import BaseModel, ValidationError
 
 from fedsea.errors import ConfigError
-from fedsea.plan import load_limits, load_plan, parse_plan
+from fedsea.plan import ClientSettings, FederationPlan, load_limits, load_plan, parse_plan
+from fedsea.plan.loading import _explain
 from tests.support.assets import toml
 
 
@@ -31,6 +34,59 @@ def refusal(values: dict[str, Any]) -> str:
 )
 def test_a_key_that_is_none_is_pointed_to_the_one_that_was_meant(values: dict[str, Any], says: str) -> None:
     assert says in refusal(values)
+
+
+@pytest.mark.parametrize(
+    ("values", "says"),
+    [
+        ({"training": {"rounds": 0}}, "training.rounds: 0 is too small; give at least 1"),
+        ({"training": {"rounds": 2.5}}, "training.rounds: 2.5 is no whole number; give one"),
+        ({"training": {"rounds": "many"}}, 'training.rounds: "many" is no whole number; give one'),
+        ({"training": {"mode": "batch"}}, 'mode: "batch" is not among the choices; give "sequential" or "batched"'),
+        ({"optimizer": {"learning_rate": -1}}, "learning_rate: -1 is too small; give more than 0"),
+        ({"optimizer": {"eps": [1]}}, "optimizer.eps: this is no number; give one"),
+        ({"optimizer": {"betas": [0.9, 0.9, 0.9]}}, "optimizer.betas: this has 3 entries; give at most 2"),
+        ({"optimizer": {"betas": 0.9}}, "optimizer.betas: 0.9 is no list; give one, in brackets"),
+        ({"adapter": {"dropout": 1.5}}, "adapter.dropout: 1.5 is too large; give less than 1"),
+        ({"inference": {"max_sequences": 5000}}, "max_sequences: 5000 is too large; give at most 4096"),
+        ({"seed": 2**31}, "seed: 2147483648 is too large; give less than 2147483648"),
+        ({"noise": {"hidden_std": float("inf")}}, "noise.hidden_std: inf is no finite number; give one"),
+        ({"wire": {"sealed": "perhaps"}}, 'wire.sealed: "perhaps" is neither true nor false; give one of the two'),
+        ({"model": {"path": 3}}, "model.path: 3 is no text; give one, in quotes"),
+        ({"wire": "fp16"}, 'wire: "fp16" is no table; give keys with values'),
+        ({"clients": []}, "clients: this has 0 entries; give at least 1"),
+        ({"training": {"mode": "\x1b[2J" + "x" * 99}}, 'mode: "\\u001b[2J' + "x" * 36 + "\\u2026" + '" is not'),
+    ],
+)
+def test_a_wrong_value_is_told_with_what_is_allowed(values: dict[str, Any], says: str) -> None:
+    assert says in refusal(values)
+
+
+@pytest.mark.parametrize("wrong", ["xx", "", -1, 1e300, float("nan"), True, None, [], [[]], {}, {"x": 1}], ids=repr)
+@pytest.mark.parametrize("kind", [FederationPlan, ClientSettings])
+def test_no_value_of_any_key_is_told_in_pydantic_s_words(kind: type[BaseModel], wrong: Any) -> None:
+    tables = {name: field.annotation for name, field in kind.model_fields.items()}
+    found = [(name, wrong) for name in tables]
+    for name, table in tables.items():
+        found += [(name, {key: wrong}) for key in getattr(table, "model_fields", {})]
+    said = []
+    for name, value in found:
+        try:
+            kind.model_validate({"model": {"path": "m"}, "clients": [{"name": "a"}]} | {name: value})
+        except ValidationError as error:
+            said.append(str(_explain(error, "It", kind)))
+    assert said
+    assert not [sentence for sentence in said if re.search(r"should|valid |Input|instance", sentence)]
+
+
+def test_identifiers_of_a_client_are_not_quoted(tmp_path: Path) -> None:
+    path = tmp_path / "client.toml"
+    path.write_text('[pseudonyms]\nwords = "Mathilde"\npatterns = {"Mathilde B" = "x+"}\nkeep = ["M"]\n')
+    with pytest.raises(ConfigError) as refused:
+        load_limits(path)
+    assert "pseudonyms.words: this is no list" in str(refused.value)
+    assert "pseudonyms.keep.0: this text is too short; give at least 2 characters" in str(refused.value)
+    assert "pseudonyms.patterns.Mathilde B: is no name for a key here" in str(refused.value)
 
 
 @pytest.mark.parametrize("wait", ["al", 0, -1.5, [3]])
