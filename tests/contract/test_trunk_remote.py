@@ -250,7 +250,10 @@ def test_an_observer_that_leaves_says_goodbye_and_its_sessions_end(bench):
             session = trunk.open_session(8)
             session.extend(trunk.seal(BOUNDARY.hidden(values(0)[:1])), (0,), (1,)).result(DEADLINE_S)
         assert bench.federation.server.service.sessions.status()["sessions"] == 2
+        assert bench.federation.server.service.status()["using"] == ["a"]
+        assert bench.federation.server.service.status()["connected"] == []
     assert not trunk._thread.is_alive()
+    assert bench.federation.server.service.status()["using"] == []
     assert bench.federation.server.service.sessions.status()["sessions"] == 0
 
 

@@ -48,7 +48,10 @@ def _show(answer: dict[str, Any]) -> None:
     facts.add_row("inference", _inference(answer.get("inference")))
     clients = Table("client", "state")
     for name in answer["clients"]:
-        state = "connected" if name in answer["connected"] else "not connected"
+        trains, uses = name in answer["connected"], name in answer.get("using", ())
+        state = "connected" if trains else "not connected to train" if uses else "not connected"
+        if uses:
+            state += ", uses the model"
         if reason := answer.get("refused", {}).get(name):
             state += f" ({reason})"
         if name in answer["waiting_for"]:

@@ -270,6 +270,8 @@ def _why(name: str, snapshot: ServerSnapshot) -> str:
 
 
 def _state(name: str, snapshot: ServerSnapshot) -> Text:
+    if name in snapshot.using and name not in (*snapshot.connected, *snapshot.waiting_for):
+        return Text("uses the model", style="green")
     if name not in snapshot.connected:
         urgent = name in snapshot.waiting_for or name in snapshot.refused
         return Text("not connected" + _why(name, snapshot), style="red" if urgent else "dim")

@@ -142,6 +142,7 @@ class ServerRecorder:
             bytes_down=status["bytes_sent"],
             inference=_inference(status.get("inference")),
             refused=status.get("refused", {}),
+            using=tuple(status.get("using", ())),
         )
         before, self._before = self._before, snapshot
         self._display.update(snapshot)

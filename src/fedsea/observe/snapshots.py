@@ -36,6 +36,7 @@ class ServerSnapshot:
         bytes_up: From clients to the server.
         inference: None if the plan does not offer it.
         refused: Client to the reason why the server does not let it in, until it is back.
+        using: Clients that are connected to use the model, training or not.
     """
 
     step: int
@@ -48,3 +49,4 @@ class ServerSnapshot:
     bytes_down: int
     inference: InferenceSnapshot | None = None
     refused: Mapping[str, str] = field(default_factory=dict)
+    using: tuple[str, ...] = ()

@@ -78,6 +78,7 @@ class Service:
         self._num_blocks = roster[first].blocks.stop + plan.partition_of(first).output_blocks
         self._executor = executor
         self._links: dict[str, Link] = {}
+        self._using: Counter[str] = Counter()  # streams of clients that take part in no step
         self._left: set[str] = set()
         self._refused: dict[str, str] = {}
         self._barred = barred
@@ -154,9 +155,12 @@ class Service:
         link = Link(session, _WAITING_MESSAGES * 4 * session.limits.max_tokens * self._hidden_size)
         pump = asyncio.create_task(link.pump())
         pump.add_done_callback(link.pump_ended)
+        uses = join.role == "observe"
+        self._using[name] += uses
         try:
-            await (self._observe(link) if join.role == "observe" else self._train(link, name, join))
+            await (self._observe(link) if uses else self._train(link, name, join))
         finally:
+            self._using[name] -= uses
             pump.cancel()
             link.close()
             self._sent += session.stats.sent
@@ -304,6 +308,7 @@ class Service:
             "finished": coordinator.finished,
             "clients": list(self.plan.client_names),
             "connected": [name for name in self.plan.client_names if name in coordinator.connected],
+            "using": [name for name in self.plan.client_names if self._using[name]],
             "waiting_for": list(coordinator.waiting_for()),
             "refused": self._refused | {name: why for name in away if (why := self._barred(name))},
             "target_tokens": coordinator.num_target_tokens,

@@ -286,6 +286,24 @@ def test_status_says_why_a_client_is_not_let_in(capsys: pytest.CaptureFixture[st
     assert "not connected (revoked), the step waits for it" in capsys.readouterr().out
 
 
+def test_status_says_of_a_client_that_does_not_train_that_it_uses_the_model(capsys: pytest.CaptureFixture[str]) -> None:
+    from fedsea.cli.status import _show
+
+    answer: dict[str, Any] = {
+        **{"federation": "f", "run_id": "r", "version": "1", "trust_mode": "trusted-server", "finished": False},
+        **{"next_step": 1, "num_steps": 2, "rounds_done": 0, "rounds": 1, "bytes_received": 0, "bytes_sent": 0},
+        "clients": ["bank", "clinic", "court"],
+        **{"connected": ["bank"], "using": ["bank", "clinic"], "waiting_for": []},
+    }
+    _show(answer)
+    rows = [line.split("│") for line in capsys.readouterr().out.splitlines() if "connected" in line]
+    assert [row[2].strip() for row in rows] == [
+        "connected, uses the model",
+        "not connected to train, uses the model",
+        "not connected",
+    ]
+
+
 def test_status_says_how_many_wait_for_room() -> None:
     from fedsea.cli.status import _inference
 

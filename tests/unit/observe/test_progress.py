@@ -205,6 +205,14 @@ def test_a_server_names_the_missing_clients() -> None:
     assert out.getvalue() == expected
 
 
+def test_a_server_says_of_a_client_that_does_not_train_that_it_uses_the_model() -> None:
+    out = io.StringIO()
+    with ServerDisplay(PLAN, console=Console(file=out, force_terminal=True, width=120)) as display:
+        display.update(replace(snapshot(), waiting_for=(), using=("bank",)))
+    assert "uses the model" in out.getvalue()
+    assert "not connected" not in out.getvalue()
+
+
 def test_a_server_says_why_a_missing_client_does_not_come() -> None:
     out, console = plain()
     with ServerDisplay(PLAN, console=console) as display:
