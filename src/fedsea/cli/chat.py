@@ -91,7 +91,7 @@ def _talk(conversation: Conversation) -> None:
     if on_terminal:
         with contextlib.suppress(ImportError):
             import readline  # noqa: F401 (gives `input` its line editing)
-        _note(_HELP)
+        output.tell(_HELP)
     while (line := _read(on_terminal)) is not None:
         match line.strip():
             case "":
@@ -100,11 +100,11 @@ def _talk(conversation: Conversation) -> None:
                 return
             case "/reset":
                 conversation.reset()
-                _note("The conversation begins anew.")
+                output.tell("The conversation begins anew.")
             case "/stats":
                 _stats(conversation)
             case command if command.startswith("/"):
-                _note(f"There is no such command. {_HELP}")
+                output.tell(f"There is no such command. {_HELP}")
             case text:
                 try:
                     _turn(conversation, text)
@@ -119,13 +119,13 @@ def _turn(conversation: Conversation, text: str) -> None:
     try:
         found = conversation.say(text)
     except KeyboardInterrupt:
-        _note("\nInterrupted; the last turn is forgotten.")
+        output.tell("\nInterrupted; the last turn is forgotten.")
         return
     output.say("")
     if found.finish_reason == "length":
-        _note(f"(Cut off after {found.stats.new_tokens} tokens: see --max-new-tokens.)")
+        output.tell(f"(Cut off after {found.stats.new_tokens} tokens: see --max-new-tokens.)")
     elif found.finish_reason == "interrupted":
-        _note("(Interrupted.)")
+        output.tell("(Interrupted.)")
 
 
 def _read(on_terminal: bool) -> str | None:
@@ -140,12 +140,12 @@ def _read(on_terminal: bool) -> str | None:
             line.encode()
             return line or None
         except EOFError:
-            _note("")
+            output.tell("")
             return None
         except KeyboardInterrupt:
             if not on_terminal:
                 raise
-            _note("\n(/quit or Ctrl-D ends.)")
+            output.tell("\n(/quit or Ctrl-D ends.)")
         except UnicodeError:
             raise DataError("A line is no UTF-8 text: convert it, for example with iconv.") from None
 
@@ -153,14 +153,9 @@ def _read(on_terminal: bool) -> str | None:
 def _stats(conversation: Conversation) -> None:
     answers = conversation.answers
     if not answers:
-        _note("There is no answer yet.")
+        output.tell("There is no answer yet.")
         return
     parts = [("last answer", answers[-1:]), (f"all {len(answers)} answers", answers)]
     for name, some in parts[: len(answers)]:
         sent, received = sum(one.bytes_sent for one in some), sum(one.bytes_received for one in some)
-        _note(f"{name}: {a.figures([one.stats for one in some], sent, received)}")
-
-
-def _note(sentence: str) -> None:
-    sys.stderr.write(sentence + "\n")
-    sys.stderr.flush()
+        output.tell(f"{name}: {a.figures([one.stats for one in some], sent, received)}")

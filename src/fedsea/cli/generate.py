@@ -116,7 +116,7 @@ def generate(
         return
     output.say("")
     if stats:
-        sys.stderr.write(a.figures([found.stats], found.bytes_sent, found.bytes_received) + "\n")
+        output.tell(a.figures([found.stats], found.bytes_sent, found.bytes_received))
 
 
 def _generate(

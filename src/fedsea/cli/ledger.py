@@ -64,7 +64,7 @@ def _show(report: dict[str, Any]) -> None:
     console.print(facts)
     if report["rows"]:
         console.print(rows)
-    console.print(report["sentence"], soft_wrap=True, highlight=False)
+    console.print(report["sentence"], soft_wrap=not console.is_terminal, highlight=False)
 
 
 def _budget(report: dict[str, Any]) -> str:

@@ -157,7 +157,7 @@ def _stopped(how: str, code: int) -> int:
     if output.current.as_json:
         output.failure(how.upper(), sentence)
     else:
-        sys.stderr.write(f"{sentence}\n")
+        output.tell(sentence)
     return code
 
 

@@ -60,10 +60,17 @@ def say(sentence: str) -> None:
     sys.stdout.flush()
 
 
+def tell(sentence: str) -> None:
+    """One line on stderr; a terminal gets it broken between words."""
+    from fedsea.observe.terminal import folded
+
+    sys.stderr.write(folded(sentence, sys.stderr) + "\n")
+    sys.stderr.flush()
+
+
 def failure(code: str, message: str) -> None:
     """An error: one sentence on stderr, or one JSON line on stdout."""
     if current.as_json:
         result({"error": {"code": code, "message": message}})
     else:
-        sys.stderr.write(f"Error: {message}\n")
-        sys.stderr.flush()
+        tell(f"Error: {message}")

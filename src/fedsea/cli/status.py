@@ -61,7 +61,7 @@ def _show(answer: dict[str, Any]) -> None:
     console.print(facts)
     console.print(clients)
     if said := answer.get("trust"):
-        console.print(said, soft_wrap=True, highlight=False)
+        console.print(said, soft_wrap=not console.is_terminal, highlight=False)
 
 
 def _inference(now: dict[str, Any] | None) -> str:

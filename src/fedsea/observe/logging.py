@@ -10,6 +10,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, TextIO
 
+from fedsea.observe.terminal import folded
+
 LEVELS = ("debug", "info", "warning", "error")
 
 
@@ -65,7 +67,7 @@ class _PlainFormatter(_Formatter):
     def format(self, record: logging.LogRecord) -> str:
         clock = datetime.fromtimestamp(record.created).strftime("%H:%M:%S")
         name = record.name.removeprefix("fedsea.")
-        line = f"{clock} {record.levelname.lower():7} {name}: {record.getMessage()}"
+        line = folded(f"{clock} {record.levelname.lower():7} {name}: {record.getMessage()}", sys.stderr)
         trace = self.exception_of(record)
         return f"{line}\n{trace}" if trace else line
 
