@@ -80,7 +80,8 @@ def test_a_finished_run_is_used_for_as_long_as_its_server_is_there(
     assert command("generate", one, PROMPT) == 0
     shown = capsys.readouterr()
     assert shown.out == f"{text}\n"
-    (line,) = shown.err.splitlines()
+    loading, line = shown.err.splitlines()
+    assert loading.startswith("Loading the libraries")
     assert "CAN reconstruct" in line
     assert PROMPT not in line
 

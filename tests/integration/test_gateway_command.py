@@ -87,7 +87,7 @@ def test_what_cannot_be_served_is_said_before_a_connection(
 def test_missing_packages_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "uvicorn", None)
     with pytest.raises(ConfigError, match=r"\.\[gateway\]"):
-        command._check_host("127.0.0.1", None)
+        command._check_host("127.0.0.1", None, 0)
 
 
 def test_gateway_is_not_loaded_for_other_commands() -> None:

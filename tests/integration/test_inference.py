@@ -8,7 +8,7 @@ import threading
 import pytest
 import torch
 
-from fedsea.client import results
+from fedsea.client import results, setup
 from fedsea.client.causal_lm import SplitCausalLM
 from fedsea.client.inference import open_decoder
 from fedsea.errors import ConfigError, TransportError
@@ -38,7 +38,9 @@ def test_opened_decoder_is_the_federations_model(federation, base_model):
     whole = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base_model), str(fed.folder / "exported"))
     with torch.no_grad():
         expected = whole(torch.tensor([PROMPT])).logits[0, -1]
-    torch.testing.assert_close(_logits(options), expected, rtol=1e-4, atol=1e-5)
+    told = []
+    torch.testing.assert_close(_logits(options, tell=told.append), expected, rtol=1e-4, atol=1e-5)
+    assert told == [f"reaching the server {fed.address}", setup.CHECKING, setup.LOADING]
     assert not torch.allclose(_logits(options, base=True), expected, rtol=1e-4, atol=1e-5)
 
 

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from fedsea.client import run as client_run
+from fedsea.client import setup
 from fedsea.client.local_trunk import LocalTrunk
 from fedsea.client.segments import ClientSegments
 from fedsea.client.trainer import Trainer
@@ -15,7 +16,7 @@ from fedsea.errors import AuthError, ConfigError, DataError, FedseaError, NonFin
 from fedsea.storage import CheckpointStore
 from fedsea.wire.identity import Authority, enroll, install, peers
 from tests.support.assets import make_checkpoint, write_silo
-from tests.support.federation import make_identities
+from tests.support.federation import Watch, make_identities
 
 
 def test_a_federation_trains_to_its_end(federation):
@@ -23,6 +24,7 @@ def test_a_federation_trains_to_its_end(federation):
     parts = fed.train(evaluate=True)
     for part in parts.values():
         assert part.result.next_step == 6
+        assert part.watch.loaded == [f"reaching the server {fed.address}", setup.CHECKING, setup.READING, setup.LOADING]
         assert [report.step for report in part.watch.steps] == list(range(6))
         assert part.result.loss_after < part.result.loss_before
         assert part.result.bytes_sent > part.result.bytes_by_kind["Forward"] > 0
@@ -61,7 +63,7 @@ def test_training_alone_gives_the_bits_of_a_federation_of_one(federation, sync):
 
 
 def test_training_alone_counts_the_trunk_s_work_as_the_trunk_s(federation, monkeypatch):
-    fed, now = federation("a"), [0.0]
+    fed, now, watch = federation("a"), [0.0], Watch()
 
     def taking(seconds, call):
         def called(*args):
@@ -73,7 +75,8 @@ def test_training_alone_counts_the_trunk_s_work_as_the_trunk_s(federation, monke
     monkeypatch.setattr("fedsea.client.trainer.time", SimpleNamespace(perf_counter=lambda: now[0]))
     for name, seconds in (("forward", 2.0), ("backward", 3.0)):
         monkeypatch.setattr(LocalTrunk, name, taking(seconds, getattr(LocalTrunk, name)))
-    summary = client_run.train_alone(fed.plan_file, "a", fed.client_options("a", evaluate=False))
+    summary = client_run.train_alone(fed.plan_file, "a", fed.client_options("a", evaluate=False), watch)
+    assert watch.loaded == [setup.CHECKING, setup.READING, setup.LOADING_ALL]
     count, _ = fed.plan.micro_batches_of("a")
     assert summary.phases_s == {"input": 0.0, "trunk": 6 * count * 5.0, "output": 0.0, "commit": 0.0}
 

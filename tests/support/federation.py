@@ -50,12 +50,16 @@ class Watch:
     """An observer that keeps what it is told, and lets a test wait for it."""
 
     def __init__(self) -> None:
+        self.loaded: list[str] = []
         self.steps: list[StepReport] = []
         self.evaluations: list[EvaluationReport] = []
         self.waits: list[tuple[str, ...]] = []
         self.begun = threading.Event()
         self.trunk: Any = None
         self._news = threading.Condition()
+
+    def loading(self, what: str) -> None:
+        self._note(self.loaded, what)
 
     def begin(self, _plan: FederationPlan, _name: str, trunk: Any) -> None:
         self.trunk = trunk

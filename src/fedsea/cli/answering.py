@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
     from fedsea.client.drafters import Drafter
     from fedsea.client.inference import OpenedDecoder
     from fedsea.client.pseudonyms import Prompt
+    from fedsea.client.setup import ClientOptions
 
 Run = Annotated[Path, typer.Option(help="Run folder of `fedsea train` with this server.")]
 Base = Annotated[
@@ -55,6 +57,20 @@ def generation_settings(*, stop: Sequence[str] | None, **chosen: Any) -> Generat
     if not all(stop or ()):
         raise ConfigError("--stop is empty and would end every answer before it begins: leave it out.")
     return GenerationSettings(**chosen)
+
+
+@contextlib.contextmanager
+def open_model(options: ClientOptions, *, base: bool, silent: bool = False) -> Iterator[OpenedDecoder]:
+    """`client.inference.open_decoder`, which takes seconds: what is done meanwhile is shown, unless `silent`."""
+    from fedsea.cli.loading import LIBRARIES, Loading
+
+    with Loading(silent) as loading:
+        loading(LIBRARIES)
+        from fedsea.client.inference import open_decoder
+
+        with open_decoder(options, base=base, tell=loading) as opened:
+            loading.done()
+            yield opened
 
 
 def pick_drafter(name: str, opened: OpenedDecoder) -> Drafter | None:

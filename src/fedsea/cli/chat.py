@@ -74,10 +74,9 @@ def chat(
         device=device,
         retry_for=retry_for,
     )
-    from fedsea.cli.conversation import Conversation
-    from fedsea.client.inference import open_decoder
+    with a.open_model(options, base=base) as opened:
+        from fedsea.cli.conversation import Conversation
 
-    with open_decoder(options, base=base) as opened:
         wanted = replace(wanted, stop_tokens=opened.stop_tokens)
         with contextlib.closing(Conversation(opened, wanted, drafter, stop or (), system)) as conversation:
             _talk(conversation)

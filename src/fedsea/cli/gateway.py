@@ -68,7 +68,7 @@ def gateway(
     """
     output.begin(as_json=as_json)
     a.check_drafter(drafter)
-    _check_host(host, api_key)
+    _check_host(host, api_key, port)
     address = o.need_server(server)
     if not base:
         o.need_run(run)
@@ -83,10 +83,11 @@ def gateway(
         retry_for=retry_for,
     )
     until = threading.Event()
-    from fedsea.client.gateway import run as run_module
+    from fedsea.cli.loading import LIBRARIES, Loading
     from fedsea.storage import write_bytes_atomic
 
     def ready(gateway: Gateway) -> None:
+        loading.done()
         _end_in_good_order(until)
         if ready_file is not None:
             write_bytes_atomic(ready_file, gateway.url.encode())
@@ -95,24 +96,34 @@ def gateway(
         else:
             output.say(f"Serving {gateway.name} at {gateway.url}")
 
-    chosen = run_module.GatewaySettings(
-        host=host,
-        port=port,
-        api_key=api_key,
-        model_name=name,
-        most_running=concurrency,
-        most_waiting=queue,
-        max_body_bytes=max_body << 20,
-        default_new_tokens=max_new_tokens,
-        first_s=wait,
-    )
-    run_module.serve(
-        options, chosen, base=base, drafter=lambda opened: a.pick_drafter(drafter, opened), until=until, on_ready=ready
-    )
+    with Loading(as_json) as loading:
+        loading(LIBRARIES)
+        from fedsea.client.gateway import run as run_module
+
+        chosen = run_module.GatewaySettings(
+            host=host,
+            port=port,
+            api_key=api_key,
+            model_name=name,
+            most_running=concurrency,
+            most_waiting=queue,
+            max_body_bytes=max_body << 20,
+            default_new_tokens=max_new_tokens,
+            first_s=wait,
+        )
+        run_module.serve(
+            options,
+            chosen,
+            base=base,
+            drafter=lambda opened: a.pick_drafter(drafter, opened),
+            until=until,
+            on_ready=ready,
+            tell=loading,
+        )
 
 
-def _check_host(host: str, api_key: str | None) -> None:
-    """Whether the packages are there, and whether a key is needed.
+def _check_host(host: str, api_key: str | None, port: int) -> None:
+    """Whether the packages are there, whether a key is needed, and whether the port is free.
 
     Raises:
         ConfigError: Says what is missing.
@@ -125,9 +136,10 @@ def _check_host(host: str, api_key: str | None) -> None:
     except ImportError:
         sentence = 'The gateway needs more packages: pip install ".[gateway]" in the folder of the source.'
         raise ConfigError(sentence) from None
-    from fedsea.client.gateway.guard import check_host
+    from fedsea.client.gateway.guard import bound, check_host
 
     check_host(host, api_key)
+    bound(host, port).close()
 
 
 def _end_in_good_order(until: threading.Event) -> None:

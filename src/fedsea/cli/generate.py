@@ -133,9 +133,7 @@ def _generate(
 ) -> Answer:
     from dataclasses import replace
 
-    from fedsea.client.inference import open_decoder
-
-    with open_decoder(options, base=base) as opened:
+    with a.open_model(options, base=base, silent=silent) as opened:
         prompts = opened.prompts
         if template == "chat":
             prompt = prompts.chat([{"role": "user", "content": text}])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -10,6 +11,9 @@ import typer
 
 if TYPE_CHECKING:
     from fedsea.client.setup import ClientOptions
+
+
+log = logging.getLogger(__name__)
 
 
 def _check_server(address: str | None) -> str | None:
@@ -111,6 +115,14 @@ def need_run(folder: Path, otherwise: str = " With --base, the base model's own 
         raise ConfigError(f"There is no folder {folder}: give the run folder of `fedsea train` with --run.{otherwise}")
 
 
+def look_for_server(address: str) -> None:
+    """Say at once, and not when torch is loaded, if nothing answers there; a server may still come, and is sought."""
+    from fedsea.wire.identity import unreachable
+
+    if (error := unreachable(address)) is not None:
+        log.warning("%s It is tried again when the libraries are loaded.", error.message)
+
+
 def need_file(path: Path, option: str = "--data") -> None:
     """Whether there is a file.
 
@@ -163,8 +175,8 @@ def client_options(
 ) -> ClientOptions:
     """The options of a command, as the Python call takes them; what can be checked before a connection is checked.
 
-    It is checked before torch is loaded, which takes seconds. A command that needs no data leaves `data` out; None says
-    that the user gave none. Without a server no identity is needed.
+    It is checked before torch is loaded, which takes seconds; a server that does not answer is a warning. A command
+    that needs no data leaves `data` out; None says that the user gave none. Without a server no identity is needed.
 
     Raises:
         ConfigError: An argument cannot work.
@@ -192,6 +204,7 @@ def client_options(
         DataFormat(format_name, fields)  # type: ignore[arg-type]
     if server:
         need_identity(identity)
+        look_for_server(server)
     from fedsea.client.setup import ClientOptions
 
     return ClientOptions(

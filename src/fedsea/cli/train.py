@@ -100,12 +100,15 @@ def _check_alone(plan: Path | None, name: str | None, *, alone: bool) -> None:
 
 
 def _run(options: ClientOptions, plan: Path | None, name: str | None, *, silent: bool) -> TrainSummary:
-    from fedsea.client import run as client
+    from fedsea.cli.loading import LIBRARIES
     from fedsea.observe.observers import compose
     from fedsea.observe.progress import ClientDisplay
     from fedsea.observe.recorders import ClientRecorder
 
     with ClientDisplay(quiet=silent) as display, ClientRecorder(options.run) as recorder:
+        display.loading(LIBRARIES)
+        from fedsea.client import run as client
+
         observer = compose(display, recorder)
         if plan is not None and name is not None:
             return client.train_alone(plan, name, options, observer)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -66,7 +66,9 @@ class OpenedDecoder:
 
 
 @contextlib.contextmanager
-def open_decoder(options: ClientOptions, *, base: bool = False) -> Iterator[OpenedDecoder]:
+def open_decoder(
+    options: ClientOptions, *, base: bool = False, tell: Callable[[str], None] = setup.unsaid
+) -> Iterator[OpenedDecoder]:
     """Open the federation's model for this client, through the server; the connection lasts as long as the context.
 
     A lost connection is sought for `options.retry_for_s`; answers under way then go on where they were. The log says so
@@ -75,12 +77,14 @@ def open_decoder(options: ClientOptions, *, base: bool = False) -> Iterator[Open
     Args:
         options: `options.run` holds this client's training run with the server; its parameters are used. No data.
         base: Use the base model's own segments with the server's trunk, whatever `options.run` holds.
+        tell: Told what is being done meanwhile, for displays.
 
     Raises:
         ConfigError: The run folder holds no run, or another one; the plan allows no inference or goes past this
             client's limits; the base model is another one.
         FedseaError: The server cannot be reached or refuses.
     """
+    tell(setup.reaching(options))
     invited = setup.accept(options)
     plan, name = invited.plan, invited.name
     if not plan.inference.enabled:
@@ -88,9 +92,11 @@ def open_decoder(options: ClientOptions, *, base: bool = False) -> Iterator[Open
     state, trained = (None, None) if base else own_run(options.run, invited.key)
     pseudonyms = pseudonyms_of(options.settings, name)
     warn_without(options.run, pseudonyms)
+    tell(setup.CHECKING)
     checkpoint = setup.open_base_model(plan, options, name)
     vocab_size = int(checkpoint.config.get_text_config(decoder=True).vocab_size)
     tokenizer = load_tokenizer(str(checkpoint.folder), plan.model.revision, vocab_size=vocab_size)
+    tell(setup.LOADING)
     segments = setup.load_segments(plan, checkpoint, name, options.device)
     if trained is not None:
         segments.load_tensors(trained)

@@ -119,15 +119,16 @@ def train(options: ClientOptions, observer: Observer | None = None) -> TrainSumm
 
     Args:
         options: See `ClientOptions`.
-        observer: Told of every step and evaluation; if it has `waiting(names)`, `bytes(up, down)` or
-            `begin(plan, name)`, these are called too.
+        observer: Told of every step and evaluation; if it has `loading(what)`, `waiting(names)`, `bytes(up, down)`
+            or `begin(plan, name)`, these are called too.
 
     Raises:
         FedseaError: This client cannot take part, or cannot go on; what was applied is durable, and the same call
             goes on from there.
     """
-    ended = _ended(options.run)
+    ended, tell = _ended(options.run), getattr(observer, "loading", setup.unsaid)
     try:
+        tell(setup.reaching(options))
         invited = setup.accept(options if ended is None else replace(options, retry_for_s=0.0))
     except FedseaError as error:
         if ended is None or ended.run_id == ALONE or not error.retryable or ended.client != _name_of(options):
@@ -143,13 +144,16 @@ def train(options: ClientOptions, observer: Observer | None = None) -> TrainSumm
         if _finished_there_too(options, invited, ended):
             log.info("this run is finished (%d steps)", ended.standing.next_step)
             return _as_before(ended)
+    tell(setup.CHECKING)
     checkpoint = setup.open_base_model(plan, options, name)
+    tell(setup.READING)
     silo = setup.open_data(plan, checkpoint, options, name)
     files = files_sha256(options.data)
     store = ClientStore(options.run, plan, invited.invitation.run_id, name, options.data_format)
     recorder = _Recorder(observer)
     try:
         store.check()
+        tell(setup.LOADING)
         segments = setup.load_segments(plan, checkpoint, name, options.device)
         trunk = RemoteTrunk(
             options.server,
@@ -243,7 +247,8 @@ def train_alone(plan_file: Path, name: str, options: ClientOptions, observer: Ob
     """
     if options.threads:
         torch.set_num_threads(options.threads)
-    plan = load_plan(plan_file).alone(name)
+    plan, tell = load_plan(plan_file).alone(name), getattr(observer, "loading", setup.unsaid)
+    tell(setup.CHECKING)
     checkpoint = setup.open_base_model(plan, options, name)
     plan = plan.model_copy(update={"model": plan.model.model_copy(update={"fingerprint": fingerprint(checkpoint)})})
     ended = _ended(options.run)
@@ -251,12 +256,14 @@ def train_alone(plan_file: Path, name: str, options: ClientOptions, observer: Ob
         _check_files(options, ended)
         log.info("this run is finished (%d steps)", ended.standing.next_step)
         return _as_before(ended)
+    tell(setup.READING)
     silo = setup.open_data(plan, checkpoint, options, name)
     files = files_sha256(options.data)
     store = ClientStore(options.run, plan, ALONE, name, options.data_format)
     recorder = _Recorder(observer)
     try:
         store.check()  # before the trunk, whose tensors may have other shapes
+        tell(setup.LOADING_ALL)
         segments = setup.load_segments(plan, checkpoint, name, options.device)
         blocks = plan.partition_of(name).trunk(checkpoint.num_blocks)
         segment = trainable_trunk(plan, checkpoint, blocks, options.device)

@@ -37,6 +37,12 @@ from fedsea.wire.limits import WireLimits
 
 log = logging.getLogger(__name__)
 
+CHECKING = "checking the base model"
+READING = "reading the data"
+LOADING = "loading the model's input and output blocks"
+LOADING_ALL = "loading the model's blocks"
+"""What is being done, for displays; see also `reaching`."""
+
 
 @dataclass(frozen=True, slots=True)
 class ClientOptions:
@@ -110,6 +116,15 @@ class Invited:
     def key(self) -> RunKey:
         """The run that this client's folder must hold."""
         return RunKey(self.plan, self.invitation.run_id, self.name)
+
+
+def unsaid(_what: str) -> None:
+    """Tells nobody what is being done."""
+
+
+def reaching(options: ClientOptions) -> str:
+    """What is being done, for displays, as long as the server has not answered."""
+    return f"reaching the server {options.server}"
 
 
 def ask(options: ClientOptions) -> Invited:

@@ -103,6 +103,11 @@ class Observers:
         for observer in self._following:
             observer.begin(plan, name, link)
 
+    def loading(self, what: str) -> None:
+        """This is being done before anything can be trained; told to whoever has a `loading`."""
+        for observer in self._observers:
+            getattr(observer, "loading", lambda _: None)(what)
+
     def waiting(self, names: tuple[str, ...]) -> None:
         """The server waits for these clients."""
         for observer in self._following:

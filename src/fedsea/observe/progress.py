@@ -10,6 +10,7 @@ from typing import Self
 from rich.console import Console, Group, RenderableType
 from rich.live import Live
 from rich.progress_bar import ProgressBar
+from rich.spinner import Spinner
 from rich.table import Table
 from rich.text import Text
 
@@ -102,13 +103,31 @@ class ClientDisplay(_Screen):
         self._loss: float | None = None
         self._held_out: EvaluationLike | None = None
         self._waiting: tuple[str, ...] = ()
+        self._spinner: Spinner | None = None  # as long as something is being loaded
         self._bytes = (0, 0)
         self._working = WorkingTime(clock)
         self._pace = Pace()
         self._tokens = 0
 
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._live is not None:
+            self._live.transient = self._spinner is not None  # it stays on the screen only if there was a run
+        super().__exit__(kind, error, trace)
+
+    def loading(self, what: str) -> None:
+        """This is being done, and there is nothing to be trained yet; elsewhere than on a terminal only the first."""
+        if self._spinner is None:
+            self._spinner = Spinner("dots")
+            self._plain(f"{what[0].upper()}{what[1:]}, which takes some seconds.")
+        self._spinner.update(text=Text(f"{what} …"))
+        if self._live is not None:
+            self._live.refresh()  # at once: an import may leave no other thread its turn
+
     def begin(self, plan: FederationPlan, name: str, link: Link | None = None) -> None:
         """The plan is agreed on; bytes are read from `link` from now on."""
+        self._spinner = None
         self._name, self._num_steps, self._link = name, plan.num_steps, link
         self._pace.mark(self._working(), 0, 0)
 
@@ -146,6 +165,8 @@ class ClientDisplay(_Screen):
 
     def render(self) -> RenderableType:
         """How the run stands, for the live display."""
+        if (spinner := self._spinner) is not None:
+            return spinner
         rows: list[RenderableType] = [
             _bar(self._name, self._done, self._num_steps),
             Text(_SEPARATOR.join(self._facts()), overflow="ellipsis", no_wrap=True),

@@ -14,10 +14,11 @@ def undone(restored: None) -> None:
 
 @pytest.fixture
 def without_folders(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The commands ask neither for an identity nor for a run folder: what would use them is stubbed."""
+    """The commands ask neither for an identity, a run folder nor a server: what would use them is stubbed."""
 
     def there(_folder: Path, *_: str) -> None:
         return
 
     monkeypatch.setattr(options, "need_identity", there)
     monkeypatch.setattr(options, "need_run", there)
+    monkeypatch.setattr(options, "look_for_server", there)

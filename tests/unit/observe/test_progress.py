@@ -168,11 +168,31 @@ def test_a_servers_pace_leaves_out_what_it_waited_for_clients_that_were_away() -
     assert "34 s left" in display.line()
 
 
+def test_what_is_loaded_before_a_run_is_shown_and_then_the_run() -> None:
+    out = io.StringIO()
+    with ClientDisplay(console=Console(file=out, force_terminal=True, width=80)) as display:
+        display.loading("reaching the server [::1]:1")
+        assert "reaching the server [::1]:1 …" in out.getvalue()
+        display.begin(PLAN, "clinic")
+        out.truncate(0)
+    assert "reaching" not in out.getvalue()
+    assert "0/20" in out.getvalue()
+
+
+def test_elsewhere_only_the_first_thing_that_is_loaded_is_said() -> None:
+    out, console = plain()
+    with ClientDisplay(console=console) as display:
+        display.loading("loading the libraries")
+        display.loading("reaching the server")
+    assert out.getvalue() == "Loading the libraries, which takes some seconds.\n"
+
+
 def test_quiet_shows_nothing_on_a_terminal_or_elsewhere() -> None:
     for terminal in (True, False):
         out = io.StringIO()
         console = Console(file=out, force_terminal=terminal)
         with ClientDisplay(PLAN, "clinic", quiet=True, console=console) as display:
+            display.loading("the libraries")
             display.step(Step())
             display.evaluation(Evaluation())
             display.waiting(("bank",))
@@ -271,6 +291,9 @@ class Plain:
 
 
 class Following(Plain):
+    def loading(self, what: str) -> None:
+        self.seen.append("loading")
+
     def begin(self, plan: object, name: str, link: object = None) -> None:
         self.seen.append("begin")
 
@@ -284,10 +307,11 @@ class Following(Plain):
 def test_compose_tells_everybody_what_they_follow() -> None:
     plain_one, following = Plain(), Following()
     both = compose(plain_one, following)
+    both.loading("the model")
     both.begin(PLAN, "clinic")
     both.step(Step())
     both.waiting(())
     both.bytes(1, 2)
     both.evaluation(Evaluation())
     assert plain_one.seen == ["step", "evaluation"]
-    assert following.seen == ["begin", "step", "waiting", "bytes", "evaluation"]
+    assert following.seen == ["loading", "begin", "step", "waiting", "bytes", "evaluation"]

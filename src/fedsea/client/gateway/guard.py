@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import hmac
 import ipaddress
+import socket
 
 from starlette.datastructures import Headers
 from starlette.requests import Request
@@ -46,6 +47,23 @@ def check_host(host: str, api_key: str | None) -> None:
             f"{host} can be reached from other machines, so the gateway needs an API key: set FEDSEA_API_KEY (or give "
             "--api-key), or use --host 127.0.0.1. It speaks plain HTTP: put a proxy with TLS before it."
         )
+
+
+def bound(host: str, port: int) -> socket.socket:
+    """A socket that listens where applications are to connect.
+
+    Raises:
+        ConfigError: The address cannot be used.
+    """
+    name = host.strip("[]")
+    try:
+        family = socket.AF_INET6 if ":" in name else socket.AF_INET
+        return socket.create_server((name, port), family=family, backlog=512)
+    except (OSError, OverflowError) as error:
+        reason = (getattr(error, "strerror", None) or "no such address").partition(" (while")[0]
+        raise ConfigError(
+            f"The gateway cannot listen at {host}:{port} ({reason}): choose another --port or --host."
+        ) from None
 
 
 class Guard:

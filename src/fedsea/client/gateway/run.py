@@ -12,13 +12,13 @@ import uvicorn
 
 from fedsea.client.drafters import Drafter
 from fedsea.client.gateway.app import Served, build
-from fedsea.client.gateway.guard import Guard, check_host
+from fedsea.client.gateway.guard import Guard, bound, check_host
 from fedsea.client.gateway.metrics import GatewayMetrics
 from fedsea.client.gateway.pieces import Pieces
 from fedsea.client.gateway.work import Means, Workers
 from fedsea.client.inference import OpenedDecoder, open_decoder
-from fedsea.client.setup import ClientOptions
-from fedsea.errors import ConfigError, FedseaError
+from fedsea.client.setup import ClientOptions, unsaid
+from fedsea.errors import FedseaError
 
 _GRACE_S = 5
 """How long answers under way may take to end when the gateway stops; they are cancelled first."""
@@ -59,6 +59,7 @@ def serve(
     drafter: Callable[[OpenedDecoder], Drafter | None] = lambda _: None,
     until: threading.Event,
     on_ready: Callable[[Gateway], None] = lambda _: None,
+    tell: Callable[[str], None] = unsaid,
 ) -> None:
     """Open the federation's model and serve it.
 
@@ -69,13 +70,15 @@ def serve(
         drafter: Given the opened model, what drafts for every choice; None: no speculation.
         until: Ends it in good order.
         on_ready: Called when requests are answered.
+        tell: As for `open_decoder`.
 
     Raises:
         ConfigError: The address cannot be used, or as for `open_decoder`.
         FedseaError: The federation's server cannot be reached, or was lost for good.
     """
     check_host(settings.host, settings.api_key)
-    with _bound(settings) as listener, open_decoder(options, base=base) as opened:
+    listening = bound(settings.host, settings.port)
+    with listening as listener, open_decoder(options, base=base, tell=tell) as opened:
         with Gateway(opened, settings, drafter(opened), listener=listener, stopped=until) as gateway:
             on_ready(gateway)
             until.wait()
@@ -121,7 +124,7 @@ class Gateway:
         self.workers = Workers(means, most, settings.most_waiting)
         self._trunk = opened.trunk
         self._stopped = stopped or threading.Event()
-        self._listener = listener or _bound(settings)
+        self._listener = listener or bound(settings.host, settings.port)
         host, port = self._listener.getsockname()[:2]
         self.url = f"http://{f'[{host}]' if ':' in host else host}:{port}/v1"
         served = Served(
@@ -179,16 +182,3 @@ class Gateway:
 
     def _connected(self) -> bool:
         return self.error is None and bool(getattr(self._trunk, "connected", True))
-
-
-def _bound(settings: GatewaySettings) -> socket.socket:
-    """A socket that listens."""
-    host = settings.host.strip("[]")
-    try:
-        family = socket.AF_INET6 if ":" in host else socket.AF_INET
-        return socket.create_server((host, settings.port), family=family, backlog=512)
-    except (OSError, OverflowError) as error:
-        reason = getattr(error, "strerror", None) or "no such address"
-        raise ConfigError(
-            f"The gateway cannot listen at {settings.host}:{settings.port} ({reason}): choose another --port or --host."
-        ) from None

@@ -17,7 +17,7 @@ diagnose.py      one sentence about a connection that failed
 
 from fedsea.wire.identity.authority import Authority, ClientCertificate
 from fedsea.wire.identity.certificates import Role
-from fedsea.wire.identity.diagnose import diagnose
+from fedsea.wire.identity.diagnose import diagnose, unreachable
 from fedsea.wire.identity.enrollment import Enrollment, begin_renewal, enroll, finish_renewal, install
 from fedsea.wire.identity.identity import Identity, needs_renewal
 from fedsea.wire.identity.peers import PeerGate, PeerIdentity
@@ -36,4 +36,5 @@ __all__ = [
     "finish_renewal",
     "install",
     "needs_renewal",
+    "unreachable",
 ]

@@ -6,6 +6,7 @@ goes the same way once more, step by step, and returns the sentence for the step
 
 from __future__ import annotations
 
+import os
 import socket
 import ssl
 import threading
@@ -26,6 +27,8 @@ _OTHER_HOST = (62, 64)
 # A server that speaks HTTP/2 and accepts our certificate answers this with its own SETTINGS frame.
 _HTTP2_HELLO = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + bytes([0, 0, 0, 4, 0, 0, 0, 0, 0])
 
+_PROXIES = ("grpc_proxy", "https_proxy", "http_proxy")
+
 _Addresses = list[tuple[socket.AddressFamily, Any]]
 
 
@@ -45,6 +48,26 @@ def diagnose(address: str, identity: Identity, timeout_s: float = 10.0) -> Fedse
     error = _go(address, identity, deadline)
     # Nobody tries again after an AuthError, so a server that was just stopping must not cause one: look twice.
     return _go(address, identity, deadline) if isinstance(error, AuthError) else error
+
+
+def unreachable(address: str, timeout_s: float = 2.0) -> FedseaError | None:
+    """Why no connection to a server comes up, as far as a plain socket can tell; None if one does.
+
+    Where gRPC would go through a proxy of the environment, nothing is tried.
+
+    Args:
+        address: `HOST:PORT` of the server.
+        timeout_s: Longest time that this takes.
+    """
+    if any(os.environ.get(name) for name in _PROXIES):
+        return None
+    deadline = time.monotonic() + timeout_s
+    try:
+        host, port = split_address(address)
+        _connect(_resolve(host, port, deadline), address, deadline).close()
+    except FedseaError as error:
+        return error
+    return None
 
 
 def _go(address: str, identity: Identity, deadline: float) -> FedseaError:
