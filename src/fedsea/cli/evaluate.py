@@ -59,9 +59,13 @@ def evaluate(
         retry_for=retry_for,
         skip_bad_rows=skip_bad_rows,
     )
-    from fedsea.client import results
+    from fedsea.cli.loading import LIBRARIES, Loading
 
-    summary = results.evaluate(options, everything, base)
+    with Loading(as_json) as loading:
+        loading(LIBRARIES)
+        from fedsea.client import results
+
+        summary = results.evaluate(options, everything, base, loading)
     if as_json:
         output.result(asdict(summary))
     else:

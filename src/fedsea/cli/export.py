@@ -50,9 +50,13 @@ def export(
         address = o.need_server(server)
         o.need_run(run, "")
         options = o.client_options(address, identity, run=run, model=model, retry_for=retry_for)
-        from fedsea.client.results import export_adapter
+        from fedsea.cli.loading import LIBRARIES, Loading
 
-        export_adapter(options, out, merged)
+        with Loading(as_json) as loading:
+            loading(LIBRARIES)
+            from fedsea.client.results import export_adapter
+
+            export_adapter(options, out, merged, loading)
     if as_json:
         output.result({"out": str(out), "merged": merged})
     elif merged:

@@ -6,6 +6,7 @@ import asyncio
 import logging
 import math
 import threading
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -44,7 +45,12 @@ class EvalSummary:
     segments: Literal["trained", "base"]
 
 
-def evaluate(options: ClientOptions, everything: bool = False, base: bool = False) -> EvalSummary:
+def evaluate(
+    options: ClientOptions,
+    everything: bool = False,
+    base: bool = False,
+    tell: Callable[[str], None] | None = None,
+) -> EvalSummary:
     """Loss of the federation's model on this client's data, through the server.
 
     Args:
@@ -52,19 +58,25 @@ def evaluate(options: ClientOptions, everything: bool = False, base: bool = Fals
             `options` names no format of its own, its format of rows.
         everything: All rows instead of the held-out split.
         base: Use the base model's own segments with the server's trunk, whatever `options.run` holds.
+        tell: Told what is being done meanwhile, for displays; None: nobody is.
 
     Raises:
         ConfigError: The run folder holds no run, or another one.
         FedseaError: The server cannot be reached, or the data cannot be used.
     """
+    tell = tell or setup.unsaid
+    tell(setup.reaching(options))
     invited = setup.accept(options)
     plan, name = invited.plan, invited.name
     state, trained = (None, None) if base else own_run(options.run, invited.key)
     if trained is not None and options.data_format == DataFormat():
         known = ClientStore.format_of(options.run)
         options = replace(options, format=known.name, fields=known.fields)
+    tell(setup.CHECKING)
     checkpoint = setup.open_base_model(plan, options, name)
+    tell(setup.READING)
     silo = setup.open_data(plan, checkpoint, options, name)
+    tell(setup.LOADING)
     segments = setup.load_segments(plan, checkpoint, name, options.device)
     if trained is not None:
         segments.load_tensors(trained)
@@ -72,18 +84,22 @@ def evaluate(options: ClientOptions, everything: bool = False, base: bool = Fals
         say_if_apart(plan, name, state, status(options.server, options.identity)["next_step"], options.run)
     batches = setup.every_row(plan, silo, name) if everything else setup.held_out(plan, silo, name)
     limits, run_id = setup.wire_limits(plan, checkpoint, name), invited.invitation.run_id
+    tell("evaluating")
     with setup.open_boundary(plan, name, run_id, options) as boundary, observing(options, invited, limits) as trunk:
         loss, tokens = evaluate_batches(segments, trunk, boundary, batches, plan)
     return EvalSummary(loss, math.exp(min(loss, 700.0)), tokens, "base" if base else "trained")
 
 
-def export_adapter(options: ClientOptions, out: Path, merged: bool = False) -> None:
+def export_adapter(
+    options: ClientOptions, out: Path, merged: bool = False, tell: Callable[[str], None] | None = None
+) -> None:
     """Write the whole model's adapter: this client's part, and the trunk's, fetched from the server.
 
     Args:
         options: With the run folder of a training run.
         out: Folder to write: a PEFT adapter, or a whole checkpoint.
         merged: Merge into the base weights (which must all be here).
+        tell: Told what is being done meanwhile, for displays; None: nobody is.
 
     Raises:
         ConfigError: `out` holds something already, the run folder holds no run or another one, or its run and the
@@ -91,15 +107,20 @@ def export_adapter(options: ClientOptions, out: Path, merged: bool = False) -> N
         FedseaError: The server cannot be reached or does not share the trunk.
     """
     check_new_folder(out)
+    tell = tell or setup.unsaid
+    tell(setup.reaching(options))
     invited = setup.ask(options)
     plan, name = invited.plan, invited.name
     state, found = _look(options.run, invited.key)
+    tell(setup.CHECKING)
     checkpoint = setup.open_base_model(plan, options, name)
+    tell("fetching the trunk's part")
     with observing(options, invited, setup.wire_limits(plan, checkpoint, name, trunk=True)) as trunk:
         theirs = trunk.fetch().result()
     ended = ClientStore.ended(options.run)
     finished = ended is not None and ended.belongs_to(invited.key) and ended.standing.next_step == state.next_step
     check_steps(plan, name, state, theirs.next_step, options.run, finished=finished)
+    tell("writing")
     prefix = "parameter."
     ours = {key.removeprefix(prefix): value for key, value in found.items() if key.startswith(prefix)}
     export.write(out, checkpoint, {**dict(theirs.tensors), **ours}, plan, merged=merged)  # type: ignore[arg-type]
