@@ -35,6 +35,7 @@ from fedsea.model.layout import (
     path_in_block,
     unit_of,
 )
+from fedsea.model.undrawn import Undrawn
 from fedsea.plan import AdapterSection, SegmentTraining
 from fedsea.types import Partition, SegmentKind
 
@@ -248,7 +249,8 @@ def _inject(model: PreTrainedModel, targets: Mapping[str, Linear], settings: Ada
         bias="none",
     )
     # On the meta device: the values are set by `_initialise`, without a draw from the global generator.
-    inject_adapter_in_model(config, model, adapter_name=_ADAPTER, low_cpu_mem_usage=True)
+    with Undrawn():
+        inject_adapter_in_model(config, model, adapter_name=_ADAPTER, low_cpu_mem_usage=True)
     fuse(model)
 
 

@@ -22,6 +22,7 @@ from fedsea.errors import ConfigError
 from fedsea.model import temperature
 from fedsea.model.attention import attention_for
 from fedsea.model.families import family_of, refusal
+from fedsea.model.undrawn import Undrawn
 from fedsea.types import SegmentKind
 
 if TYPE_CHECKING:
@@ -95,7 +96,7 @@ def build(config: PretrainedConfig, dtype: torch.dtype) -> tuple[PreTrainedModel
         config.output_router_logits = False
     settings = {} if attention is None else {"attn_implementation": attention}
     try:
-        with _BUILDING, init_empty_weights(include_buffers=False):
+        with _BUILDING, init_empty_weights(include_buffers=False), Undrawn():
             model = AutoModelForCausalLM.from_config(config, dtype=dtype, **settings)
     except (ValueError, TypeError, AttributeError, KeyError, ImportError, RuntimeError) as error:
         raise refused(config, f"transformers cannot build it from its config ({type(error).__name__})") from error
