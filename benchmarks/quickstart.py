@@ -19,7 +19,7 @@ def main() -> None:
     options = arguments(__doc__).parse_args()
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch) / "quickstart"
-        found = run(QuickstartOptions(folder, steps=4 if options.tiny else None))
+        found = run(QuickstartOptions(folder, steps=1 if options.tiny else None))
         plan = load_plan(folder / "plan.toml")
     alone = found.val_loss["alone"]
     figures = {

@@ -17,7 +17,7 @@ from tests.fault.killer import Killer, in_a_process
 from tests.unit.privacy.plans import noised
 
 PLAN = noised()
-CHARGES = 3
+CHARGES = 2
 MOST_CALLS = 400
 
 

@@ -21,7 +21,7 @@ def test_a_short_quickstart_compares_all_models_and_writes_its_page(tmp_path):
         audited.append(result.sample["answer"])
         return ("defence", "channel"), ("some defence", "left out: <no time>")
 
-    options = QuickstartOptions(tmp_path / "quick", steps=8)
+    options = QuickstartOptions(tmp_path / "quick", steps=4)
     found = run(options, lambda *report: told.append(report), presented.append, shown.append, audit)
 
     assert set(found.val_loss) == {"base", "alone", "federated", "central"}
@@ -32,7 +32,7 @@ def test_a_short_quickstart_compares_all_models_and_writes_its_page(tmp_path):
     for name, loss in found.val_loss["alone"].items():
         assert found.by_silo[name][name] < found.by_silo["base"][name]
         assert loss > found.val_loss["federated"]
-    assert ("federation", 8, 8) in told
+    assert ("federation", 4, 4) in told
     assert found.bytes_by_kind["Forward"] > found.bytes_by_kind["Backward"] > 0
     assert [result.sample["answer"] for result in presented] == [""]
     assert [set(result.seconds) for result in (*presented, found)] == [

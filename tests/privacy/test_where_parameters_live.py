@@ -1,8 +1,8 @@
-"""Which parameters a server's and a client's process hold in memory."""
+"""Which parameters a server's and a client's process hold in memory, and which code a server's."""
 
 from __future__ import annotations
 
-from tests.support.processes import Fault
+from tests.support.processes import Fault, modules_of_a_server
 
 
 def test_the_server_holds_no_embedding_or_head_and_the_client_no_trunk(federation):
@@ -21,3 +21,10 @@ def test_the_server_holds_no_embedding_or_head_and_the_client_no_trunk(federatio
     assert blocks(at_client) == {"0", "4"}
     others = {name for name in at_client if not name.startswith("model.layers.")}
     assert others == {"model.embed_tokens.weight", "model.norm.weight", "lm_head.weight"}
+
+
+def test_the_server_imports_neither_text_nor_privacy():
+    """As imported at run time, beside what import-linter says of the source."""
+    found = modules_of_a_server()
+    assert "fedsea.server.run" in found
+    assert [name for name in found if name.startswith(("fedsea.data", "fedsea.privacy", "fedsea.client"))] == []

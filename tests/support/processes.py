@@ -141,6 +141,12 @@ def _train(options: ClientOptions, faults: Sequence[Fault], news: Connection) ->
     _report_errors(lambda news: run.train(options, _Reporter(news)).next_step, faults, news)
 
 
+def _tell_modules(_options: None, _faults: Sequence[Fault], news: Connection) -> None:
+    from tests.support import warm
+
+    news.send(("end", sorted(warm.OF_A_SERVER)))
+
+
 class Child:
     """A process and what it tells."""
 
@@ -200,3 +206,9 @@ def spawn_server(options: ServerOptions, faults: Sequence[Fault] = ()) -> Child:
 def spawn_client(options: ClientOptions, faults: Sequence[Fault] = ()) -> Child:
     """See `Fault`."""
     return Child(_train, options, faults)
+
+
+def modules_of_a_server() -> list[str]:
+    """Names of all modules that importing a server's main call brings, as the template process found it."""
+    found: list[str] = Child(_tell_modules, None, ()).finish()
+    return found

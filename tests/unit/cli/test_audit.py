@@ -6,12 +6,14 @@ import json
 import re
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from fedsea.audit import settings
+from fedsea.audit import run, settings
 from fedsea.audit.catalogue import IDS
-from fedsea.audit.settings import QUICK
+from fedsea.audit.outcome import AuditReport
+from fedsea.audit.settings import QUICK, AuditOptions
 from fedsea.cli import main
 from fedsea.cli.audit import _ATTACKS
 from tests.support.audited import PLAN, TINY, noised_plan
@@ -25,7 +27,7 @@ def tiny(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_an_open_plan_is_exposed_in_one_line_of_json_and_a_page(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(settings, "QUICK", replace(TINY, curve_sequences=2, rhos=(0.0, 1.0)))
+    monkeypatch.setattr(settings, "QUICK", replace(TINY, curve_sequences=1, rhos=(0.0, 1.0)))
     own = tmp_path / "own.jsonl"
     own.write_text('{"text": "zanzibar quokka marmalade, nobody else may read this line"}\n')
     out = tmp_path / "out"
@@ -53,13 +55,24 @@ def test_an_open_plan_is_exposed_in_one_line_of_json_and_a_page(
     assert [point["rho"] for point in report["curves"]["noise"]] == [0.0, 1.0]
 
 
-def test_the_exit_code_gates_a_run_at_the_level_that_is_asked_for(tmp_path: Path) -> None:
+def test_the_exit_code_gates_a_run_at_the_level_that_is_asked_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made, audit = {}, run.audit
+
+    def once(options: AuditOptions, *more: Any) -> AuditReport:
+        if options not in made:
+            made[options] = audit(options, *more)
+        return made[options]
+
+    monkeypatch.setattr(run, "audit", once)
     loud = noised_plan(tmp_path, hidden_std=400.0, gradient_std=400.0)
     asked = ["audit", str(loud), "--quick", "--quiet", "--attacks", "A1,A5", "--out", str(tmp_path / "out")]
     assert main.run([*asked, "--fail-on", "exposed"]) == 0
     exposed = ["audit", str(PLAN), "--quick", "--quiet", "--attacks", "A1", "--out", str(tmp_path / "out")]
     assert main.run([*exposed, "--fail-on", "broken"]) == 0
     assert main.run([*exposed, "--fail-on", "exposed"]) == 21
+    assert len(made) == 2  # the level is no part of an audit
 
 
 def test_a_folder_that_cannot_be_made_is_refused_before_the_work(
