@@ -12,6 +12,7 @@ from fedsea.types import BlockRange, Partition
 
 F32 = torch.float32
 HALF_SLIDING = ["sliding_attention", "full_attention"] * 3 + ["sliding_attention"]
+CUTS = (*itertools.product((1, 2, 3), repeat=2), (0, 0))
 
 # The families that the plan promises by name.
 NAMED = {
@@ -82,13 +83,12 @@ def test_named_family_equals_central_for_every_partition(name, zoo, tmp_path):
     central, batch = _central(zoo, NAMED[name], tmp_path)
     loss, gradients = central.loss_and_gradients([batch])
     checkpoint = open_checkpoint(str(tmp_path))
-    for k, m in (*itertools.product((1, 2, 3), repeat=2), (0, 0)):
-        partition = Partition(k, m)
-        segments = (
-            load_input_blocks(checkpoint, partition, dtype=F32),
-            load_trunk(checkpoint, partition.trunk(checkpoint.num_blocks), dtype=F32),
-            load_output_blocks(checkpoint, partition, dtype=F32),
-        )
+    inputs, outputs = _ends(checkpoint)
+    for k, m in CUTS:
+        trunk = load_trunk(checkpoint, Partition(k, m).trunk(checkpoint.num_blocks), dtype=F32)
+        segments = (inputs[k], trunk, outputs[m])
+        for segment in segments:
+            segment.model.zero_grad()
         got = _split_loss(*segments, batch, None)
         got.backward()
         assert got.item() == pytest.approx(loss, rel=1e-5), f"k={k} m={m}"
@@ -103,9 +103,8 @@ def test_other_family_equals_central_for_every_partition(name, zoo, tmp_path):
     checkpoint = open_checkpoint(str(tmp_path))
     num_blocks = checkpoint.num_blocks
     trunk = load_trunk(checkpoint, BlockRange(0, num_blocks), dtype=F32)
-    inputs = {k: load_input_blocks(checkpoint, Partition(k, 0), dtype=F32) for k in (0, 1, 2, 3)}
-    outputs = {m: load_output_blocks(checkpoint, Partition(0, m), dtype=F32) for m in (0, 1, 2, 3)}
-    for k, m in (*itertools.product((1, 2, 3), repeat=2), (0, 0)):
+    inputs, outputs = _ends(checkpoint)
+    for k, m in CUTS:
         for segment in (trunk, inputs[k], outputs[m]):
             segment.model.zero_grad()
         got = _split_loss(inputs[k], trunk, outputs[m], batch, BlockRange(k, num_blocks - m))
@@ -147,6 +146,13 @@ def test_two_clients_with_different_cuts_in_one_group_equal_central_on_the_union
 def _central(zoo, family, folder):
     model_type, settings = family
     return zoo.save(zoo.config(model_type, **settings), folder), zoo.batch()
+
+
+def _ends(checkpoint):
+    """Input and output blocks of all of `CUTS`, by k and by m: a client's ends do not depend on each other."""
+    inputs = {k: load_input_blocks(checkpoint, Partition(k, 0), dtype=F32) for k in (0, 1, 2, 3)}
+    outputs = {m: load_output_blocks(checkpoint, Partition(0, m), dtype=F32) for m in (0, 1, 2, 3)}
+    return inputs, outputs
 
 
 def _split_loss(input_blocks, trunk, output_blocks, batch, blocks):

@@ -9,6 +9,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from fedsea.errors import ConfigError
+from fedsea.model import architecture
 from fedsea.model import checkpoint as checkpoint_module
 from fedsea.model.checkpoint import open_checkpoint
 from fedsea.model.loading import load_input_blocks, load_output_blocks, load_trunk
@@ -60,6 +61,17 @@ def reads(monkeypatch):
 
     monkeypatch.setattr(checkpoint_module, "safe_open", Spy)
     return seen
+
+
+def test_a_model_that_was_opened_before_is_not_outlined_again_and_another_one_is(tmp_path, monkeypatch):
+    built, build = [], architecture.build
+    monkeypatch.setattr(architecture, "build", lambda config, dtype: built.append(config) or build(config, dtype))
+    architecture._described.cache_clear()
+    for tied in (False, True):
+        folder = write(tmp_path / str(tied), tied=tied)
+        assert open_checkpoint(folder).config.tie_word_embeddings is tied
+        open_checkpoint(folder)
+    assert [config.tie_word_embeddings for config in built] == [False, True]
 
 
 @pytest.mark.parametrize("model_type", ["llama", "mixtral"])

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -35,12 +37,26 @@ class _Watched(BlockList):
 
 
 def describe(config: PretrainedConfig) -> Layout:
-    """How the model of a config would be cut.
+    """How the model of a config would be cut; remembered for a few models.
 
     Raises:
         ConfigError: The architecture cannot be split; the message gives the reason.
     """
-    skeleton, layout = build(config, torch.float32)
+    return _described(_Asked(type(config), config.to_json_string(use_diff=False), config))
+
+
+@dataclass(frozen=True, slots=True)
+class _Asked:
+    """A config to be remembered by its content; some cannot be made again from their own text."""
+
+    config_class: type
+    text: str
+    config: PretrainedConfig = field(compare=False, repr=False)
+
+
+@functools.lru_cache(maxsize=4)
+def _described(asked: _Asked) -> Layout:
+    skeleton, layout = build(asked.config, torch.float32)
     cut(skeleton, layout, SegmentKind.TRUNK, range(0))
     _check_nothing_remains(skeleton, layout)
     return layout
