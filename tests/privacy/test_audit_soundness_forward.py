@@ -43,7 +43,7 @@ def test_one_text_attacked_and_another_scored_is_at_unigram_level() -> None:
 
 
 def test_recovery_falls_as_the_noise_grows() -> None:
-    found = [observe(rho=rho, count=5, tokens=24).score(a2_likelihood).recovery.value for rho in (0.5, 2.0, 8.0)]
+    found = [observe(rho=rho, count=3, tokens=24).score(a2_likelihood).recovery.value for rho in (0.5, 2.0, 8.0)]
     assert found[0] > found[1] > found[2]
     assert found[0] > 0.9
     assert found[2] < 0.3
@@ -84,7 +84,7 @@ def test_a_large_vocabulary_is_searched_through_a_shortlist_without_loss(monkeyp
 def test_a_secret_rotation_is_exposed() -> None:
     draw = torch.Generator().manual_seed(3)
     turn_HH = torch.linalg.qr(torch.randn(128, 128, generator=draw)).Q
-    audited = observe(change=lambda rows: rows @ turn_HH, known=16)
+    audited = observe(change=lambda rows: rows @ turn_HH, known=16, count=3, tokens=24)
     assert audited.score(a1_nearest).recovery.value < 0.1  # the rotation is on
     found = audited.score(a6_alignment)
     assert found.recovery.value >= 0.99

@@ -361,8 +361,8 @@ def test_exposure_is_the_rank_in_bits() -> None:
 def test_the_same_seed_gives_the_noise_that_attacks_make_themselves_again(
     base_model: Path, monkeypatch: pytest.MonkeyPatch, sync: str
 ) -> None:
-    monkeypatch.setattr(a9_mechanism, "_TRIALS", 2000)
-    monkeypatch.setattr(a9_mechanism, "_UPDATE_TRIALS", 500)
+    monkeypatch.setattr(a9_mechanism, "_TRIALS", 500)
+    monkeypatch.setattr(a9_mechanism, "_UPDATE_TRIALS", 100)
     noise = {"hidden_std": 0.05, "gradient_std": 1e-4, "update_std": 5e-4}
     clips = {"hidden_clip": 50.0, "gradient_clip": 1.0, "update_clip": 10.0}
     clients = [{"name": name} for name in "abc"]
