@@ -1,7 +1,8 @@
 """This client's part in secure aggregation, round after round; what is decided is `federation.secure.Member`'s.
 
-Every attempt has fresh keys, and nothing of it outlives the connection. Before this client reveals anything, it is on
-disk whose sum that was: it never helps to a second sum of the same round over others, whose difference would show one.
+Every attempt has fresh keys, and nothing of it outlives the connection. A round has one summand of this client, however
+many attempts it takes: before it leaves, its weight is on disk, and before this client reveals anything, whose sum that
+was. Another weight, or other clients, would make a second sum of the same parameters, and the two show single ones.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 from fedsea.client.trunk import Secure, Trunk
@@ -33,6 +35,19 @@ def layout_of(plan: FederationPlan, checkpoint: Checkpoint) -> Layout:
     cuts = {name: plan.partition_of(name) for name in plan.client_names}
     shapes = {cut: adapters.trainable_shapes(checkpoint.config, cut, kinds, plan.adapter) for cut in set(cuts.values())}
     return Layout.of({name: shapes[cut] for name, cut in cuts.items()})
+
+
+@dataclass(frozen=True, slots=True)
+class _Given:
+    """What this client gave to a round's sum, as its note says.
+
+    Attributes:
+        weight: With which its parameters were masked; None in a note of an earlier version, which does not say.
+        survivors: Whose sum it helped to reveal; None if it has not.
+    """
+
+    weight: int | None
+    survivors: frozenset[str] | None
 
 
 class SecureRounds:
@@ -93,6 +108,8 @@ class SecureRounds:
 
         Raises:
             ProtocolError: The round was closed before, or is a later one than this client is in.
+            PrivacyError: This client's part in the round's sum has another weight already.
+            StorageError: The note of what this client gave is damaged.
         """
         self._member = None
         if opened.round < rounds_done:
@@ -108,6 +125,13 @@ class SecureRounds:
         if weight == 0:
             log.info("nothing was trained here in round %d: this client takes no part in its sum", opened.round)
             return
+        given = self._given(opened.round)
+        if given is not None and given.weight != weight:
+            raise PrivacyError(
+                f"The server asks for this client's part in the sum of round {opened.round} again, with a weight other "
+                "than the noted one: two sums of the same parameters with different weights show single ones. Nothing "
+                "was sent; ask its operator why, and start a new run."
+            )
         if self._update is not None and self._update[0] != opened.round:
             self._update = None
         self._values, self._weight = values, weight
@@ -148,19 +172,40 @@ class SecureRounds:
                 self._write_note(member)
                 self._trunk.tell(m.SecureReveal(*place, tuple(shares), tuple(shares.values())))
 
-    def check_result(self, result: m.RoundResult, rounds_done: int) -> None:
-        """Refuse to go on with the values of a sum that this client helped to reveal, and that is withheld.
-
-        In the next round's sum, over others, they would be there again: the difference would show single ones.
+    def open_step(self, rounds_done: int) -> None:
+        """A step begins: no attempt is under way any more, and none may be left without its result.
 
         Raises:
-            PrivacyError: The round was closed without that sum.
+            PrivacyError: This client's parameters are in a sum of the round already.
+            StorageError: The note of what this client gave is damaged.
         """
-        rounds = range(rounds_done, result.round + 1)
-        if not result.tensors and any(self._revealed(number) is not None for number in rounds):
+        self.forget()
+        if self._given(rounds_done) is not None:
             raise PrivacyError(
-                f"The server closed round {result.round} without the sum that this client has helped to reveal: going "
-                "on with the same parameters could show them. Ask its operator why, and start a new run."
+                f"The server goes on with steps in round {rounds_done}, to whose sum this client has given its "
+                "parameters already, without the result: going on with the same parameters could show them. Ask its "
+                "operator why, and start a new run."
+            )
+
+    def close_round(self, result: m.RoundResult, rounds_done: int) -> None:
+        """A round is over: nothing is revealed of it any more, and what was revealed must be in its result.
+
+        Parameters that this client helped to reveal the sum of, and would keep, would be in the next round's sum, over
+        others or with other weights, again: the two show single ones.
+
+        Raises:
+            PrivacyError: The round was closed without that sum, or without a part of it.
+            StorageError: The note of what this client gave is damaged.
+        """
+        self.forget()
+        own = {key for index in self._layout.of_client(self._name) for key in self._layout.groups[index].shapes}
+        missing = own.difference(result.tensors)
+        notes = (self._given(number) for number in range(rounds_done, result.round + 1)) if missing else ()
+        if any(given is not None and given.survivors is not None for given in notes):
+            raise PrivacyError(
+                f"The server closed round {result.round} without the sum that this client has helped to reveal "
+                f"({len(missing)} of {len(own)} parameters are missing): going on with the same parameters could show "
+                "them. Ask its operator why, and start a new run."
             )
 
     def _send_masked(self, member: Member) -> None:
@@ -168,32 +213,39 @@ class SecureRounds:
         if self._update is None:
             assert self._values is not None
             self._update = setting.round, self._values()
+        if self._given(setting.round) is None:  # on disk first: a later part with another weight is refused
+            self._put_note(setting.round, None)
         _, update = self._update
         release = update.under(lambda values: setting.layout.to_tensors(member.mask(values, self._weight)))
         self._trunk.tell(m.SecureUpdate(setting.round, setting.attempt, self._trunk.seal(release)))
 
     def _write_note(self, member: Member) -> None:
-        note = {"run_id": self._run_id, "round": member.setting.round, "survivors": sorted(member.survivors)}
+        self._put_note(member.setting.round, sorted(member.survivors))
+
+    def _put_note(self, round_index: int, survivors: list[str] | None) -> None:
+        note = {"run_id": self._run_id, "round": round_index, "weight": self._weight, "survivors": survivors}
         write_bytes_atomic(self._note, json.dumps(note).encode())
 
     def _check_note(self, message: m.SecureSurvivors) -> None:
-        revealed = self._revealed(message.round)
-        if revealed is not None and revealed != set(message.names):
+        given = self._given(message.round)
+        if given is not None and given.survivors not in (None, set(message.names)):
             raise PrivacyError(
                 f"The server asks for a second sum of round {message.round} over other clients; the difference would "
                 "show single ones. Nothing was revealed; ask its operator to start it with all of the first sum's "
                 "clients connected."
             )
 
-    def _revealed(self, round_index: int) -> set[str] | None:
-        """Whose sum of a round this client has helped to, if it has."""
+    def _given(self, round_index: int) -> _Given | None:
+        """What this client gave to a round's sum, if anything left."""
         try:
             note = json.loads(self._note.read_bytes())
-            same = (note["run_id"], note["round"]) == (self._run_id, round_index)
-            return set(note["survivors"]) if same else None
+            if (note["run_id"], note["round"]) != (self._run_id, round_index):
+                return None
+            survivors = note["survivors"]
+            return _Given(note.get("weight"), None if survivors is None else frozenset(survivors))
         except FileNotFoundError:
             return None
-        except (OSError, ValueError, KeyError, TypeError):
+        except (OSError, ValueError, KeyError, TypeError, AttributeError):
             raise StorageError(
                 f"{self._note} is damaged, so it is not known which sum this client has helped to: nothing was "
                 "revealed. Restore the file, or take part with a new run folder."

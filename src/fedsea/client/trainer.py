@@ -172,6 +172,8 @@ class Trainer:
                         self.secure.forget()
                     self._offer_prepared()
                 case m.StepOpen():
+                    if self.secure is not None:
+                        self.secure.open_step(self.store.state.rounds_done)
                     self._evaluate_once()
                     try:
                         self._step(event)
@@ -292,6 +294,7 @@ class Trainer:
         self.trunk.ready(prepared.step, attempt, prepared.num_target_tokens, norm, sealed)
 
     def _maskable(self) -> Maskable:
+        self.store.flush()  # else a kill could leave the weight of these parameters with others
         return self._releases.maskable(self.segments.parameters(), self._reference)
 
     def _apply(self, done: m.StepDone) -> None:
@@ -303,6 +306,8 @@ class Trainer:
                 f"The server applied step {done.step} with this client's part, of which this run folder knows nothing: "
                 "the folder is older than the run. Restore the newest run folder at this client."
             )
+        if self.secure is not None:
+            self.secure.forget()  # an attempt that was begun before has the weight without this step
         with self._timed("commit"):
             if self.plan.aggregation.sync == "step":
                 gradients, scale = dict(done.tensors), 1.0 / done.num_target_tokens  # type: ignore[arg-type]
@@ -338,7 +343,7 @@ class Trainer:
         if result.round < self.store.state.rounds_done:
             return
         if self.secure is not None:
-            self.secure.check_result(result, self.store.state.rounds_done)
+            self.secure.close_round(result, self.store.state.rounds_done)
         if self.plan.aggregation.sync == "round":
             # A round that nobody with this partition took part in says nothing of some parameters: they stay.
             self.segments.load_parameters(self.segments.parameters() | dict(result.tensors))  # type: ignore[arg-type]
