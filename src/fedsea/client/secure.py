@@ -190,8 +190,9 @@ class SecureRounds:
     def close_round(self, result: m.RoundResult, rounds_done: int) -> None:
         """A round is over: nothing is revealed of it any more, and what was revealed must be in its result.
 
-        Parameters that this client helped to reveal the sum of, and would keep, would be in the next round's sum, over
-        others or with other weights, again: the two show single ones.
+        Parameters that are in a sum, and that this client would keep, would be in the next round's again, over others
+        or with other weights: the two show single ones. Others can reveal a sum that this client only masked for; the
+        server closes a round without it only where the plan says "skip".
 
         Raises:
             PrivacyError: The round was closed without that sum, or without a part of it.
@@ -201,10 +202,11 @@ class SecureRounds:
         own = {key for index in self._layout.of_client(self._name) for key in self._layout.groups[index].shapes}
         missing = own.difference(result.tensors)
         notes = (self._given(number) for number in range(rounds_done, result.round + 1)) if missing else ()
-        if any(given is not None and given.survivors is not None for given in notes):
+        skips = self._plan.aggregation.secure_failure == "skip"
+        if any(given is not None and not (skips and given.survivors is None) for given in notes):
             raise PrivacyError(
-                f"The server closed round {result.round} without the sum that this client has helped to reveal "
-                f"({len(missing)} of {len(own)} parameters are missing): going on with the same parameters could show "
+                f"The server closed round {result.round} without the sum that this client has given its parameters to "
+                f"({len(missing)} of {len(own)} are missing in the result): going on with the same ones could show "
                 "them. Ask its operator why, and start a new run."
             )
 

@@ -31,9 +31,10 @@ PLAN = parse_plan(
         "model": {"path": "m"},
         "clients": [{"name": name} for name in NAMES],
         "training": {"rounds": 3, "steps_per_round": 4},
-        "aggregation": {"sync": "round", "secure": True},
+        "aggregation": {"sync": "round", "secure": True, "secure_failure": "skip"},
     }
 )
+STOPS = PLAN.model_copy(update={"aggregation": PLAN.aggregation.model_copy(update={"secure_failure": "stop"})})
 
 
 class Outbox:
@@ -224,16 +225,25 @@ def test_a_closed_round_reveals_nothing_more(world: World):
 def test_a_revealed_sum_is_withheld_whole_or_in_part_from_nobody(world: World, kept: tuple[str, ...]):
     means = world.reveal(world.mask())
     for closed in (0, 1, 5):  # under a later round's number it is withheld all the same
-        with pytest.raises(PrivacyError, match=rf"\({2 - len(kept)} of 2 parameters are missing\)"):
+        with pytest.raises(PrivacyError, match=rf"\({2 - len(kept)} of 2 are missing in the result\)"):
             world.clients["a"].close_round(m.RoundResult(closed, {key: means[key] for key in kept}), 0)
     world.clients["a"].close_round(m.RoundResult(0, dict(means)), 0)
     world.clients["c"].close_round(m.RoundResult(0, {EVERYBODYS: means[EVERYBODYS]}), 0)  # it holds no more
 
 
-def test_a_round_without_a_sum_is_skipped(world: World):
+def test_a_round_is_skipped_without_a_sum_only_if_the_plan_says_so(world: World, tmp_path: Path):
+    """Enough others may have revealed the sum that this client's parameters are in: it cannot know."""
     world.mask()
-    world.clients["a"].close_round(m.RoundResult(0, {}), 0)
-    world.clients["a"].open_step(1)
+    client = world.clients["a"]
+    client.close_round(m.RoundResult(0, {}), 0)
+    client.open_step(1)
+    unused: Any = None
+    stops = SecureRounds(STOPS, "a", "run", LAYOUT, unused, unused, tmp_path / "a")
+    for kept in ({}, {EVERYBODYS: torch.ones(2, 2)}):
+        with pytest.raises(PrivacyError, match="without the sum that this client has given its parameters to"):
+            stops.close_round(m.RoundResult(0, kept), 0)
+    stops.close_round(m.RoundResult(0, dict.fromkeys(HELD["a"], torch.ones(2, 2))), 0)
+    stops.close_round(m.RoundResult(1, {}), 1)  # of another round, which it gave nothing to
 
 
 def roster_of_one(keys: Any) -> m.SecureRoster:
@@ -270,7 +280,7 @@ def test_the_training_loop_asks_before_a_step(world: World):
 
 def test_the_training_loop_asks_before_it_takes_a_result(world: World):
     means = world.reveal(world.mask())
-    with pytest.raises(PrivacyError, match="1 of 2 parameters are missing"):
+    with pytest.raises(PrivacyError, match="1 of 2 are missing in the result"):
         trainer(world, m.RoundResult(0, {EVERYBODYS: means[EVERYBODYS]}))._follow()
 
 
