@@ -35,15 +35,19 @@ def test_an_inverter_is_trained_on_rows_that_are_clipped_like_those_that_it_read
     plan = plan_of(base_model, 0, 1, **noise, adapter={"input": "frozen", "trunk": "frozen"})
     targets = observed(plan, targets_of(texts(8, 20)))
     attacker = attacker_of(plan, public=public, budget_s=1000.0)
-    assert recovery(targets, a3_inverter.run(attacker, targets)) > 0.9
+    answers = a3_inverter.run(attacker, targets)
+    assert recovery(targets, answers) > 0.9
+    assert not any(answer.cut_short for answer in answers)  # it made all its steps
 
 
 def test_a_time_that_was_too_short_is_said(base_model: Path) -> None:
     plan = plan_of(base_model, 0, 1)
     targets = observed(plan, targets_of(texts(2, 12)))
     attacker = attacker_of(plan, public=texts(240, 12, seed=9), budget_s=0.3)
-    (note,) = {answer.note for answer in a3_inverter.run(attacker, targets)}
+    answers = a3_inverter.run(attacker, targets)
+    (note,) = {answer.note for answer in answers}
     assert "not converged" in note
+    assert all(answer.cut_short for answer in answers)
 
 
 def test_missing_public_text_is_sampled_from_the_public_model(base_model: Path) -> None:

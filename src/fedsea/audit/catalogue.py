@@ -29,6 +29,7 @@ class Attack:
         needs: Texts that the attacker has beside what it attacks: "known" ones, of which it saw what was sent, or
             "public" ones. They are made when the first attack that needs them runs.
         in_use: Looks at sessions alone; nothing like it is in training.
+        learns: Trains a model of its own: when the time is up it has not learned all that it can.
     """
 
     id: str
@@ -41,6 +42,7 @@ class Attack:
     always: bool = False
     needs: Needs = ""
     in_use: bool = False
+    learns: bool = False
 
     def load(self) -> Any:
         """The module."""
@@ -66,7 +68,16 @@ ATTACKS: tuple[Attack, ...] = (
     Attack("A2", "likelihood and prior, beam search", Channel.HIDDEN, "a2_likelihood", needs_more=True),
     Attack("A4", "average over epochs, then A2", Channel.HIDDEN, "a4_averaging", needs_more=True),
     Attack("A6", "alignment by known texts, then A2", Channel.HIDDEN, "a6_alignment", needs_more=True, needs="known"),
-    Attack("A3", "learned inverter", Channel.HIDDEN, "a3_inverter", needs_more=True, share=0.3, needs="public"),
+    Attack(
+        "A3",
+        "learned inverter",
+        Channel.HIDDEN,
+        "a3_inverter",
+        needs_more=True,
+        share=0.3,
+        needs="public",
+        learns=True,
+    ),
 )
 """In order: what is quick and decisive first, so that a short time is spent on what matters."""
 

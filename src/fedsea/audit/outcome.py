@@ -195,8 +195,11 @@ class AuditReport:
         if any(outcome.status == "skipped" and TIME_UP in outcome.reason for outcome in self.outcomes):
             which = "all attacks" if any(outcome.verdict for outcome in self.outcomes) else "any attack"
             said.append(f"There was no time for {which}: give more --minutes.")
-        if short := [one.name for one in self.outcomes if one.score is not None and one.score.cut_short]:
-            said.append(f"There was no time for all passes over a text in {', '.join(short)}: give more --minutes.")
+        short = [one for one in self.outcomes if one.score is not None and one.score.cut_short]
+        if any(one.attack.learns for one in short):
+            said.append("There was no time for A3 to learn all that it can: give more --minutes.")
+        if passes := [one.name for one in short if not one.attack.learns]:
+            said.append(f"There was no time for all passes over a text in {', '.join(passes)}: give more --minutes.")
         return [*said, *([self.curves_missing] if self.curves_missing else ()), *self.notes]
 
     def by_attack(self) -> dict[str, dict[str, Any]]:

@@ -53,7 +53,7 @@ class Score:
         num_sequences: Sequences.
         shortlist_recall: Least of the attack's answers.
         notes: What the attack said about itself.
-        cut_short: The time was up before it had put together all that it saw.
+        cut_short: The time was up before it had put together all that it saw, or had learned all that it can.
     """
 
     recovery: Rate

@@ -97,7 +97,8 @@ class Recovered:
         scored_T: Positions that the attack could speak about; None: all.
         note: A sentence about this attack's own quality, e.g. a shortlist's recall.
         shortlist_recall: Share of positions at which the truth was among the candidates; 1.0 for an exhaustive search.
-        cut_short: The time was up before all was put together that says something about this text.
+        cut_short: The time was up before all was put together that says something about this text, or before the attack
+            had learned all that it can.
     """
 
     ids_T: torch.Tensor

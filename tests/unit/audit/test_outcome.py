@@ -99,6 +99,16 @@ def test_an_attack_that_was_cut_short_proves_nothing_and_what_it_found_counts() 
         assert report.sentences[-1] == "There was no time for all passes over a text in A5: give more --minutes."
 
 
+def test_an_inverter_that_was_stopped_before_it_had_learned_proves_nothing() -> None:
+    found = _found("A3", 0.5, 0.5)
+    assert found.score is not None
+    outcome = scored(found.attack, replace(found.score, cut_short=True), ())
+    others = [Outcome(attack, "run", Verdict.NOT_RECOVERED) for attack in ATTACKS if attack.id not in ("A0", "A3")]
+    report = AuditReport({}, "", "", 1.0, (*others, outcome), (), {}, {})
+    assert report.verdict is Verdict.INCONCLUSIVE
+    assert report.sentences[-1] == "There was no time for A3 to learn all that it can: give more --minutes."
+
+
 def test_no_time_for_any_attack_is_inconclusive_and_said_so() -> None:
     outcomes = [Outcome(attack, "skipped", reason="the time was up") for attack in ATTACKS if not attack.always]
     report = AuditReport({}, "", "", None, tuple(outcomes), (), {}, {})

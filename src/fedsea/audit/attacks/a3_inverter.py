@@ -75,6 +75,7 @@ class _Trained:
     model: Inverter
     scale: _Scale
     note: str
+    cut_short: bool
 
 
 def run(attacker: Attacker, targets: Sequence[Target], progress: Progress = unheard) -> list[Recovered]:
@@ -89,7 +90,7 @@ def run(attacker: Attacker, targets: Sequence[Target], progress: Progress = unhe
         rows_TH = trained.scale(averaged(attacker, target).rows_TH)
         with torch.no_grad():
             logits_TV = trained.model(rows_TH[None], torch.zeros(1, len(rows_TH), dtype=torch.bool))[0]
-        answers.append(Recovered(logits_TV.argmax(-1), note=trained.note))
+        answers.append(Recovered(logits_TV.argmax(-1), note=trained.note, cut_short=trained.cut_short))
     return answers
 
 
@@ -144,7 +145,8 @@ def _train(attacker: Attacker, longest: int, passes: int, progress: Progress) ->
             progress(step, _MOST_STEPS)
     state = "stopped falling" if converged else "was still falling: not converged"
     last = f"{losses[-1]:.3f}" if losses else "not taken"
-    return _Trained(model, scale, f"inverter: {step} steps, held-out loss {last}, {state}")
+    note = f"inverter: {step} steps, held-out loss {last}, {state}"
+    return _Trained(model, scale, note, cut_short=not converged and step < _MOST_STEPS)
 
 
 def _variance(attacker: Attacker, rows_TH: torch.Tensor, passes: int) -> torch.Tensor:
