@@ -23,8 +23,11 @@ _LEAST_WIDTH = 16
 """Values of two rows by which it can be told whether their noise is the same."""
 _SAME_NOISE = 0.5
 """Least cosine that is called the same noise, however wide the rows are: independent noise stays near 0."""
-_MOST_ROWS = 2048
-"""That are compared with one another, beside those of one release."""
+_MOST_WORK = 2e10
+"""Multiplications of one question, some seconds: 17 000 rows of 64 values, 2 200 of 4096. Of more rows than it allows
+some are drawn, by lot: noise that comes again does so anywhere in a text."""
+_AT_ONCE = 1024
+"""Rows that are compared with all others in one go."""
 _UPDATE_WIDTH = 64
 """An update has no rows; so many values, end to end, are taken for one."""
 _ROUNDED = 13 / 12
@@ -44,7 +47,7 @@ class Added:
         added_RH: What was sent less what the noise was added to; 0 where `judged_RH` is not.
         judged_RH: Values that the codec rounds no more coarsely than by a step of the noise's standard deviation:
             only there is what was added the noise, and not what the codec made of the value itself.
-        units_RH: The first of the rows that have values and noise enough to be known again, each of norm 1.
+        units_RH: Rows that have values and noise enough to be known again, each of norm 1; as many as can be compared.
         width: The least number of judged values of those that have; 0 if none has.
     """
 
@@ -71,7 +74,7 @@ class Added:
         counts_R = judged_RH.sum(1)
         has_noise_R = added_RH.square().sum(1) >= _LEAST_NOISE * std**2 * counts_R
         fit_R = (counts_R >= max(_LEAST_WIDTH, judged_RH.shape[1] / 2)) & has_noise_R
-        rows_RH = added_RH[fit_R][:_MOST_ROWS]
+        rows_RH = _some(added_RH[fit_R])
         width = int(counts_R[fit_R].min()) if len(rows_RH) else 0
         return cls(added_RH, judged_RH, rows_RH / rows_RH.norm(dim=1, keepdim=True), width)
 
@@ -103,30 +106,48 @@ def can_be_compared(releases: Sequence[Added]) -> bool:
 
 
 def used_twice(releases: Sequence[Added]) -> bool:
-    """Whether two rows of one release, or of the beginnings of two, have the same noise."""
-    blocks = [_beginnings(releases), *((one.units_RH, one.width) for one in releases)]
+    """Whether two rows of one release, or of two, have the same noise; of very many rows see `_MOST_WORK`."""
+    units_NH, width = _units(releases)
+    blocks = [(_some(units_NH), width)]
+    if len(blocks[0][0]) < len(units_NH):
+        blocks += [(one.units_RH, one.width) for one in releases]
     pairs = sum(len(units_RH) * (len(units_RH) - 1) / 2 for units_RH, _ in blocks)
-    return any(
-        float((units_RH @ units_RH.T).fill_diagonal_(0.0).max()) > _limit(width, pairs)
-        for units_RH, width in blocks
-        if len(units_RH) > 1
-    )
+    return any(_most_alike(units_RH) > _limit(width, pairs) for units_RH, width in blocks if len(units_RH) > 1)
 
 
 def shared(first: Sequence[Added], second: Sequence[Added]) -> bool:
     """Whether a row of one channel, or of use, has the noise of one of the other; rows of other widths have not."""
-    (ours_RH, our_width), (theirs_RH, their_width) = _beginnings(first), _beginnings(second)
+    (ours_RH, our_width), (theirs_RH, their_width) = _units(first), _units(second)
     if not len(ours_RH) or not len(theirs_RH) or ours_RH.shape[1] != theirs_RH.shape[1]:
         return False
+    ours_RH, theirs_RH = _some(ours_RH), _some(theirs_RH)
     limit = _limit(min(our_width, their_width), len(ours_RH) * len(theirs_RH))
-    return float((ours_RH @ theirs_RH.T).max()) > limit
+    return any(float((block_RH @ theirs_RH.T).max()) > limit for block_RH in ours_RH.split(_AT_ONCE))
 
 
-def _beginnings(releases: Sequence[Added]) -> tuple[torch.Tensor, int]:
-    """The first units of all releases, and their least width."""
-    most = max(1, _MOST_ROWS // len(releases))
-    units_RH = torch.cat([one.units_RH[:most] for one in releases])
-    return units_RH, min((one.width for one in releases if one.width), default=0)
+def _units(releases: Sequence[Added]) -> tuple[torch.Tensor, int]:
+    """Those of all releases, and their least width."""
+    units_NH = torch.cat([one.units_RH for one in releases])
+    return units_NH, min((one.width for one in releases if one.width), default=0)
+
+
+def _some(rows_NH: torch.Tensor) -> torch.Tensor:
+    """As many rows as can be compared with one another, in their order; the same ones each time."""
+    most = int((_MOST_WORK / rows_NH.shape[1]) ** 0.5)
+    if len(rows_NH) <= most:
+        return rows_NH
+    draw = torch.Generator().manual_seed(len(rows_NH))  # protects nothing: where fedsea goes wrong it does so by itself
+    return rows_NH[torch.randperm(len(rows_NH), generator=draw)[:most].sort().values]
+
+
+def _most_alike(units_NH: torch.Tensor) -> float:
+    """The greatest cosine of any two rows; each pair is looked at once."""
+    most = -1.0
+    for start in range(0, len(units_NH), _AT_ONCE):
+        rest_NH = units_NH[start:]
+        cosines = rest_NH[:_AT_ONCE] @ rest_NH.T
+        most = max(most, float(cosines.fill_diagonal_(-1.0).max()))
+    return most
 
 
 def _limit(width: int, pairs: float) -> float:

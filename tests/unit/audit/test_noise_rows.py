@@ -8,6 +8,7 @@ from collections.abc import Callable
 import pytest
 import torch
 
+from fedsea.audit import noise_rows
 from fedsea.audit.noise_rows import Added, can_be_compared, shared, uneven, used_twice
 from fedsea.wire.codecs import as_decoded
 
@@ -62,6 +63,38 @@ def test_one_row_of_noise_for_all_rows_of_a_release_is_seen(width: int) -> None:
     assert used_twice(whole)
     far = [_added(torch.cat([noise := raw(30, width), noise[-1:]]), raw(31, width)) for _ in range(200)]
     assert used_twice(far)  # also behind the rows that releases are compared by
+
+
+def _texts(draw: Make, again: tuple[int, torch.Tensor] | None = None) -> list[Added]:
+    """144 releases of 96 rows, as in an audit without --quick; one of them may have noise that is given."""
+    noise = [draw(96, 64) for _ in range(144)]
+    if again is not None:
+        noise[again[0]] = again[1]
+    return [_added(noise_RH, draw(96, 64)) for noise_RH in noise]
+
+
+def test_noise_that_comes_again_anywhere_in_many_long_texts_is_seen() -> None:
+    draw = _draw(3)
+    first_RH, second_RH = draw(96, 64), draw(96, 64)
+    second_RH[20:76] = first_RH[40:]
+    releases = _texts(draw, (7, first_RH))
+    assert not used_twice(releases)
+    releases[100] = _added(second_RH, draw(96, 64))
+    assert used_twice(releases)
+    assert shared([_added(first_RH[50:90], draw(40, 64))], releases)
+    assert shared(releases, [_added(draw(96, 64), draw(96, 64)), _added(second_RH, draw(96, 64))])
+    assert not shared(releases, [_added(draw(96, 64), draw(96, 64))])
+
+
+def test_of_more_rows_than_can_be_compared_some_are_taken_from_everywhere(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(noise_rows, "_MOST_WORK", 64 * 3000**2)
+    draw = _draw(4)
+    first_RH, second_RH = draw(96, 64), draw(96, 64)
+    second_RH[:70] = first_RH[26:]
+    releases = _texts(draw, (7, first_RH))
+    assert not used_twice(releases)
+    releases[100] = _added(second_RH, draw(96, 64))
+    assert used_twice(releases)
 
 
 def test_rows_without_noise_among_rows_with_more_are_seen() -> None:
