@@ -26,7 +26,7 @@ from fedsea.errors import ConfigError
 from fedsea.federation.secure import Member
 from fedsea.plan import FederationPlan
 from fedsea.privacy.boundary import Boundary
-from fedsea.types import Channel, Release
+from fedsea.types import Channel, Purpose, Release
 from tests.support.audited import PLAN, TINY, noised_plan
 
 CODECS = {Channel.HIDDEN: "fp32", Channel.GRADIENT: "fp32"}
@@ -163,6 +163,48 @@ def test_noise_that_comes_again_in_the_next_epoch_is_reported(tmp_path: Path) ->
     assert _findings(file, boundary, 4) == []
     (finding,) = _findings(file, boundary, 4, epochs=3)
     assert "used twice on hidden states" in finding.sentence
+
+
+class Elsewhere(OneNoise):
+    """Noise as planned on what trains; none on evaluation, and the same on the update of every round."""
+
+    def __init__(self, plan: FederationPlan) -> None:
+        super().__init__(plan)
+        self._right, self._open = Boundary.of(plan), Boundary.of(open_subject(PLAN).plan)
+
+    def hidden(self, rows: torch.Tensor, origin: Any) -> Release:
+        return (self._open if origin.purpose is Purpose.EVALUATION else self._right).hidden(rows, origin)
+
+    def gradient(self, rows: torch.Tensor, origin: Any) -> Release:
+        return self._right.gradient(rows, origin)
+
+
+def test_an_audit_looks_at_evaluation_and_at_more_than_one_update(tmp_path: Path) -> None:
+    file = noised_plan(tmp_path, hidden_std=60.0, gradient_std=0.5, extra="update_std = 0.5\n")
+    text = file.read_text().replace('sync = "step"', 'sync = "round"')
+    file.write_text(f"{text}\n[inference]\nenabled = false\n")
+    subject = open_subject(file)
+    boundary: Any = Elsewhere(variant(subject.plan, subject.name))
+    found = audit(AuditOptions(file, quick=True, attacks=("A0",)), boundary=boundary)
+    update, evaluation = found.findings  # hidden states and gradients of training are in order
+    assert "used twice on updates" in update.sentence
+    assert update.verdict is Verdict.EXPOSED
+    assert "configured but not applied" in evaluation.sentence
+    assert "on hidden states of evaluation" in evaluation.sentence
+    assert evaluation.verdict is Verdict.BROKEN  # as in use
+
+
+def test_noise_of_training_that_comes_again_in_evaluation_is_broken(tmp_path: Path) -> None:
+    subject = open_subject(noised_plan(tmp_path))
+    targets = Texts(subject.tokenizer, subject.plan, 32).canaries(3, 0)
+    trained, again, other = (
+        Tap(variant(subject.plan, subject.name), subject.checkpoint, key=key * 32) for key in (b"t", b"t", b"o")
+    )
+    taps = {Channel.HIDDEN: [trained.send(target)[1][0] for target in targets]}
+    (finding,) = check_taps(subject, taps, CODECS, evaluated=again.evaluate(targets))
+    assert finding.verdict is Verdict.BROKEN
+    assert "used on hidden states of training and on hidden states of evaluation" in finding.sentence
+    assert check_taps(subject, taps, CODECS, evaluated=other.evaluate(targets)) == []
 
 
 def test_one_row_of_noise_for_a_whole_sequence_is_reported(tmp_path: Path) -> None:

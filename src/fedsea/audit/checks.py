@@ -27,6 +27,7 @@ _BLIND = 0.5
 
 _WORDS = {Channel.HIDDEN: "hidden states", Channel.GRADIENT: "gradients", Channel.UPDATE: "updates"}
 _IN_USE = "hidden states in use (of prompts and answers)"
+_IN_EVALUATION = "hidden states of evaluation"
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,6 +65,7 @@ def check_taps(
     taps: Mapping[Channel, Sequence[Tapped]],
     codecs: Mapping[Channel, str],
     used: Sequence[Tapped] = (),
+    evaluated: Sequence[Tapped] = (),
 ) -> list[Finding]:
     """Compare what was before the boundary with what the server decoded.
 
@@ -73,6 +75,7 @@ def check_taps(
         codecs: Channel to codec, for what it rounds away.
         used: Hidden states of sessions, message by message. Noise that training has and use has not is a fault of
             fedsea itself.
+        evaluated: Hidden states of texts that are evaluated; likewise.
     """
     noise = subject.plan.noise if subject.plan.trust.mode == "noised" else NoiseSection()
     noised = {
@@ -97,17 +100,23 @@ def check_taps(
         findings.append(
             Finding(Verdict.EXPOSED, "The same noise was used on hidden states and on gradients: it is seen in both.")
         )
-    if not used or not noise.std(Channel.HIDDEN):
+    if not noise.std(Channel.HIDDEN):
         return findings
-    in_use = _Noised.of(Channel.HIDDEN, used, noise, codecs.get(Channel.HIDDEN, "fp32"), _IN_USE)
-    return findings + _check_use(in_use, in_training)
+    before = [(one, f"{one.what} of training") for one in in_training]
+    for releases, what in ((used, _IN_USE), (evaluated, _IN_EVALUATION)):
+        if releases:
+            one = _Noised.of(Channel.HIDDEN, releases, noise, codecs.get(Channel.HIDDEN, "fp32"), what)
+            findings += _check_beside(one, before)
+            before.append((one, what))
+    return findings
 
 
-def _check_use(in_use: _Noised, in_training: Sequence[_Noised]) -> list[Finding]:
-    found = _check_noise(in_use)
-    for one in in_training:
-        if shared(in_use.added, one.added):
-            words = f"The same noise was used on {one.what} of training and on {in_use.what}: it is seen in both."
+def _check_beside(beside: _Noised, before: Sequence[tuple[_Noised, str]]) -> list[Finding]:
+    """What leaves beside training; `before` it came releases that are named so in words."""
+    found = _check_noise(beside)
+    for one, what in before:
+        if shared(beside.added, one.added):
+            words = f"The same noise was used on {what} and on {beside.what}: it is seen in both."
             found.append(Finding(Verdict.BROKEN, words))
     return [one if one.verdict is Verdict.INCONCLUSIVE else replace(one, verdict=Verdict.BROKEN) for one in found]
 

@@ -156,6 +156,20 @@ class Tap:
         tapped.append(Tapped(gradient_TH.detach().float().cpu(), seen_gradient_TH.cpu()))
         return Observation(seen_TH, seen_gradient_TH, length[0], output_TH.float().cpu()), tapped
 
+    def evaluate(self, targets: Sequence[Target]) -> list[Tapped]:
+        """Send hidden states as an evaluation does; nothing is noted in the targets."""
+        tapped = []
+        for number, target in enumerate(targets):
+            batch = _batch(target)
+            hidden_TH = self.segments.evaluate_embed(batch)
+            if self.change is not None:
+                hidden_TH = self.change(hidden_TH)
+            release = self.boundary.hidden(hidden_TH, batch.origin(Purpose.EVALUATION))
+            blocks, weight = self.segments.trunk_blocks, batch.num_target_tokens
+            forward = m.Forward(number, 0, 0, 1, blocks, batch.lengths, weight, True, release)
+            tapped.append(Tapped(hidden_TH.float().cpu(), self.over("client", "server", forward).cpu()))
+        return tapped
+
     def tap_update(self) -> Tapped | None:
         """The client's parameters as a round's update, over the same bytes; None if the plan lets none leave."""
         if Channel.UPDATE not in open_channels(self.plan, self.name):

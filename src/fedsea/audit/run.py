@@ -43,6 +43,10 @@ _UNTIL_IT_STOPS = 0.7
 """Of an attack's time, after which one that trains stops and answers with what it has learned."""
 _MEMBERS = 32
 """Texts of the membership attack, half of which are trained on."""
+_EVALUATED = 4
+"""Texts that are also sent as an evaluation sends them."""
+_UPDATES = 2
+"""Of one client, as its noise may come again in the next round."""
 _ALSO_IN_USE = ("A1", "A2")
 """A5 to A8 need gradients, updates or a training; what A3, A4 and A6 add in use is what they add in training."""
 _OPENING = "opening the plan and the model"
@@ -113,7 +117,9 @@ class _Audit:
         with self._clock.stopped():
             self._tap, taps = self._observe(targets)
             tap = self._tap
-            findings += check_taps(self._subject, taps, self._attacker.codecs, self._observe_use(tap, targets))
+            used = self._observe_use(tap, targets)
+            evaluated = tap.evaluate([targets[i] for i in chosen(targets, _EVALUATED)])
+            findings += check_taps(self._subject, taps, self._attacker.codecs, used, evaluated)
             if self._subject.plan.aggregation.secure:
                 watch = self._clock.watch("rounds of secure aggregation", ends=False)
                 findings += check_masks(self._subject.plan, self._subject.checkpoint, self._member, watch)
@@ -181,8 +187,8 @@ class _Audit:
         taps: dict[Channel, list[Tapped]] = {Channel.HIDDEN: [pair[0] for pair in pairs]}
         if gradients := [pair[1] for pair in pairs if len(pair) > 1]:
             taps[Channel.GRADIENT] = gradients
-        if updates := tap.tap_update():
-            taps[Channel.UPDATE] = [updates]
+        if updates := [update for _ in range(_UPDATES) if (update := tap.tap_update())]:
+            taps[Channel.UPDATE] = updates
         self._seconds["tapping"] = time.monotonic() - started
         return tap, taps
 
