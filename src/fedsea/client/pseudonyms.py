@@ -11,6 +11,7 @@ from typing import Any
 from fedsea.data.detokenize import TextFilter
 from fedsea.data.prompts import PromptMaker
 from fedsea.data.templates import instruction_prompt
+from fedsea.errors import ConfigError
 from fedsea.plan import load_settings
 from fedsea.privacy.pseudonyms import Pseudonyms, ReplacedText, open_pseudonyms
 from fedsea.storage import write_bytes_atomic
@@ -60,6 +61,19 @@ def warn_without(run: Path, pseudonyms: Pseudonyms | None) -> None:
             "%s was trained on pseudonyms, and nothing is replaced in what you ask now: names and numbers leave as "
             "they are. Give the --settings of the training.",
             run,
+        )
+
+
+def refuse_without(run: Path, settings: Path | None) -> None:
+    """Refuse to give a client's rows to a run that was trained on pseudonyms as they are.
+
+    Raises:
+        ConfigError: The run was, and the settings file switches none on.
+    """
+    if trained_on_pseudonyms(run) and (settings is None or not load_settings(settings).pseudonyms.enabled):
+        raise ConfigError(
+            f"{run} was trained on pseudonyms, and without them the names and numbers in your rows would leave as they "
+            "are: give the --settings of the training, whose [pseudonyms] are enabled."
         )
 
 

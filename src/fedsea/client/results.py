@@ -13,6 +13,7 @@ from typing import Any, Literal
 
 from fedsea.client import setup
 from fedsea.client.evaluation import evaluate as evaluate_batches
+from fedsea.client.pseudonyms import refuse_without
 from fedsea.client.remote_trunk import RemoteTrunk
 from fedsea.client.run_key import RunKey
 from fedsea.client.setup import ClientOptions, Invited
@@ -61,9 +62,11 @@ def evaluate(
         tell: Told what is being done meanwhile, for displays; None: nobody is.
 
     Raises:
-        ConfigError: The run folder holds no run, or another one.
+        ConfigError: The run folder holds no run, or another one, or one that was trained on pseudonyms where the
+            settings now have none.
         FedseaError: The server cannot be reached, or the data cannot be used.
     """
+    refuse_without(options.run, options.settings)
     tell = tell or setup.unsaid
     tell(setup.reaching(options))
     invited = setup.accept(options)
