@@ -117,7 +117,8 @@ def test_hostile_text_takes_no_more_than_its_length(recogniser):
              "12.12.20" * 2_000, "Aa " * 7_000, "-" * 10_000, "+49 " * 5_000, "Am Am " * 3_000,
              "1-" * 9_000, "A1 " * 7_000, "MRN " * 5_000, "a." * 9_000, "a.de/" * 4_000, "ID: " * 5_000,
              "ID:a." * 4_000, "ID:" + "a" * 10_000, "am 1.1." * 3_000, "a@[" * 5_000, "http://" * 3_000,
-             "file://'a" * 2_000]  # fmt: skip
+             "file://'a" * 2_000, "1\u2013" * 7_000, "1 \u2013 " * 4_000, "Aa  " * 5_000, "A1  " * 5_000,
+             "1111  " * 3_000]  # fmt: skip
     began = time.process_time()
     for text in texts:
         recogniser.find(text)

@@ -10,7 +10,7 @@ lexicon.py      names that are known, and from which surrogates are drawn
 surrogates.py   realistic surrogates by a keyed function; checksums.py, urls.py
 table.py        what stands for what; restoring.py puts originals back while an answer grows
 vault.py        the mapping on disk, sealed; keys.py
-spans.py        places in a text
+spans.py        places in a text; typography.py reads its blanks and dashes
 """
 
 from fedsea.privacy.pseudonyms.opening import open_pseudonyms

@@ -6,6 +6,8 @@ import datetime as dt
 import re
 from collections.abc import Iterator
 
+from fedsea.privacy.pseudonyms.typography import plain
+
 _EN = ("January", "February", "March", "April", "May", "June", "July", "August", "September", "October", "November",
        "December")  # fmt: skip
 _DE = ("Januar", "Februar", "März", "April", "Mai", "Juni", "Juli", "August", "September", "Oktober", "November",
@@ -15,9 +17,10 @@ _DE_SHORT = ("Jan", "Feb", "Mrz", "Apr", "Mai", "Jun", "Jul", "Aug", "Sep", "Okt
 _SETS = (_EN, _DE, _EN_SHORT, _DE_SHORT)
 _EXTRA = {"Sept": (8, _EN_SHORT), "Maerz": (2, _DE), "Jänner": (0, _DE)}
 
+_GAP = r"(?:\s| {2,3})"
 _MONTH_NAMES = sorted({*(name for one in _SETS for name in one), *_EXTRA}, key=len, reverse=True)
 _MONTH = "(?P<month>" + "|".join(f"{name}|{name.upper()}" for name in _MONTH_NAMES) + ")"
-_GERMAN = r"\s(?:" + "|".join(f"{name}|{name.upper()}" for name in (*_DE, *_DE_SHORT, "Maerz", "Jänner")) + ")"
+_GERMAN = _GAP + "(?:" + "|".join(f"{name}|{name.upper()}" for name in (*_DE, *_DE_SHORT, "Maerz", "Jänner")) + ")"
 _DAY = r"(?P<day>0?[1-9]|[12]\d|3[01])"
 _YEAR = r"(?P<year>(?:1[89]|20)\d\d)"
 _TIME = r"(?P<tail>[T ]\d{2}:\d{2}(?::\d{2}(?:\.\d+)?)?(?:Z|[+-]\d{2}:?\d{2})?)?"
@@ -26,13 +29,13 @@ _PATTERNS = tuple(
     re.compile(pattern)
     for pattern in (
         rf"(?<![\w.-]){_YEAR}(?P<s>[-/.])(?P<mm>0?[1-9]|1[0-2])(?P=s){_DAY}(?:(?=T){_TIME})?(?![\w])",
-        r"(?<![\w.])(?P<a>\d{1,2})(?P<s>\.\s|[./-])(?P<b>\d{1,2})(?P=s)(?P<year>(?:1[89]|20)\d\d)(?!\w)",
+        rf"(?<![\w.])(?P<a>\d{{1,2}})(?P<s>\.{_GAP}|[./-])(?P<b>\d{{1,2}})(?P=s){_YEAR}(?!\w)",
         r"(?<![\w.])(?P<a>\d{2})(?P<s>[./-])(?P<b>\d{2})(?P=s)(?P<yy>\d{2})(?![\w%]|[.,-]\d)",
-        rf"(?<![\w.]){_DAY}(?P<th>st|nd|rd|th|\.(?={_GERMAN}))?(?P<g1>\s(?:of\s)?|-){_MONTH}(?P<g2>\.?,?\s|-){_YEAR}(?!\w)",
-        rf"(?<!\w){_MONTH}(?P<g1>\.?\s){_DAY}(?P<th>st|nd|rd|th)?(?P<g2>,?\s){_YEAR}(?!\w)",
-        rf"(?<!\w){_MONTH}(?P<g2>\.?,?\s){_YEAR}(?!\w)",
-        rf"(?<![\w.]){_DAY}(?P<th>st|nd|rd|th|\.(?={_GERMAN}))?(?P<g1>\s(?:of\s)?){_MONTH}(?!\w)",
-        rf"(?<!\w){_MONTH}(?P<g1>\.?\s){_DAY}(?P<th>st|nd|rd|th)?(?!\w)",
+        rf"(?<![\w.]){_DAY}(?P<th>st|nd|rd|th|\.(?={_GERMAN}))?(?P<g1>{_GAP}(?:of{_GAP})?|-){_MONTH}(?P<g2>\.?,?{_GAP}|-){_YEAR}(?!\w)",
+        rf"(?<!\w){_MONTH}(?P<g1>\.?{_GAP}){_DAY}(?P<th>st|nd|rd|th)?(?P<g2>,?{_GAP}){_YEAR}(?!\w)",
+        rf"(?<!\w){_MONTH}(?P<g2>\.?,?{_GAP}){_YEAR}(?!\w)",
+        rf"(?<![\w.]){_DAY}(?P<th>st|nd|rd|th|\.(?={_GERMAN}))?(?P<g1>{_GAP}(?:of{_GAP})?){_MONTH}(?!\w)",
+        rf"(?<!\w){_MONTH}(?P<g1>\.?{_GAP}){_DAY}(?P<th>st|nd|rd|th)?(?!\w)",
         r"(?<=\b[a-z]{2} )(?P<a>\d{2})\.(?P<b>\d{2})\.(?=\s[a-zäöü(])",
         r"(?<=\b[a-z]{3} )(?P<a>\d{2})\.(?P<b>\d{2})\.(?=\s[a-zäöü(])",
     )
@@ -42,7 +45,7 @@ _PATTERNS = tuple(
 _SHORT = re.compile(r"(?P<a>\d{1,2})(?P<s>[./-])(?P<b>\d{1,2})(?P=s)(?P<yy>\d{2})(?![\w%]|[.,-]\d)")
 _BEFORE_SHORT = re.compile(
     r"(?i:(?<!\w)(?:geb(?:\.|oren)?(?: am)?|geburts(?:datum|tag)|born(?: on)?|D\.?O\.?B\.?|date of birth|am|vom))"
-    r"\s?:?\s?(?=\d)"
+    r"\s{0,3}:?\s{0,3}(?=\d)"
 )
 
 
@@ -59,20 +62,20 @@ def find_dates(text: str) -> Iterator[tuple[int, int]]:
 
 
 def shifted(text: str, days: int) -> str | None:
-    """A date some days later, in the same form; None if the text is no date, or leaves the calendar.
+    r"""A date some days later, in the same form; None if the text is no date, or leaves the calendar.
 
     >>> shifted("28.02.1984", 7), shifted("March 3, 2021", -7), shifted("1. Mai", 7), shifted("7/4/2020", 14)
     ('06.03.1984', 'February 24, 2021', '8. Mai', '7/18/2020')
-    >>> shifted("3.4.80", -7)
-    '27.3.80'
+    >>> shifted("3.4.80", -7), shifted("1980\u201104\u201103", 7)
+    ('27.3.80', '1980‑04‑10')
     """
     for pattern in (*_PATTERNS[:-2], _SHORT):
-        match = pattern.fullmatch(text)
+        match = pattern.fullmatch(plain(text))
         if match is not None and (parsed := _parsed(match)) is not None:
-            return _moved(match, parsed, days)
+            return _moved(match, parsed, days, text)
     if match := re.fullmatch(r"(?P<a>\d{2})\.(?P<b>\d{2})\.", text):
         parsed = _parsed(match)
-        return None if parsed is None else _moved(match, parsed, days)
+        return None if parsed is None else _moved(match, parsed, days, text)
     return None
 
 
@@ -106,7 +109,8 @@ def _parsed(match: re.Match[str]) -> tuple[dt.date, bool] | None:
         return None
 
 
-def _moved(match: re.Match[str], parsed: tuple[dt.date, bool], days: int) -> str | None:
+def _moved(match: re.Match[str], parsed: tuple[dt.date, bool], days: int, text: str) -> str | None:
+    """The date, moved, in `text` as it was written: `match` is of the whole of it, in ordinary blanks and dashes."""
     parts, (date, day_first) = match.groupdict(), parsed
     if "year" not in parts and "yy" not in parts:
         date = dt.date(2000, 1, 1) + dt.timedelta((date.timetuple().tm_yday - 1 + days) % 366)
@@ -118,7 +122,6 @@ def _moved(match: re.Match[str], parsed: tuple[dt.date, bool], days: int) -> str
             date += dt.timedelta(days)
         except OverflowError:
             return None
-    text, start = match.group(), match.start()
     values = {"day": date.day, "mm": date.month, "year": date.year, "yy": date.year % 100}
     values |= dict(zip("ab", (date.day, date.month) if day_first else (date.month, date.day), strict=True))
     pieces, at = [], 0
@@ -132,7 +135,7 @@ def _moved(match: re.Match[str], parsed: tuple[dt.date, bool], days: int) -> str
             new = f"{values[name]:0{len(parts[name])}d}" if padded or name == "yy" else str(values[name])
         else:
             continue
-        begin, end = match.start(name) - start, match.end(name) - start
+        begin, end = match.span(name)
         pieces += [text[at:begin], new]
         at = end
     return "".join([*pieces, text[at:]])

@@ -16,14 +16,16 @@ _CLOSING = ".,;:!?)]'"
 """What ends a sentence or a bracket rather than an address of the net."""
 _IPV4 = re.compile(r"(?<![\w.])(?:\d{1,3}\.){3}\d{1,3}(?![\w]|\.\d)")
 _IPV6 = re.compile(r"(?<![\w:])(?:[0-9A-Fa-f]{0,4}:){2,7}[0-9A-Fa-f]{0,4}(?![\w:])")
-_IBAN = re.compile(r"(?<!\w)[A-Z]{2}\d{2}(?:[ -]?[A-Z0-9]{4}){2,7}(?:[ -]?[A-Z0-9]{1,3})?(?!\w)")
-_CARD = re.compile(r"(?<![\w-])\d(?:[ -]?\d){12,18}(?![\w-])")
+_GAP = r"(?:\s| {2,3})"
+_JOIN = r"(?:[ -]| {2,3})?"
+_IBAN = re.compile(rf"(?<!\w)[A-Z]{{2}}\d{{2}}(?:{_JOIN}[A-Z0-9]{{4}}){{2,7}}(?:{_JOIN}[A-Z0-9]{{1,3}})?(?!\w)")
+_CARD = re.compile(r"(?<![\w-])(?:\d(?:[ -]?\d){12,18}|\d{4}(?: {1,3}\d{4}){3})(?![\w-])")
 _SSN = re.compile(r"(?<![\w-])(?!000|666)\d{3}-(?!00)\d{2}-(?!0000)\d{4}(?![\w-])")
 _INSURANCE = re.compile(
-    r"(?<!\w)(?:[A-Z]\d{9}|\d{2} ?(?:0[1-9]|[12]\d|3[01])(?:0[1-9]|1[0-2])\d{2} ?[A-Z] ?\d{3})(?!\w)"
+    r"(?<!\w)(?:[A-Z]\d{9}|\d{2} {0,2}(?:0[1-9]|[12]\d|3[01])(?:0[1-9]|1[0-2])\d{2} {0,2}[A-Z] {0,2}\d{3})(?!\w)"
 )
 _PLATE = re.compile(
-    r"(?<![\w-])(?!HLA|SARS|COV|CYP|CD|IL|HER|HPV|ICD|ASA|PD)[A-ZÄÖÜ]{1,3}-[A-Z]{1,2} ?\d{1,4}[EH]?(?![\w-])"
+    r"(?<![\w-])(?!HLA|SARS|COV|CYP|CD|IL|HER|HPV|ICD|ASA|PD)[A-ZÄÖÜ]{1,3}-[A-Z]{1,2} {0,2}\d{1,4}[EH]?(?![\w-])"
 )
 
 # Every optional part begins with something else than space: a long gap can be matched in one way only.
@@ -74,36 +76,36 @@ _REGIONS = {"de": ("DE", "AT", "CH"), "en": ("US", "GB")}
 
 _NAME_DE = r"[A-ZÄÖÜ][a-zäöüß]{1,30}"
 _NAMES_DE = rf"{_NAME_DE}(?:-{_NAME_DE}){{0,3}}"
-_HOUSE_DE = r"\s\d{1,4}\s?(?:[a-z](?!\w))?(?:\s?[-/]\s?\d{1,4}\s?[a-z]?(?!\w))?"
+_HOUSE_DE = _GAP + r"\d{1,4}\s?(?:[a-z](?!\w))?(?:\s?[-/]\s?\d{1,4}\s?[a-z]?(?!\w))?"
 _STREET_DE = re.compile(
     rf"(?<![\w-])(?:(?:{_NAME_DE}[- ]){{0,4}}?(?:[A-ZÄÖÜ][a-zäöüß]{{0,30}}(?:"
     rf"straße|strasse|str\.|weg|platz|allee|gasse|"
     rf"ring|damm|ufer|chaussee|steig|stieg|markt|graben|promenade|zeile|pfad|kamp|twiete|höhe|berg|garten)|"
     rf"Straße|Strasse|Str\.|Weg|Platz|Allee|Gasse|Ring|Damm|Ufer|Chaussee)"
     rf"|(?:Am|An der|An den|Im|In der|In den|Zum|Zur|Auf dem|Auf der|Unter den|Hinter dem|Bei der)"
-    rf"(?:\s{_NAMES_DE}){{1,2}}){_HOUSE_DE}(?!\w|[.,]\d)"
+    rf"(?:{_GAP}{_NAMES_DE}){{1,2}}){_HOUSE_DE}(?!\w|[.,]\d)"
 )  # fmt: skip
 _TOWN_DE = re.compile(
-    rf"(?<![\w.,-])(?:D-|A-|CH-)?\d{{4,5}}\s(?P<town>(?:(?:Bad|Sankt|St\.|Markt|Neu|Alt|Groß|Klein)\s)?{_NAMES_DE}"
-    rf"(?:\s(?:am|an der|im|in der|bei|ob der|vor der|a\.)\s{_NAMES_DE}|\s\([A-Z][a-z]+\)|/{_NAMES_DE})?)(?!\w)"
+    rf"(?<![\w.,-])(?:D-|A-|CH-)?\d{{4,5}}{_GAP}(?P<town>(?:(?:Bad|Sankt|St\.|Markt|Neu|Alt|Groß|Klein){_GAP})?{_NAMES_DE}"
+    rf"(?:{_GAP}(?:am|an der|im|in der|bei|ob der|vor der|a\.){_GAP}{_NAMES_DE}|\s\([A-Z][a-z]+\)|/{_NAMES_DE})?)(?!\w)"
 )  # fmt: skip
 _SUFFIX_EN = (
     "Street|St|Avenue|Ave|Road|Rd|Boulevard|Blvd|Drive|Dr|Lane|Ln|Court|Ct|Place|Pl|Square|Sq|Terrace|Way|Parkway|Pkwy|Circle|"
     "Highway|Hwy|Trail|Alley|Crescent|Close|Mews|Grove|Gardens|Walk|Hill|Row|Plaza"
 )
 _STREET_EN = re.compile(
-    r"(?<![\w.-])\d{1,6}[A-Za-z]?\s(?:[NSEW]\.?\s)?(?:(?:[A-Z][\w'\u2019-]*|St\.|Mt\.)\s){1,4}?(?:SUFFIX)\b\.?"
-    r"(?:,?\s(?:(?:Apt|Apartment|Suite|Ste|Unit|Flat|Floor)\b\.?|#)\s?\w+)?(?!\w)"
+    rf"(?<![\w.-])\d{{1,6}}[A-Za-z]?{_GAP}(?:[NSEW]\.?{_GAP})?(?:(?:[A-Z][\w'\u2019-]*|St\.|Mt\.){_GAP}){{1,4}}?(?:SUFFIX)\b\.?"
+    rf"(?:,?{_GAP}(?:(?:Apt|Apartment|Suite|Ste|Unit|Flat|Floor)\b\.?|#)\s?\w+)?(?!\w)"
 )  # fmt: skip
-_BOX = re.compile(r"(?<!\w)(?:P\.?\s?O\.?\s?Box|Postfach)\s\d[\d ]*\d?(?!\w)")
+_BOX = re.compile(r"(?<!\w)(?:P\.?\s?O\.?\s?Box|Postfach)\s{1,3}\d[\d ]*\d?(?!\w)")
 _STATES = (
     "AL|AK|AZ|AR|CA|CO|CT|DE|FL|GA|HI|ID|IL|IN|IA|KS|KY|LA|ME|MD|MA|MI|MN|MS|MO|MT|NE|NV|NH|NJ|NM|NY|NC|ND|OH|OK|OR|PA|"
     "RI|SC|SD|TN|TX|UT|VT|VA|WA|WV|WI|WY|DC|PR|VI|GU|AS|MP|FM|MH|PW|AA|AE|AP"
 )
 _TOWN_EN = re.compile(
-    rf"(?<!\w)(?P<town>(?:[A-Z][\w'\u2019.-]{{1,30}}\s){{0,2}}[A-Z][\w'\u2019.-]{{1,30}}),?\s(?:{_STATES})\s\d{{5}}(?:-\d{{4}})?(?!\w|-\d)"
+    rf"(?<!\w)(?P<town>(?:[A-Z][\w'\u2019.-]{{1,30}}{_GAP}){{0,2}}[A-Z][\w'\u2019.-]{{1,30}}),?{_GAP}(?:{_STATES}){_GAP}\d{{5}}(?:-\d{{4}})?(?!\w|-\d)"
 )
-_TOWN_GB = re.compile(r"(?<!\w)(?:[A-Z][\w'\u2019-]+,?\s){0,2}[A-Z]{1,2}\d[A-Z\d]?\s\d[A-Z]{2}(?!\w)")
+_TOWN_GB = re.compile(rf"(?<!\w)(?:[A-Z][\w'\u2019-]+,?{_GAP}){{0,2}}[A-Z]{{1,2}}\d[A-Z\d]?{_GAP}\d[A-Z]{{2}}(?!\w)")
 
 
 class PatternRecogniser:
@@ -203,7 +205,7 @@ def _towns(pattern: re.Pattern[str], text: str) -> Iterator[Span]:
     """Towns with their codes; then without their first words, should those belong to a street."""
     for match in pattern.finditer(text):
         yield Span(match.start(), match.end(), "address")
-        for space in re.finditer(r"\s", match.group()):
+        for space in re.finditer(r"\s+", match.group()):
             yield Span(match.start() + space.end(), match.end(), "address")
 
 

@@ -17,8 +17,9 @@ from fedsea.privacy.pseudonyms.lexicon import load_lexicon
 from fedsea.privacy.pseudonyms.names import NameRecogniser
 from fedsea.privacy.pseudonyms.patterns import PatternRecogniser
 from fedsea.privacy.pseudonyms.spans import Span, apart, grown, united
+from fedsea.privacy.pseudonyms.typography import even, joined, plain
 
-VERSION = 2
+VERSION = 3
 """Counted up whenever other places of a text would be found, so that an interrupted run notices."""
 
 _MOST_WORDS = 200_000
@@ -44,7 +45,8 @@ class Recogniser:
         self._types = frozenset(settings.types)
         self._custom = {f"pattern:{name}": re.compile(pattern) for name, pattern in settings.patterns.items()}
         words = [*settings.words, *_listed(folder, settings.word_files)]
-        own_names = frozenset(name.lower() for line in _listed(folder, settings.name_files) for name in line.split())
+        names = [name for line in _listed(folder, settings.name_files) for name in plain(line).split()]
+        own_names = frozenset(name.lower() for name in names)
         self._words = _Phrases(words)
         self._keep = _Phrases(settings.keep)
         self.lexicon = load_lexicon(settings.languages)
@@ -56,7 +58,10 @@ class Recogniser:
 
     def find(self, text: str) -> list[Span]:
         """Identifiers in order; they do not overlap, and cut through no word."""
-        kept = list(self._keep.find(text, "keep"))
+        # A dash may join the groups of one number or stand between two: with the first reading none is cut.
+        readings = tuple(dict.fromkeys((joined(even(text)), even(text))))
+        forms = tuple(dict.fromkeys((*readings, text)))
+        kept = sorted(span for form in forms for span in self._keep.find(form, "keep"))
         starts, ends = [one.start for one in kept], list(accumulate((one.end for one in kept), max))
 
         def is_kept(span: Span) -> bool:
@@ -67,25 +72,30 @@ class Recogniser:
         def chosen(candidates: Iterator[Span]) -> Iterator[Span]:
             return (span for span in (grown(text, one) for one in candidates) if not is_kept(span))
 
-        return united(chosen(self._own(text)), apart(chosen(self._general(text))))
+        return united(chosen(self._own(forms)), apart(chosen(self._general(readings))))
 
-    def _own(self, text: str) -> Iterator[Span]:
+    def _own(self, forms: tuple[str, ...]) -> Iterator[Span]:
         """Candidates by the client's own words and patterns."""
-        yield from self._words.find(text, "word")
-        for kind, pattern in self._custom.items():
-            for match in pattern.finditer(text):
-                yield Span(match.start(), match.end(), kind)
+        for text in forms:
+            yield from self._words.find(text, "word")
+            for kind, pattern in self._custom.items():
+                for match in pattern.finditer(text):
+                    yield Span(match.start(), match.end(), kind)
 
-    def _general(self, text: str) -> Iterator[Span]:
+    def _general(self, readings: tuple[str, ...]) -> Iterator[Span]:
         """Candidates by what identifiers look like; these are the same whatever the client's own words are."""
+        for text in readings:
+            yield from self._formed(text)
+        if "name" in self._types:
+            yield from self.names.find(readings[-1])
+
+    def _formed(self, text: str) -> Iterator[Span]:
         dates = (Span(start, end, "date") for start, end in find_dates(text)) if "date" in self._types else iter(())
         formed = [span for span in self._patterns.find(text) if span.kind in self._types]
         # A date may look like a phone number, and a part of an account number like a date.
         yield from (span for span in formed if span.kind not in ("phone", "plate"))
         yield from dates
         yield from (span for span in formed if span.kind in ("phone", "plate"))
-        if "name" in self._types:
-            yield from self.names.find(text)
 
 
 class _Phrases:
@@ -95,7 +105,7 @@ class _Phrases:
 
     def __init__(self, phrases: list[str] | tuple[str, ...]) -> None:
         self._by_first: dict[str, list[re.Pattern[str]]] = {}
-        for phrase in sorted({" ".join(phrase.split()) for phrase in phrases}, key=lambda one: (-len(one), one)):
+        for phrase in sorted({" ".join(plain(phrase).split()) for phrase in phrases}, key=lambda one: (-len(one), one)):
             first = self._WORD.search(phrase)
             if first is None or first.start() != 0:
                 raise ConfigError(

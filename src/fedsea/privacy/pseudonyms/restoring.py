@@ -6,6 +6,7 @@ import threading
 
 from fedsea.privacy.pseudonyms.spans import joins
 from fedsea.privacy.pseudonyms.table import Table
+from fedsea.privacy.pseudonyms.typography import HYPHENS
 
 _BEFORE = 2
 """Letters before a place that say whether a word begins there."""
@@ -59,4 +60,4 @@ class Restorer:
 
     def _undecided(self, text: str, at: int) -> bool:
         """Whether what follows could make another surrogate, or none, of what begins here."""
-        return self._table.may_begin(text[at:]) or (text.endswith("-") and self._table.is_one(text[at:-1]))
+        return self._table.may_begin(text[at:]) or (text[-1] in HYPHENS and self._table.is_one(text[at:-1]))

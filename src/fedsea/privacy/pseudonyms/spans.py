@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+from fedsea.privacy.pseudonyms.typography import HYPHENS
+
 
 @dataclass(frozen=True, slots=True, order=True)
 class Span:
@@ -36,9 +38,9 @@ def joins(text: str, at: int) -> bool:
     before, here = _is_word(text, at - 1), _is_word(text, at)
     if before and here:
         return True
-    if here and at >= 2 and text[at - 1] == "-":
+    if here and at >= 2 and text[at - 1] in HYPHENS:
         return _is_word(text, at - 2)
-    return before and at < len(text) and text[at] == "-" and _is_word(text, at + 1)
+    return before and at < len(text) and text[at] in HYPHENS and _is_word(text, at + 1)
 
 
 def grown(text: str, span: Span) -> Span:

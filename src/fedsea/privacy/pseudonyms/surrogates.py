@@ -17,6 +17,7 @@ from fedsea.privacy.pseudonyms.checksums import iban_completed, luhn_completed
 from fedsea.privacy.pseudonyms.dates import shifted
 from fedsea.privacy.pseudonyms.lexicon import Lexicon
 from fedsea.privacy.pseudonyms.names import NameRecogniser
+from fedsea.privacy.pseudonyms.typography import plain
 from fedsea.privacy.pseudonyms.urls import url_parts
 from fedsea.privacy.pseudonyms.words import ADDRESS_FRAME, SYLLABLES
 
@@ -68,9 +69,9 @@ class SurrogateMaker:
 
     def canonical(self, kind: str, surface: str) -> str:
         """What several ways to write one identifier have in common; they have one surrogate."""
-        if kind == "name" and _style(surface) != "other":
-            return self._names.stem(surface).lower()
-        if kind in ("phone", "card", "iban", "ssn") and surface.isascii():
+        if kind == "name" and _style(plain(surface)) != "other":
+            return self._names.stem(plain(surface)).lower()
+        if kind in ("phone", "card", "iban", "ssn") and plain(surface).isascii():
             return "".join(letter for letter in surface if letter.isalnum() or letter == "+").upper()
         if kind in ("word", "email"):
             return surface.lower()
@@ -106,6 +107,9 @@ class SurrogateMaker:
 
     def written(self, kind: str, surface: str, base: str) -> str:
         """A surrogate as the identifier was written: in capitals, with its spaces, with its genitive."""
+        if kind == "name" and plain(surface) != surface:  # its hyphens as they were written
+            hyphen = next(old for old, new in zip(surface, plain(surface), strict=True) if old != new)
+            return self.written(kind, plain(surface), base).replace("-", hyphen)
         if kind in ("name", "word", "email"):
             style = _style(surface)
             if kind == "name" and style != "other" and len(stem := self._names.stem(surface)) < len(surface):
@@ -113,7 +117,7 @@ class SurrogateMaker:
             if style == "upper":
                 return base.upper()
             return base.lower() if style == "lower" or kind == "email" else base
-        if kind in ("phone", "card", "iban", "ssn") and surface.isascii():
+        if kind in ("phone", "card", "iban", "ssn") and plain(surface).isascii():
             return _formatted(surface, base)
         return base
 

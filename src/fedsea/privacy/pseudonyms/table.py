@@ -7,6 +7,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 from fedsea.privacy.pseudonyms.spans import joins
+from fedsea.privacy.pseudonyms.typography import plain
 from fedsea.privacy.pseudonyms.urls import keeps_too_much
 from fedsea.privacy.pseudonyms.vault import Entry
 
@@ -79,8 +80,7 @@ class Table:
                 continue
             self._surrogates[entry.kind, surface] = surrogate
             self._restores(surrogate, surface)
-        if entry.kind == "name":
-            self._vary(entry)
+        self._vary(entry)
 
     def find(self, text: str, start: int = 0, *, allowed: frozenset[str] | None = None) -> Iterator[Found]:
         """Surrogates in a text, from left to right, the longest at each place.
@@ -133,9 +133,12 @@ class Table:
         self._index(surrogate)
 
     def _vary(self, entry: Entry) -> None:
-        """Other forms of a name that a model may write: in capitals, and with the German genitive."""
+        """Other forms that a model may write: with ordinary blanks and hyphens; names in capitals or the genitive."""
         for surface, surrogate in list(entry.surfaces.items()):
-            for old, new in ((surface.upper(), surrogate.upper()), (f"{surface}s", f"{surrogate}s")):
+            forms = [(plain(surface), plain(surrogate))]
+            if entry.kind == "name":
+                forms += [(surface.upper(), surrogate.upper()), (f"{surface}s", f"{surrogate}s")]
+            for old, new in forms:
                 if new not in self._originals and new not in self._variants:
                     self._variants[new] = old
                     self._index(new)
