@@ -13,7 +13,7 @@ from fedsea.data.prompts import PromptMaker
 from fedsea.data.templates import instruction_prompt
 from fedsea.errors import ConfigError
 from fedsea.plan import load_settings
-from fedsea.privacy.pseudonyms import Pseudonyms, ReplacedText, open_pseudonyms
+from fedsea.privacy.pseudonyms import Pseudonyms, open_pseudonyms
 from fedsea.storage import write_bytes_atomic
 
 log = logging.getLogger(__name__)
@@ -140,5 +140,5 @@ class Prompts:
         pseudonyms = self._pseudonyms
         if pseudonyms is None:
             return Prompt(made(texts))
-        replaced: list[ReplacedText] = [pseudonyms.prompt(text) for text in texts]
+        replaced = pseudonyms.conversation(texts)
         return Prompt(made([one.text for one in replaced]), lambda: pseudonyms.restorer(replaced))

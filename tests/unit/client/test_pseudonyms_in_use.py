@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -76,6 +77,27 @@ def test_a_prompt_has_the_surrogates_of_the_rows(tmp_path, settings):
     asked = tokenizer.decode(prompts.instruction(ROW).ids, skip_special_tokens=True)
     assert row in chat
     assert row in asked
+
+
+def test_what_is_an_identifier_in_one_message_of_a_chat_is_one_in_all_of_them(settings):
+    tokenizer = byte_tokenizer(chat_template=CHAT_TEMPLATE)
+    prompts = Prompts(tokenizer, pseudonyms_of(settings('keep = ["Anna Seghers"]'), "clinic"))
+    messages = [
+        {"role": "user", "content": "Did Kowalczewska read Anna Seghers?"},
+        {"role": "assistant", "content": "Patient Helena Kowalczewska (MRN 4471123, room 12) did."},
+        {"role": "user", "content": "Did KOWALCZEWSKA, I mean 4471123, see Helena's ward, or 4471123-5?"},
+    ]
+    prompt = prompts.chat(messages)
+    assert prompt.restore is not None
+    sent = tokenizer.decode(prompt.ids, skip_special_tokens=True)
+    assert not re.search("kowalczewska|helena|4471123", sent, re.IGNORECASE)
+    assert "Anna Seghers" in sent
+    assert "room 12" in sent
+    restorer = prompt.restore()
+    back = restorer.push(sent) + restorer.finish()
+    assert all(message["content"] in back for message in messages)
+    alone = prompts.chat(messages[:1])
+    assert "Kowalczewska" in tokenizer.decode(alone.ids, skip_special_tokens=True)
 
 
 def test_a_run_is_resumed_with_its_mapping_and_refused_with_another_or_none(tmp_path, settings):

@@ -45,9 +45,14 @@ class NameRecogniser:
             return word[:-1]
         return word
 
-    def find(self, text: str) -> Iterator[Span]:
-        """Names, a span for each of their words, in order."""
-        found = _Sentence(text, self._lexicon, self._own, self._listed).names()
+    def find(self, text: str, elsewhere: frozenset[str] = frozenset()) -> Iterator[Span]:
+        """Names, a span for each of their words, in order.
+
+        Args:
+            text: The text.
+            elsewhere: Words, in lower case, that are names in texts that belong to this one.
+        """
+        found = _Sentence(text, self._lexicon, self._own, self._listed).names(elsewhere)
         yield from (Span(start, end, "name") for start, end in found)
 
     def _listed(self, lower: str) -> bool:
@@ -66,14 +71,14 @@ class _Sentence:
         self._lower = [match.group().lower() for match in self._words]
         self._german = len(_GERMAN.findall(text)) >= len(_ENGLISH.findall(text))
 
-    def names(self) -> list[tuple[int, int]]:
-        """Places of names: those with a reason of their own, and where the same words stand again."""
+    def names(self, elsewhere: frozenset[str]) -> list[tuple[int, int]]:
+        """Places of names: those with a reason of their own, and where the same words, or those, stand again."""
         found: set[int] = set()
         for number in range(len(self._words)):
             if number not in found:
                 found |= self._here(number)
         found |= self._born()
-        known = {self._lower[number] for number in found} - NO_NAMES
+        known = ({self._lower[number] for number in found} | elsewhere) - NO_NAMES
         for number, lower in enumerate(self._lower):
             again = lower in known or (lower.endswith("s") and lower[:-1] in known)
             if again and self._capital(number):

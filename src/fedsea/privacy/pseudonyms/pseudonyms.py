@@ -88,7 +88,21 @@ class Pseudonyms:
             FedseaError: The mapping cannot be read or written, or (which no text is known to do) restoring would not
                 give the prompt back: nothing is given out.
         """
-        spans = self.find(text)
+        return self.conversation([text])[0]
+
+    def conversation(self, texts: Sequence[str]) -> list[ReplacedText]:
+        """Prompts that belong together, such as the messages of a chat, each as by `prompt`.
+
+        What is an identifier in one of them is one in all of them.
+
+        Raises:
+            FedseaError: As `prompt`.
+        """
+        spans = self._recogniser.find_all(texts)
+        self._all(texts, spans)  # all surrogates first: any of them may stand in any of the texts by nature
+        return [self._escaped(text, found) for text, found in zip(texts, spans, strict=True)]
+
+    def _escaped(self, text: str, spans: list[Span]) -> ReplacedText:
         for _ in range(_MOST_ESCAPES):
             replaced = self._all([text], [spans])[0]
             strays = self._strays(text, replaced)

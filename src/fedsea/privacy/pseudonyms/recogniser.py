@@ -6,7 +6,7 @@ import hashlib
 import json
 import re
 from bisect import bisect_right
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from itertools import accumulate
 from pathlib import Path
 
@@ -23,6 +23,8 @@ VERSION = 3
 """Counted up whenever other places of a text would be found, so that an interrupted run notices."""
 
 _MOST_WORDS = 200_000
+_LEAST_AGAIN = 5
+"""Letters of a number by which it is known again in another text."""
 
 
 class Recogniser:
@@ -56,8 +58,22 @@ class Recogniser:
                  sorted(settings.keep), self.lexicon.sha256]  # fmt: skip
         self.identity = hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()
 
-    def find(self, text: str) -> list[Span]:
-        """Identifiers in order; they do not overlap, and cut through no word."""
+    def find_all(self, texts: Sequence[str]) -> list[list[Span]]:
+        """Identifiers of texts that belong together: what is one in any of them is one in all, as `find` gives them."""
+        alone = [self.find(text) for text in texts]
+        if len(texts) == 1:
+            return alone
+        seen = {(span.kind, even(text[span.start : span.end])) for text, found in zip(texts, alone, strict=True)
+                for span in found}  # fmt: skip
+        return [self.find(text, frozenset(seen)) for text in texts]
+
+    def find(self, text: str, seen: frozenset[tuple[str, str]] = frozenset()) -> list[Span]:
+        """Identifiers in order; they do not overlap, and cut through no word.
+
+        Args:
+            text: The text.
+            seen: Kinds and, with even blanks and hyphens, letters of what was found in texts that belong to this one.
+        """
         # A dash may join the groups of one number or stand between two: with the first reading none is cut.
         readings = tuple(dict.fromkeys((joined(even(text)), even(text))))
         forms = tuple(dict.fromkeys((*readings, text)))
@@ -72,7 +88,7 @@ class Recogniser:
         def chosen(candidates: Iterator[Span]) -> Iterator[Span]:
             return (span for span in (grown(text, one) for one in candidates) if not is_kept(span))
 
-        return united(chosen(self._own(forms)), apart(chosen(self._general(readings))))
+        return united(chosen(self._own(forms)), apart(chosen(self._general(readings, seen))))
 
     def _own(self, forms: tuple[str, ...]) -> Iterator[Span]:
         """Candidates by the client's own words and patterns."""
@@ -82,12 +98,17 @@ class Recogniser:
                 for match in pattern.finditer(text):
                     yield Span(match.start(), match.end(), kind)
 
-    def _general(self, readings: tuple[str, ...]) -> Iterator[Span]:
+    def _general(self, readings: tuple[str, ...], seen: frozenset[tuple[str, str]]) -> Iterator[Span]:
         """Candidates by what identifiers look like; these are the same whatever the client's own words are."""
         for text in readings:
             yield from self._formed(text)
         if "name" in self._types:
-            yield from self.names.find(readings[-1])
+            elsewhere = frozenset(surface.lower() for kind, surface in seen if kind == "name")
+            yield from self.names.find(readings[-1], elsewhere)
+        for kind, surface in sorted(seen):
+            if kind not in ("name", "date") and len(surface) >= _LEAST_AGAIN and any(map(str.isdigit, surface)):
+                for match in re.finditer(rf"(?<!\w){re.escape(surface)}(?!\w)", readings[-1]):
+                    yield Span(match.start(), match.end(), kind)
 
     def _formed(self, text: str) -> Iterator[Span]:
         dates = (Span(start, end, "date") for start, end in find_dates(text)) if "date" in self._types else iter(())
