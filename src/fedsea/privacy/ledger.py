@@ -5,9 +5,12 @@
 
 The first line names the plan and the client. A process that is killed while it writes leaves at most a torn last line,
 for which nothing was sent: it is cut off. A charge that is complete counts, whether or not its release was sent. The
-anchor lags behind, never ahead: a ledger with fewer lines than it says was truncated or put back from an old copy, and
-is refused. A copy of both files that was put back is found by what a run folder noted (see `client.accounts`), if that
-is not old itself. This finds accidents and restored copies; who may write all of these files can forge them.
+anchor is never ahead: a ledger with fewer lines than it says was truncated or put back from an old copy, and refused.
+It is written at the first charge of a process, at the first that comes a second or more after it, and at the end; so it
+lags behind by the charges of one second at most. Only a process that was killed leaves it so: whole lines that are lost
+just there are not missed. A copy of both files that was put back is found by what a run folder noted (see
+`client.accounts`), if that is not old itself. This finds accidents and restored copies; who may write all of these
+files can forge them.
 
 Several processes of one client (training and a gateway, say) may charge the same ledger: each takes the file's lock for
 the moment of a charge, and reads what the others have appended. A file that is not where it was opened any more, or
@@ -19,6 +22,7 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import json
+import math
 import os
 import secrets
 import threading
@@ -84,6 +88,7 @@ class Ledger:
                 now = (run_id, plan.noise if noise is None else noise)
                 if self._book.runs[-1:] != [now]:
                     self._append({"run": run_id, "noise": now[1].model_dump(mode="json")})
+                self._anchored = (self._anchored[0], -math.inf)  # the first charge is anchored at once
         except BaseException:
             os.close(self._file)
             raise

@@ -198,6 +198,20 @@ def test_a_truncated_ledger_is_refused(tmp_path, kept):
     refused(tmp_path, "truncated or replaced")
 
 
+def test_a_process_that_is_killed_leaves_no_ledger_that_can_lose_its_first_charge_unnoticed(tmp_path, monkeypatch):
+    monkeypatch.setattr("fedsea.privacy.ledger._ANCHOR_EVERY_S", 3600.0)
+    ledgers = [Ledger(tmp_path, PLAN, "a") for _ in range(2)]
+    for ledger in ledgers:
+        ledger.charge(charge())
+        killed = tmp_path / f"killed {len(lines_of(tmp_path))}"
+        killed.mkdir()
+        shutil.copy(tmp_path / ANCHOR, killed)
+        (killed / FILE).write_bytes(b"".join(lines_of(tmp_path)[:-1]))
+        refused(killed, "truncated or replaced")
+    for ledger in ledgers:
+        ledger.close()
+
+
 def test_a_last_line_that_is_cut_in_half_after_it_was_anchored_is_refused(tmp_path):
     raw = (filled(tmp_path) / FILE).read_bytes()
     (tmp_path / FILE).write_bytes(raw[:-20])
