@@ -18,7 +18,7 @@ from typing import Any
 
 from fedsea.client.run_key import ALONE
 from fedsea.errors import ConfigError, StorageError
-from fedsea.plan import ClientNoise, FederationPlan, load_settings, parse_plan_json
+from fedsea.plan import ClientNoise, FederationPlan, NoiseSection, load_settings, parse_plan_json
 from fedsea.privacy.book import FILE, Book
 from fedsea.privacy.boundary import Boundary
 from fedsea.privacy.claims import report_of
@@ -58,7 +58,7 @@ def open_boundary(
         own_run: Whether `run` is of this very run, and may say where the ledger is.
 
     Raises:
-        ConfigError: The settings are laxer than the plan.
+        ConfigError: The settings are laxer than the plan, or leave out what was stricter before.
         StorageError: The ledger is refused, is not the one that the run was charged to before, or the disk refused.
     """
     noise = own_noise(settings)
@@ -77,8 +77,28 @@ def open_boundary(
     notes = run_id != ALONE and (own_run or (before is not None and os.access(run, os.W_OK)))
     noted = None if before is None else (before.count, before.hash)
     own = noise.over(plan, name)
-    with Ledger(folder, plan, name, run_id, own, noted=noted, note=note if notes else None) as ledger:
+
+    def allow(last: NoiseSection) -> None:
+        _check_nothing_is_left_out(noise, own, last)
+
+    with Ledger(folder, plan, name, run_id, own, noted=noted, note=note if notes else None, allow=allow) as ledger:
         yield Boundary.of(plan, name, ledger, noise)
+
+
+def _check_nothing_is_left_out(named: ClientNoise, own: NoiseSection, last: NoiseSection) -> None:
+    """Refuse noise that is laxer than the last only because this command's settings do not speak of it."""
+    laxer = []
+    for key in ClientNoise.model_fields:
+        before, now = getattr(last, key), getattr(own, key)
+        less = now < before if key.endswith("_std") else before and (not now or now > before)
+        if less and getattr(named, key) is None:
+            laxer.append(f"noise.{key} was {before:g} and would be the plan's {now:g}" + " (none)" * (not now))
+    if laxer:
+        raise ConfigError(
+            f"This client was stricter before than with this command's settings: {'; '.join(laxer)}. Nothing was sent. "
+            "Give the settings file that was used before with --settings; to be laxer on purpose, give one whose table "
+            "[noise] names the new values."
+        )
 
 
 @dataclass(frozen=True, slots=True)

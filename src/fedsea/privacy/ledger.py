@@ -52,6 +52,7 @@ class Ledger:
         noise: The client's noise, if it is stricter than the plan's; noted too.
         noted: How many lines it had, and the hash of the last one, when it was used before; None if nobody knows.
         note: Told the same whenever the anchor is written.
+        allow: Told the noise that was charged with last, before another one is noted; refuses that by raising.
 
     Raises:
         StorageError: The ledger is damaged, truncated, or of another plan or client; or the disk refused.
@@ -67,6 +68,7 @@ class Ledger:
         *,
         noted: tuple[int, str] | None = None,
         note: Callable[[int, str], None] | None = None,
+        allow: Callable[[NoiseSection], None] | None = None,
     ) -> None:
         self.folder = folder
         self._path = folder / FILE
@@ -87,6 +89,8 @@ class Ledger:
                 self._begin(plan, new=noted is None)
                 now = (run_id, plan.noise if noise is None else noise)
                 if self._book.runs[-1:] != [now]:
+                    if allow is not None and self._book.runs:
+                        allow(self._book.noise)
                     self._append({"run": run_id, "noise": now[1].model_dump(mode="json")})
                 self._anchored = (self._anchored[0], -math.inf)  # the first charge is anchored at once
         except BaseException:
