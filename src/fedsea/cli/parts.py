@@ -14,6 +14,9 @@ _LINE_EVERY = 10
 """Steps between two lines about a part, where there is no terminal; more, if that would be many lines."""
 _MOST_LINES = 10
 
+_LEAST_BAR, _BESIDE_THE_BAR = 8, 80
+"""Columns of the bar, and those that the longest description and the numbers take."""
+
 
 class Parts:
     """How far each part is: bars on a terminal, else a line every few steps and one when a part is done.
@@ -26,6 +29,7 @@ class Parts:
     def __init__(self, silent: bool, clock: Callable[[], float] = time.monotonic) -> None:
         from rich.console import Console
         from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+        from rich.table import Column
 
         console = Console(stderr=True)
         self._lines = not silent and not console.is_terminal
@@ -34,8 +38,14 @@ class Parts:
         self._clock = clock
         self._began: dict[str, tuple[float, int]] = {}
         self._told: dict[str, int] = {}
-        left = TextColumn("{task.fields[left]}")
-        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), left)
+        # Where there is little room the bar is short and the description takes two lines; no number is cut.
+        columns = (
+            TextColumn("{task.description}", markup=False, table_column=Column()),
+            BarColumn(bar_width=min(40, max(_LEAST_BAR, console.width - _BESIDE_THE_BAR))),
+            MofNCompleteColumn(table_column=Column(no_wrap=True)),
+            TimeElapsedColumn(table_column=Column(no_wrap=True)),
+            TextColumn("{task.fields[left]}", table_column=Column(no_wrap=True)),
+        )
         self._bars = Progress(*columns, console=console, disable=silent or not console.is_terminal)
 
     def __enter__(self) -> Self:

@@ -169,7 +169,7 @@ class ClientDisplay(_Screen):
             return spinner
         rows: list[RenderableType] = [
             _bar(self._name, self._done, self._num_steps),
-            Text(_SEPARATOR.join(self._facts()), overflow="ellipsis", no_wrap=True),
+            _facts_text(self._facts(), self._console.width),
         ]
         if self._waiting:
             rows.append(Text(f"waiting for {', '.join(self._waiting)}", style="yellow"))
@@ -242,8 +242,7 @@ class ServerDisplay(_Screen):
         facts.append(f"{len(snapshot.connected)}/{len(self._plan.clients)} clients")
         if missing := [name + _why(name, snapshot) for name in _missing(snapshot)]:
             facts.append(f"waiting for {', '.join(missing)}")
-        sessions = self._sessions(snapshot)
-        return _SEPARATOR.join([*facts, *self._figures(snapshot), *([sessions] if sessions else [])])
+        return _SEPARATOR.join([*facts, *self._figures(snapshot), *self._sessions(snapshot)])
 
     def render(self) -> RenderableType:
         """How the server stands, for the live display."""
@@ -253,10 +252,10 @@ class ServerDisplay(_Screen):
         facts = [f"round {self._round(snapshot)}", *self._figures(snapshot)]
         rows: list[RenderableType] = [
             _bar(self._plan.name, snapshot.step, snapshot.num_steps),
-            Text(_SEPARATOR.join(facts), overflow="ellipsis", no_wrap=True),
+            _facts_text(facts, self._console.width),
         ]
         if sessions := self._sessions(snapshot):
-            rows.append(Text(sessions, overflow="ellipsis", no_wrap=True))
+            rows.append(_facts_text(sessions, self._console.width))
         table = Table("client", "state", box=None, padding=(0, 2, 0, 0))
         for name in self._plan.client_names:
             table.add_row(name, _state(name, snapshot))
@@ -270,14 +269,14 @@ class ServerDisplay(_Screen):
         traffic = f"up {bytes_text(snapshot.bytes_up)}, down {bytes_text(snapshot.bytes_down)}"
         return [*_speed(self._pace, "target tokens"), traffic, *_left(self._pace, snapshot.num_steps - snapshot.step)]
 
-    def _sessions(self, snapshot: ServerSnapshot) -> str:
+    def _sessions(self, snapshot: ServerSnapshot) -> list[str]:
         """Decoding, as long as anybody does."""
         now = snapshot.inference
         if now is None or not now.sessions:
-            return ""
+            return []
         memory = f"KV {bytes_text(now.kv_bytes)} of {bytes_text(now.kv_bytes_limit)}"
         people = f"{counted(now.sessions, 'session')}, {counted(now.sequences, 'sequence')}"
-        return _SEPARATOR.join([f"inference: {people}", memory, *_speed(self._decoding)])
+        return [f"inference: {people}", memory, *_speed(self._decoding)]
 
 
 def _missing(snapshot: ServerSnapshot) -> list[str]:
@@ -302,9 +301,24 @@ def _state(name: str, snapshot: ServerSnapshot) -> Text:
 
 
 def _bar(title: str, done: int, total: int) -> RenderableType:
+    """Where there is little room the bar is short and the title cut, never a number."""
     grid = Table.grid(padding=(0, 1))
-    grid.add_row(Text(title, style="bold"), ProgressBar(max(total, 1), done, width=40), f"{done}/{total}")
+    grid.add_column(overflow="ellipsis")
+    grid.add_column()
+    grid.add_column(no_wrap=True)
+    grid.add_row(Text(title, style="bold", no_wrap=True), ProgressBar(max(total, 1), done, width=40), f"{done}/{total}")
     return grid
+
+
+def _facts_text(facts: Sequence[str], width: int) -> Text:
+    """Facts side by side, as many in a line as there is room for."""
+    lines: list[str] = []
+    for fact in facts:
+        if lines and len(lines[-1]) + len(_SEPARATOR) + len(fact) <= width:
+            lines[-1] += _SEPARATOR + fact
+        else:
+            lines.append(fact)
+    return Text("\n".join(lines))
 
 
 def _speed(pace: Pace, what: str = "tokens") -> list[str]:

@@ -99,3 +99,18 @@ def test_a_bar_says_what_is_left_as_soon_as_that_is_known(monkeypatch: pytest.Mo
         assert "left" not in out.getvalue()
         parts("federation", 11, 24)
     assert "about 13 s left" in out.getvalue()
+
+
+def test_a_terminal_of_eighty_columns_cuts_no_number_of_a_bar(monkeypatch: pytest.MonkeyPatch) -> None:
+    out = io.StringIO()
+    monkeypatch.setattr(
+        rich.console, "Console", partial(Console, file=out, force_terminal=True, width=80, color_system=None)
+    )
+    now = iter((0.0, 190.0, 190.0))
+    with Parts(silent=False, clock=lambda: next(now)) as parts:
+        parts("A1 nearest hidden state over the vocabulary", 1, 1416)
+        parts("A1 nearest hidden state over the vocabulary", 208, 1416)
+        parts("self-check", 1, 128)
+    last = out.getvalue().split("\x1b[2K")[-1]
+    for number in (" 208/1416 ", " 1/128 ", "0:00:00", "about 18 min 29 s left", "vocabulary"):
+        assert number in last

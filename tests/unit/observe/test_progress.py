@@ -315,3 +315,18 @@ def test_compose_tells_everybody_what_they_follow() -> None:
     both.evaluation(Evaluation())
     assert plain_one.seen == ["step", "evaluation"]
     assert following.seen == ["loading", "begin", "step", "waiting", "bytes", "evaluation"]
+
+
+def test_a_terminal_of_eighty_columns_cuts_no_fact() -> None:
+    out = io.StringIO()
+    console = Console(file=out, width=80, force_terminal=True, color_system=None)
+    clock = Clock()
+    display = ClientDisplay(console=console, clock=clock)
+    display.begin(PLAN, "clinic-of-a-long-name-that-a-federation-gave-it-once", Link())
+    display.evaluation(Evaluation())
+    for step in range(12):
+        clock.now += 2.0
+        display.step(Step(step))
+    console.print(display.render())
+    for fact in ("12/20", "held-out 1.2500 at step 10", "up 1.50 MB, down 2.00 KB", "16 s left"):
+        assert fact in out.getvalue()
