@@ -56,10 +56,10 @@ def init(
     if as_json:
         output.result({"ca_fingerprint": authority.fingerprint, "server": str(server), "hosts": hosts})
         return
-    typer.echo(f"Made the authority {folder} and the server's identity {server} for {', '.join(hosts)}.")
-    typer.echo(f"Keep {folder} secret: whoever has its key can let anyone in.")
-    typer.echo("Tell every client this fingerprint by telephone or in person, not along with the certificate:")
-    typer.echo(f"  {authority.fingerprint}")
+    output.say(f"Made the authority {folder} and the server's identity {server} for {', '.join(hosts)}.")
+    output.say(f"Keep {folder} secret: whoever has its key can let anyone in.")
+    output.say("Tell every client this fingerprint by telephone or in person, not along with the certificate:")
+    output.say(f"  {authority.fingerprint}")
 
 
 @app.command("approve")
@@ -108,10 +108,10 @@ def approve(
         output.result({"name": certificate.name, "serial": certificate.serial, "not_after": until, "file": str(out)})
         return
     what = " as a relay" if role == "relay" else ""
-    typer.echo(f"{certificate.name} is approved{what} until {certificate.not_after:%Y-%m-%d}.")
-    typer.echo(f"Send {out} to {certificate.name}, which then runs:")
+    output.say(f"{certificate.name} is approved{what} until {certificate.not_after:%Y-%m-%d}.")
+    output.say(f"Send {out} to {certificate.name}, which then runs:")
     typer.echo(f"  fedsea enroll --install {out.name} --ca-fingerprint …")
-    typer.echo(f"where … is the authority's fingerprint, told by another way: {authority.fingerprint}")
+    output.say(f"where … is the authority's fingerprint, told by another way: {authority.fingerprint}")
 
 
 def _ask() -> None:
@@ -130,21 +130,19 @@ def _ask() -> None:
 
 
 def _show_request(asked: SigningRequest, name: str, valid: list[Entry]) -> None:
-    typer.echo(f"Name         {name}" + (f" (asks for {asked.name})" if name != asked.name else ""), err=True)
-    typer.echo(f"Fingerprint  {asked.fingerprint}", err=True)
+    output.tell(f"Name         {name}" + (f" (asks for {asked.name})" if name != asked.name else ""))
+    output.tell(f"Fingerprint  {asked.fingerprint}")
     if again := [entry for entry in valid if entry.key == asked.fingerprint]:
         until = max(entry.not_after for entry in again)
-        typer.echo(
+        output.tell(
             f"This request was approved before, until {until:%Y-%m-%d}: approving it again issues one more certificate "
             "for the same key, which is only needed if the first one was lost.",
-            err=True,
         )
     if others := [entry for entry in valid if entry.key != asked.fingerprint]:
         until = max(entry.not_after for entry in others)
-        typer.echo(
+        output.tell(
             f"Attention: {name} already has {len(others)} valid certificate(s) under another key, until "
             f"{until:%Y-%m-%d}. If that key is lost or stolen, revoke the name first and approve this with --again.",
-            err=True,
         )
 
 
@@ -165,7 +163,7 @@ def revoke(
     if as_json:
         output.result({"name": name, "revoked": [entry.serial for entry in revoked]})
         return
-    typer.echo(f"Revoked {len(revoked)} certificate(s) of {name}." if revoked else f"{name} was revoked before.")
+    output.say(f"Revoked {len(revoked)} certificate(s) of {name}." if revoked else f"{name} was revoked before.")
 
 
 @app.command("list")
@@ -198,7 +196,7 @@ def list_(
         output.result({"ca_fingerprint": authority.fingerprint, "certificates": rows})
         return
     _show_entries(entries, now)
-    typer.echo(f"Authority {authority.fingerprint}")
+    output.say(f"Authority {authority.fingerprint}")
 
 
 def _show_entries(entries: list[Entry], now: datetime) -> None:
@@ -240,4 +238,4 @@ def server(
         until = identity.not_after.isoformat()
         output.result({"server": str(written), "hosts": list(hosts), "not_after": until})
         return
-    typer.echo(f"The server's identity {written} for {identity.name} is valid until {identity.not_after:%Y-%m-%d}.")
+    output.say(f"The server's identity {written} for {identity.name} is valid until {identity.not_after:%Y-%m-%d}.")

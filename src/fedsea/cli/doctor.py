@@ -106,14 +106,18 @@ def _show(checks: list[Check]) -> None:
     from rich.table import Table
     from rich.text import Text
 
+    from fedsea.observe.terminal import with_fingerprints_in_halves
+
+    console = Console()
     table = Table(box=None, padding=(0, 1), show_header=False)
     for check in checks:
-        found = Text(check.found, overflow="fold")
+        words = with_fingerprints_in_halves(check.found) if console.is_terminal else check.found
+        found = Text(words, overflow="fold")
         if check.advice and check.state != "ok":
             found.append(f"\n→ {check.advice}", style="bold")
         elif check.advice:
             found.append(f" ({check.advice})", style="dim")
         table.add_row(_MARKS[check.state], check.name, found)
-    Console().print(table)
+    console.print(table)
     counts = {state: sum(check.state == state for check in checks) for state in _MARKS}
     output.say(f"{counts['ok']} in order, {counts['warn']} to look at, {counts['fail']} in the way.")

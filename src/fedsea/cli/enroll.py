@@ -53,11 +53,11 @@ def _request(folder: Path, name: str, again: bool, as_json: bool) -> None:
         output.result({"name": name, "fingerprint": enrollment.fingerprint, "request": path})
         return
     option = "" if folder == _FOLDER else f" --folder {folder}"
-    typer.echo(f"The key stays in {folder}. Tell the operator its fingerprint by telephone or in person:")
-    typer.echo(f"  {enrollment.fingerprint}")
-    typer.echo("With the answer, run:")
+    output.say(f"The key stays in {folder}. Tell the operator its fingerprint by telephone or in person:")
+    output.say(f"  {enrollment.fingerprint}")
+    output.say("With the answer, run:")
     typer.echo(f"  fedsea enroll{option} --install {name}.certificate.pem --ca-fingerprint …")
-    typer.echo(f"Now send {enrollment.request_path} to the operator.")
+    output.say(f"Now send {enrollment.request_path} to the operator.")
 
 
 def _install(folder: Path, certificate: Path, ca: Path | None, ca_fingerprint: str, as_json: bool) -> None:
@@ -74,6 +74,6 @@ def _install(folder: Path, certificate: Path, ca: Path | None, ca_fingerprint: s
         return
     until = f"{installed.not_after:%Y-%m-%d}"
     if installed.role == "relay":
-        typer.echo(f"This relay is {installed.name} until {until}; before that, ask for the next with --again.")
+        output.say(f"This relay is {installed.name} until {until}; before that, ask for the next with --again.")
     else:
-        typer.echo(f"This client is {installed.name} until {until}; it renews itself while it is used.")
+        output.say(f"This client is {installed.name} until {until}; it renews itself while it is used.")

@@ -6,7 +6,7 @@ import json
 import logging
 import sys
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TextIO
 
 
 @dataclass(slots=True)
@@ -55,17 +55,13 @@ def result(document: dict[str, Any]) -> None:
 
 
 def say(sentence: str) -> None:
-    """One line on stdout."""
-    sys.stdout.write(sentence + "\n")
-    sys.stdout.flush()
+    """One line on stdout; a terminal gets it broken between words."""
+    _line(sentence, sys.stdout)
 
 
 def tell(sentence: str) -> None:
     """One line on stderr; a terminal gets it broken between words."""
-    from fedsea.observe.terminal import folded
-
-    sys.stderr.write(folded(sentence, sys.stderr) + "\n")
-    sys.stderr.flush()
+    _line(sentence, sys.stderr)
 
 
 def failure(code: str, message: str) -> None:
@@ -74,3 +70,10 @@ def failure(code: str, message: str) -> None:
         result({"error": {"code": code, "message": message}})
     else:
         tell(f"Error: {message}")
+
+
+def _line(sentence: str, stream: TextIO) -> None:
+    from fedsea.observe.terminal import folded
+
+    stream.write(folded(sentence, stream) + "\n")
+    stream.flush()

@@ -289,3 +289,15 @@ def test_the_table_says_what_to_do(tmp_path: Path, capsys: pytest.CaptureFixture
     assert "✗ identity" in shown
     assert "fedsea enroll" in shown
     assert "1 in the way" in shown
+
+
+def test_a_terminal_gets_a_fingerprint_in_halves(monkeypatch: pytest.MonkeyPatch) -> None:
+    first, second = (":".join(f"{byte:02X}" for byte in half) for half in (range(16), range(16, 32)))
+    out = io.StringIO()
+    monkeypatch.setattr(
+        rich.console, "Console", partial(Console, file=out, force_terminal=True, width=80, color_system=None)
+    )
+    doctor._show([Check("authority", "ok", f"{first}:{second}", "compare it")])
+    lines = [line.strip() for line in out.getvalue().splitlines()]
+    assert lines[0].endswith(f"{first}:")
+    assert lines[1].startswith(second)
