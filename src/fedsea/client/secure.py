@@ -200,7 +200,7 @@ class SecureRounds:
         """
         self.forget()
         own = {key for index in self._layout.of_client(self._name) for key in self._layout.groups[index].shapes}
-        missing = own.difference(result.tensors)
+        missing = own.difference(result.tensors)  # type: ignore[arg-type]
         notes = (self._given(number) for number in range(rounds_done, result.round + 1)) if missing else ()
         skips = self._plan.aggregation.secure_failure == "skip"
         if any(given is not None and not (skips and given.survivors is None) for given in notes):
