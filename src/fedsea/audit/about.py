@@ -10,6 +10,7 @@ from fedsea.audit import curves as drawn
 from fedsea.audit.attacker import Attacker
 from fedsea.audit.canaries import Texts
 from fedsea.audit.outcome import Outcome
+from fedsea.audit.passes import Passes, passes_of
 from fedsea.audit.sessions import Use
 from fedsea.audit.settings import AuditOptions
 from fedsea.audit.subject import Subject
@@ -40,6 +41,7 @@ def about(
         used: What was asked in use.
     """
     plan, cut = subject.plan, subject.partition
+    passes = passes_of(subject, options.scale.epochs)
     return {
         "plan": plan.name,
         "plan_sha256": (subject.agreed or plan).sha256(),
@@ -63,6 +65,8 @@ def about(
         "scale": "quick" if options.quick else "full",
         "seed": options.seed,
         "sequences": len(targets),
+        "passes": passes.attacked,
+        "passes_sent": passes.sent,
         "sessions": len(used),
         "tokens": sum(len(target.ids_T) - target.begins for target in targets),
         "own_texts": bool(options.texts),
@@ -84,12 +88,13 @@ def _rho(subject: Subject, attacker: Attacker, targets: Sequence[Target]) -> flo
     return round(std * math.sqrt(subject.checkpoint.hidden_size) / drawn.norm_of(attacker, targets), 4)
 
 
-def notes(subject: Subject, outcomes: Sequence[Outcome]) -> tuple[str, ...]:
+def notes(subject: Subject, outcomes: Sequence[Outcome], passes: Passes) -> tuple[str, ...]:
     """Sentences about what was audited that a reader of the verdict has to know.
 
     Args:
         subject: What is audited.
         outcomes: What became of the attacks.
+        passes: Over each text.
     """
     said = []
     if stricter := subject.stricter:
@@ -97,6 +102,8 @@ def notes(subject: Subject, outcomes: Sequence[Outcome]) -> tuple[str, ...]:
         said.append(f"Audited with this client's own noise, stricter than the plan's: {listed}.")
     if subject.noise_std():
         said.append(f"The noise that was audited is {subject.noise_from}.")
+    if _averages_out(subject):
+        said.append(passes.sentence)
     if subject.pseudonyms:
         said.append(
             "This client replaces identifiers by pseudonyms before it tokenises; the texts of this audit were not "
@@ -114,6 +121,10 @@ def notes(subject: Subject, outcomes: Sequence[Outcome]) -> tuple[str, ...]:
             "then judged."
         )
     return tuple(said)
+
+
+def _averages_out(subject: Subject) -> bool:
+    return any(channel in subject.noise_std() for channel in (Channel.HIDDEN, Channel.GRADIENT))
 
 
 def examples(targets: Sequence[Target], outcomes: Sequence[Outcome], texts: Texts) -> tuple[dict[str, Any], ...]:

@@ -12,11 +12,10 @@ from dataclasses import dataclass, replace
 import torch
 
 from fedsea.audit.noise_rows import Added, can_be_compared, shared, uneven, used_twice
-from fedsea.audit.observe import Tapped
+from fedsea.audit.observe import Tapped, clipped
 from fedsea.audit.subject import Subject
 from fedsea.audit.verdict import Finding, Verdict
 from fedsea.plan import NoiseSection
-from fedsea.privacy.clip import clip_rows, clip_sequences
 from fedsea.types import Channel
 from fedsea.wire.codecs import as_decoded
 
@@ -55,9 +54,9 @@ class _Noised:
         cls, channel: Channel, releases: Sequence[Tapped], noise: NoiseSection, codec: str, what: str = ""
     ) -> _Noised:
         std = noise.std(channel)
-        seen, clipped = [one.seen_TH for one in releases], [_clipped(one, channel, noise) for one in releases]
-        added = [Added.of(*rows, std, codec) for rows in zip(seen, clipped, strict=True)]
-        return cls(what or _WORDS[channel], std, codec, seen, clipped, added)
+        seen, before = [one.seen_TH for one in releases], [clipped(one, channel, noise) for one in releases]
+        added = [Added.of(*rows, std, codec) for rows in zip(seen, before, strict=True)]
+        return cls(what or _WORDS[channel], std, codec, seen, before, added)
 
 
 def check_taps(
@@ -175,18 +174,6 @@ def _check_rows(noised: _Noised, *, even: bool = True) -> list[Finding]:
         )
         findings.append(Finding(Verdict.INCONCLUSIVE, words))
     return findings
-
-
-def _clipped(tapped: Tapped, channel: Channel, noise: NoiseSection) -> torch.Tensor:
-    """What noise is added to; an update is clipped as one block, whatever the unit is."""
-    clip, raw_TH = noise.clip(channel), tapped.raw_TH
-    if not clip:
-        return raw_TH
-    if noise.unit == "token" and channel is not Channel.UPDATE:
-        return clip_rows(raw_TH, clip)
-    if tapped.most_rows:
-        return clip_rows(raw_TH, clip / tapped.most_rows**0.5)
-    return clip_sequences(raw_TH, (len(raw_TH),), clip)
 
 
 def _squares(

@@ -75,7 +75,9 @@ def fresh(targets: Sequence[Target], tokens: int) -> list[Target]:
         aims = target.targets_T[:tokens].clone()
         aims[-1] = target.targets_T[-1] if len(target.ids_T) <= tokens else IGNORE
         secrets = target.secrets if len(target.ids_T) <= tokens else ()
-        made.append(replace(target, ids_T=target.ids_T[:tokens], targets_T=aims, secrets=secrets, observations=[]))
+        made.append(
+            replace(target, ids_T=target.ids_T[:tokens], targets_T=aims, secrets=secrets, observations=[], means=[])
+        )
     return made
 
 

@@ -21,8 +21,9 @@ from fedsea.model import adapters
 from fedsea.model.checkpoint import Checkpoint
 from fedsea.model.loading import trainable_trunk
 from fedsea.model.segments import Trunk
-from fedsea.plan import FederationPlan, open_channels
+from fedsea.plan import FederationPlan, NoiseSection, open_channels
 from fedsea.privacy.boundary import Boundary
+from fedsea.privacy.clip import clip_rows, clip_sequences
 from fedsea.types import Channel, Purpose, Release, Reply, TokenBatch
 from fedsea.wire import messages as m
 from fedsea.wire.encoding import Decoder, Encoder, Sealed
@@ -45,6 +46,21 @@ class Tapped:
     raw_TH: torch.Tensor
     seen_TH: torch.Tensor
     most_rows: int = 0
+
+
+def clipped(tapped: Tapped, channel: Channel, noise: NoiseSection) -> torch.Tensor:
+    """What a plan's noise is added to; an update is clipped as one block, whatever the unit is."""
+    clip, raw_TH = noise.clip(channel), tapped.raw_TH
+    if not clip:
+        return raw_TH
+    if noise.unit == "token" and channel is not Channel.UPDATE:
+        return clip_rows(raw_TH, clip)
+    if tapped.most_rows:
+        return clip_rows(raw_TH, clip / tapped.most_rows**0.5)
+    return clip_sequences(raw_TH, (len(raw_TH),), clip)
+
+
+Passed = Callable[[Target, Observation, list[Tapped]], None]
 
 
 class Tap:
@@ -107,8 +123,20 @@ class Tap:
             tokens += batch.num_target_tokens
         return math.exp(min(total / max(1, tokens), 80.0))
 
-    def observe(self, targets: Sequence[Target], epochs: int = 1, progress: Progress = unheard) -> list[list[Tapped]]:
+    def observe(
+        self,
+        targets: Sequence[Target],
+        epochs: int = 1,
+        progress: Progress = unheard,
+        passed: Passed = lambda *_: None,
+    ) -> list[list[Tapped]]:
         """Send every target in every epoch; each gets an observation for each.
+
+        Args:
+            targets: What is sent.
+            epochs: How often.
+            progress: Told of sequences.
+            passed: Told of each pass: the target, its observation, and what was before the boundary.
 
         Returns:
             For every target, in the first epoch and then in the second, what was before the boundary: [hidden states,
@@ -119,6 +147,7 @@ class Tap:
             for number, target in enumerate(targets):
                 observation, tapped = self.send(target)
                 target.observations.append(observation)
+                passed(target, observation, tapped)
                 if epoch < _TAPPED_EPOCHS:
                     kept.append(tapped)
                 progress(epoch * len(targets) + number + 1, epochs * len(targets))

@@ -21,11 +21,12 @@ from fedsea.audit.knowing import model_of
 from fedsea.audit.masking import MakeMember, check_masks
 from fedsea.audit.observe import Change, Tap, Tapped
 from fedsea.audit.outcome import TIME_UP, AuditReport, Outcome, Status, enough, own, scored
+from fedsea.audit.passes import as_mean, passes_of
 from fedsea.audit.scoring import score, score_sets
 from fedsea.audit.sessions import Use, use
 from fedsea.audit.settings import AuditOptions, Clock, Show
 from fedsea.audit.subject import Subject, open_subject, variant
-from fedsea.audit.targets import OutOfTime, Target, chosen
+from fedsea.audit.targets import Observation, OutOfTime, Target, chosen
 from fedsea.audit.verdict import LEAST_SELF_CHECK, Finding, Verdict
 from fedsea.errors import ConfigError
 from fedsea.federation.secure import Member
@@ -146,7 +147,7 @@ class _Audit:
             {part: round(value, 2) for part, value in self._seconds.items()},
             missing,
             spent,
-            notes(self._subject, outcomes),
+            notes(self._subject, outcomes, passes_of(self._subject, self._scale.epochs)),
         )
 
     # --- what is attacked -------------------------------------------------------------------------------------------
@@ -182,8 +183,13 @@ class _Audit:
         subject, options = self._subject, self._options
         plan, planted = variant(subject.plan, subject.name), {"boundary": self._boundary, "change": self._change}
         tap = drawn.tap_of(subject, plan, options, options.key("tap"), **planted)
-        epochs = self._scale.epochs if subject.noise_std() else 1
-        pairs = tap.observe(targets, epochs, self._clock.watch("tapping the bytes", ends=False))
+        passes = passes_of(subject, self._scale.epochs)
+
+        def passed(target: Target, observation: Observation, tapped: list[Tapped]) -> None:
+            if passes.each > 1:
+                target.means.append(as_mean(observation, tapped, plan, passes.each))
+
+        pairs = tap.observe(targets, passes.sent, self._clock.watch("tapping the bytes", ends=False), passed)
         taps: dict[Channel, list[Tapped]] = {Channel.HIDDEN: [pair[0] for pair in pairs]}
         if gradients := [pair[1] for pair in pairs if len(pair) > 1]:
             taps[Channel.GRADIENT] = gradients

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -51,6 +52,7 @@ class Subject:
         noise_from: Where the noise in `plan` is known from, in words.
         pseudonyms: Whether the client's settings, or those that its run was trained with, have identifiers replaced
             before anything is tokenised.
+        epochs: How often the client's run goes through its silo, all its steps together; 0: not known.
     """
 
     plan: FederationPlan
@@ -63,6 +65,7 @@ class Subject:
     agreed: FederationPlan | None = None
     noise_from: str = OF_THE_PLAN
     pseudonyms: bool = False
+    epochs: int = 0
 
     @property
     def stricter(self) -> dict[str, float]:
@@ -150,7 +153,7 @@ def open_subject(path: Path, model: str | None = None, client: str = "", setting
     if run is None:
         return subject
     parameters, trunk = (_held(plan, checkpoint, name, run.tensors, kinds) for kinds in (_CLIENTS, _SERVERS))
-    return replace(subject, parameters=parameters, trunk=trunk, run=path)
+    return replace(subject, parameters=parameters, trunk=trunk, run=path, epochs=run.epochs)
 
 
 @dataclass(frozen=True)
@@ -159,6 +162,7 @@ class _Run:
     client: str
     tensors: Mapping[str, torch.Tensor]
     run_id: str
+    epochs: int = 0
 
 
 def _open_run(path: Path, client: str) -> _Run:
@@ -180,7 +184,15 @@ def _open_run(path: Path, client: str) -> _Run:
     if (alone := CheckpointStore(path / "trunk", read_only=True).latest()) is not None:
         tensors |= alone[1]
     held = {n.removeprefix(_PREFIX): t for n, t in tensors.items() if n.startswith(_PREFIX)}
-    return _Run(plan, own, held, values["run_id"])
+    return _Run(plan, own, held, values["run_id"], _epochs(plan, values["state"]))
+
+
+def _epochs(plan: FederationPlan, state: Mapping[str, Any]) -> int:
+    """Of a client's whole run, by what it has made so far; 0 if it has made no step."""
+    steps, done = plan.training.rounds * plan.training.steps_per_round, int(state["updates"])
+    if not done or not state["data"]:
+        return 0
+    return math.ceil((int(state["data"]["epoch"]) + 1) * max(1.0, steps / done))
 
 
 def _held(

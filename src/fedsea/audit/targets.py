@@ -48,6 +48,8 @@ class Observation:
         output_TH: The trunk's output as the server computed it from `hidden_TH` (before its own codec).
         base: The attacker's own key of the client's model state, 0 unless a run moved on between passes.
         most_rows: Rows that its session was opened for, as the client told the server; 0: it was sent whole.
+        hidden_passes: Passes of which the noise on the hidden states is the mean; see `audit.passes`.
+        gradient_passes: Likewise on the gradient.
     """
 
     hidden_TH: torch.Tensor
@@ -56,6 +58,8 @@ class Observation:
     output_TH: torch.Tensor | None = None
     base: int = 0
     most_rows: int = 0
+    hidden_passes: float = 1.0
+    gradient_passes: float = 1.0
 
 
 @dataclass(slots=True)
@@ -68,6 +72,7 @@ class Target:
         targets_T: Next-token targets, `IGNORE` where no loss is taken; which rows carry loss shows in the gradients.
         secrets: Identifiers in the text.
         observations: One for each pass (epoch) over it.
+        means: The same passes, each with the noise that the mean of several has; empty if none stands for more.
         begins: Leading tokens that every sequence has (BOS): known to everybody, so not scored.
         own: It is a text of the user's, not a planted note.
     """
@@ -79,6 +84,12 @@ class Target:
     observations: list[Observation] = field(default_factory=list)
     begins: int = 0
     own: bool = False
+    means: list[Observation] = field(default_factory=list)
+
+    @property
+    def passes(self) -> list[Observation]:
+        """All that is known of the text when every pass over it is put together."""
+        return self.means or self.observations
 
 
 def chosen(targets: Sequence[Target], count: int) -> list[int]:

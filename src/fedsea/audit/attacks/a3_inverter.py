@@ -83,7 +83,7 @@ def run(attacker: Attacker, targets: Sequence[Target], progress: Progress = unhe
     longest = max(len(target.observations[0].hidden_TH) for target in targets)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(attacker.seed)
-        trained = _train(attacker, longest, len(targets[0].observations), progress)
+        trained = _train(attacker, longest, sum(seen.hidden_passes for seen in targets[0].passes), progress)
     answers = []
     trained.model.eval()
     for target in targets:
@@ -106,7 +106,7 @@ def public_texts(attacker: Attacker, longest: int) -> list[torch.Tensor]:
     return texts
 
 
-def _train(attacker: Attacker, longest: int, passes: int, progress: Progress) -> _Trained:
+def _train(attacker: Attacker, longest: int, passes: float, progress: Progress) -> _Trained:
     started = time.monotonic()
     texts = public_texts(attacker, longest)
     order = torch.randperm(len(texts)).tolist()
@@ -149,11 +149,11 @@ def _train(attacker: Attacker, longest: int, passes: int, progress: Progress) ->
     return _Trained(model, scale, note, cut_short=not converged and step < _MOST_STEPS)
 
 
-def _variance(attacker: Attacker, rows_TH: torch.Tensor, passes: int) -> torch.Tensor:
+def _variance(attacker: Attacker, rows_TH: torch.Tensor, passes: float) -> torch.Tensor:
     return attacker.row_variance(Channel.HIDDEN, rows_TH) / passes
 
 
-def _seen(attacker: Attacker, sent_TH: torch.Tensor, passes: int) -> torch.Tensor:
+def _seen(attacker: Attacker, sent_TH: torch.Tensor, passes: float) -> torch.Tensor:
     """What comes of a public text on the way that the targets went: clip, noise, and the clip undone (see A4)."""
     noise_TH = _variance(attacker, sent_TH, passes).sqrt()[:, None] * torch.randn_like(sent_TH)
     return (sent_TH + noise_TH) / attacker.shrunk(len(sent_TH))

@@ -14,8 +14,10 @@ from fedsea.types import Channel
 
 def averaged(attacker: Attacker, target: Target) -> Seen:
     """All passes over a target as one, with the variance that is left."""
-    passes_ETH = torch.stack([observation.hidden_TH.float() for observation in target.observations])
-    variance_T = torch.stack([attacker.row_variance(Channel.HIDDEN, rows_TH) for rows_TH in passes_ETH]).mean(dim=0)
+    passes_ETH = torch.stack([observation.hidden_TH.float() for observation in target.passes])
+    each = target.passes[0].hidden_passes
+    variances_ET = torch.stack([attacker.row_variance(Channel.HIDDEN, rows_TH) for rows_TH in passes_ETH])
+    variance_T = variances_ET.mean(dim=0) / each
     return unclipped(attacker, passes_ETH.mean(dim=0), variance_T / len(passes_ETH))
 
 

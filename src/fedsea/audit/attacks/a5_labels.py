@@ -58,7 +58,7 @@ def _decoded(
     """What the passes over each target say, and whether there was time for all of them."""
     until = time.monotonic() + attacker.budget_s
     found: list[list[DecodedLabels]] = [[] for _ in targets]
-    whole = [[seen for seen in target.observations if seen.gradient_TH is not None] for target in targets]
+    whole = [[seen for seen in target.passes if seen.gradient_TH is not None] for target in targets]
     order = [(number, i) for i, seen in enumerate(whole) for number in range(len(seen))]
     for done, (number, i) in enumerate(sorted(order)):
         progress(done, len(order))
@@ -102,7 +102,7 @@ def decode(attacker: Attacker, seen: Observation) -> DecodedLabels:
         output_TH,
         gradient_TH,
         (seen.length,),
-        noise_std_T=attacker.row_variance(Channel.GRADIENT, gradient_TH).sqrt(),
+        noise_std_T=(attacker.row_variance(Channel.GRADIENT, gradient_TH) / seen.gradient_passes).sqrt(),
         every_row=attacker.plan.data.loss_on == "all",
     )
 
