@@ -137,6 +137,15 @@ def test_a_surrogate_inside_a_longer_word_is_none(opened):
     assert pseudonyms.restored(f"({name}), {name.upper()}; {name}s!") == "(Schmidt), SCHMIDT; Schmidts!"
 
 
+@pytest.mark.parametrize("restore", ["all", "prompt"])
+def test_what_names_persons_and_places_is_restored_in_capitals_too(opened, restore):
+    pseudonyms = opened(restore=restore, words=("Projekt Falke",))
+    text = "Frau Anna Schmidt, anna.schmidt@web.de, Hauptstraße 12a, 10115 Berlin, Projekt Falke"
+    replaced = pseudonyms.prompt(text)
+    assert len(replaced.surrogates) == 6
+    assert pseudonyms.restored(replaced.text.upper(), [replaced]) == text.upper()
+
+
 def test_a_surrogate_that_stands_in_a_prompt_by_nature_comes_back_as_it_was(opened):
     pseudonyms = opened(patterns={"badge": r"B-\d{4}"})
     first = pseudonyms.prompt("Frau Anna Schmidt, Badge B-1234, Fallnr. 483920, am 12.03.1984")

@@ -13,6 +13,7 @@ from fedsea.privacy.pseudonyms.restoring import Restorer
 from fedsea.privacy.pseudonyms.spans import Span, apart, grown
 from fedsea.privacy.pseudonyms.surrogates import SurrogateMaker
 from fedsea.privacy.pseudonyms.table import Table
+from fedsea.privacy.pseudonyms.typography import plain
 from fedsea.privacy.pseudonyms.vault import Contents, Entry, Vault
 
 _MOST_ATTEMPTS = 400
@@ -124,7 +125,9 @@ class Pseudonyms:
         """
         allowed = None
         if self._restore == "prompt":
-            lower = {surrogate.lower() for one in given for surrogate in one.surrogates}
+            surrogates = [surrogate for one in given for surrogate in one.surrogates]
+            forms = [form for surrogate in surrogates for form in (surrogate, plain(surrogate), surrogate.upper())]
+            lower = {form.lower() for form in forms}
             allowed = frozenset(lower | {f"{surrogate}s" for surrogate in lower})
         self._refresh()
         return Restorer(self._table, self._lock, allowed)

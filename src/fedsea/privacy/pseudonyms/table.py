@@ -11,6 +11,9 @@ from fedsea.privacy.pseudonyms.typography import plain
 from fedsea.privacy.pseudonyms.urls import keeps_too_much
 from fedsea.privacy.pseudonyms.vault import Entry
 
+_IN_CAPITALS = frozenset(("name", "word", "email", "address"))
+"""What a model may write in capitals, as in a heading, and mean the same."""
+
 
 @dataclass(frozen=True, slots=True)
 class Found:
@@ -133,11 +136,13 @@ class Table:
         self._index(surrogate)
 
     def _vary(self, entry: Entry) -> None:
-        """Other forms that a model may write: with ordinary blanks and hyphens; names in capitals or the genitive."""
+        """Other forms that a model may write: with ordinary blanks and hyphens, in capitals, in the genitive."""
         for surface, surrogate in list(entry.surfaces.items()):
             forms = [(plain(surface), plain(surrogate))]
+            if entry.kind in _IN_CAPITALS:
+                forms.append((surface.upper(), surrogate.upper()))
             if entry.kind == "name":
-                forms += [(surface.upper(), surrogate.upper()), (f"{surface}s", f"{surrogate}s")]
+                forms.append((f"{surface}s", f"{surrogate}s"))
             for old, new in forms:
                 if new not in self._originals and new not in self._variants:
                     self._variants[new] = old
