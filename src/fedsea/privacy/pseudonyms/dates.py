@@ -32,6 +32,8 @@ _PATTERNS = tuple(
         rf"(?<![\w.])(?P<a>\d{{1,2}})(?P<s>\.{_GAP}|[./-])(?P<b>\d{{1,2}})(?P=s){_YEAR}(?!\w)",
         r"(?<![\w.])(?P<a>\d{2})(?P<s>[./-])(?P<b>\d{2})(?P=s)(?P<yy>\d{2})(?![\w%]|[.,-]\d)",
         rf"(?<![\w.]){_DAY}(?P<th>st|nd|rd|th|\.(?={_GERMAN}))?(?P<g1>{_GAP}(?:of{_GAP})?|-){_MONTH}(?P<g2>\.?,?{_GAP}|-){_YEAR}(?!\w)",
+        rf"(?<![\w.]){_DAY}(?P<th>st|nd|rd|th|\.(?={_GERMAN}))?(?P<g1>{_GAP}|-){_MONTH}(?P<g2>\.?{_GAP}['\u2019]?|-)(?P<yy>\d\d)"
+        r"(?:(?<=['\u2019]\d\d)(?!\w)|(?=\s*(?:$|[;)\n]|,(?!\s?\d)|\.(?!\d)|(?:and|und|to|bis)\b)))",
         rf"(?<!\w){_MONTH}(?P<g1>\.?{_GAP}){_DAY}(?P<th>st|nd|rd|th)?(?P<g2>,?{_GAP}){_YEAR}(?!\w)",
         rf"(?<!\w){_MONTH}(?P<g2>\.?,?{_GAP}){_YEAR}(?!\w)",
         rf"(?<![\w.]){_DAY}(?P<th>st|nd|rd|th|\.(?={_GERMAN}))?(?P<g1>{_GAP}(?:of{_GAP})?){_MONTH}(?!\w)",

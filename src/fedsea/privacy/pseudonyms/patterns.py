@@ -5,13 +5,17 @@ from __future__ import annotations
 import ipaddress
 import re
 from collections.abc import Iterator
+from itertools import chain
 
 from fedsea.privacy.pseudonyms.checksums import iban_valid, luhn_valid
 from fedsea.privacy.pseudonyms.lexicon import Lexicon, missing
 from fedsea.privacy.pseudonyms.spans import Span
 from fedsea.privacy.pseudonyms.urls import URL, URL_WITHOUT_SCHEME
 
-_EMAIL = re.compile(r"(?<![\w.+%-])[\w.+%-]{1,64}@(?:(?:[\w-]{1,63}\.){1,8}[^\W\d_]{2,24}|\[[\w.:]{3,45}\])")
+_EMAIL = re.compile(
+    r"(?:(?<![\w.+%-])[\w.+%-]{1,64}|\"[^\"\s@][^\"\n@]{0,62}\")"
+    r"@(?:(?:[\w-]{1,63}\.){1,8}[^\W\d_]{2,24}|\[[\w.:]{3,45}\])"
+)
 _CLOSING = ".,;:!?)]'"
 """What ends a sentence or a bracket rather than an address of the net."""
 _IPV4 = re.compile(r"(?<![\w.])(?:\d{1,3}\.){3}\d{1,3}(?![\w]|\.\d)")
@@ -19,6 +23,10 @@ _IPV6 = re.compile(r"(?<![\w:])(?:[0-9A-Fa-f]{0,4}:){2,7}[0-9A-Fa-f]{0,4}(?![\w:
 _GAP = r"(?:\s| {2,3})"
 _JOIN = r"(?:[ -]| {2,3})?"
 _IBAN = re.compile(rf"(?<!\w)[A-Z]{{2}}\d{{2}}(?:{_JOIN}[A-Z0-9]{{4}}){{2,7}}(?:{_JOIN}[A-Z0-9]{{1,3}})?(?!\w)")
+_IBAN_SMALL = re.compile(
+    rf"(?<!\w)[A-Za-z]{{2}}\d{{2}}{_JOIN}[A-Za-z0-9]{{4}}(?:{_JOIN}\d{{4}}){{1,6}}(?:{_JOIN}\d{{1,3}})?(?!\w)"
+)
+"""In small letters, where words of four letters may follow."""
 _CARD = re.compile(r"(?<![\w-])(?:\d(?:[ -]?\d){12,18}|\d{4}(?: {1,3}\d{4}){3})(?![\w-])")
 _SSN = re.compile(r"(?<![\w-])(?!000|666)\d{3}-(?!00)\d{2}-(?!0000)\d{4}(?![\w-])")
 _INSURANCE = re.compile(
@@ -30,7 +38,12 @@ _PLATE = re.compile(
 
 # Every optional part begins with something else than space: a long gap can be matched in one way only.
 _IS = r"\s*(?:(?:is|ist|lautet|was|war)\s*)?(?:[:#=]\s*)?"
-_CODE = r"(?P<code>[A-Za-z0-9][\w./-]*\d[\w/-]*|\d)"
+_CODE_LETTERS = r"[A-Za-z0-9][\w./-]*\d[\w/-]*|\d"
+_CODE = rf"(?P<code>{_CODE_LETTERS})"
+_UNIT = r" ?(?:[%€]|(?:mg|µg|kg|g|ml|l|IE|IU|mmol|cm|mm|Uhr|EUR|Euro)\b)"
+_GROUPS = rf"\d{{2,4}}(?: \d{{3,4}}){{1,4}}(?![\w/-]|[.,:]\d|{_UNIT})"
+_COURT_FILE = r"(?:[IVX]{1,5} )?\d{1,4} ?[A-Za-z]{1,5} ?\d{1,6}/\d{2,4}"
+"""As in 12 Js 345/21."""
 _NUMBER = r"[- .]?(?:number|nummer|no\.?|nr\.?|id|#)"
 
 
@@ -41,7 +54,8 @@ def _after(words: str, code: str = _CODE) -> re.Pattern[str]:
 _RECORD = _after(
     rf"MRN|(?:medical |health )?record{_NUMBER}|(?:patient(?:en)?|fall|case|chart|account|kunden?|customer|member|"
     rf"policy|police?n|versicherten|mitglieds?|akten|auftrags?|rechnungs?|invoice|employee|personal|order|encounter|visit|"
-    rf"proben?|sample|specimen|accession){_NUMBER}|aktenzeichen|az\.|ref\.|referenz|KVNR|pat\.-?(?:nr|id)\.?"
+    rf"proben?|sample|specimen|accession){_NUMBER}|aktenzeichen|az\.|ref\.|referenz|KVNR|pat\.-?(?:nr|id)\.?",
+    rf"(?P<code>{_COURT_FILE}|{_GROUPS}|{_CODE_LETTERS})",
 )
 # Without a sign between, ID may be Idaho before a postal code.
 _ID = re.compile(r"(?i:\bID)(?:\s?[:#=]|[ -](?:Nr|No)\.?:?|\sis\b)\s?(?P<code>(?=[\w./-]{4})[\w./-]*\d[\w/-]*)(?!\w)")
@@ -54,7 +68,7 @@ _PASSPORT = _after(
     rf"passport(?:{_NUMBER})?|(?:reise)?pass{_NUMBER}|reisepass|(?:personal)?ausweis(?:{_NUMBER})?|"
     rf"identity card(?:{_NUMBER})?|ID card(?:{_NUMBER})?|(?:driver'?s|driving) licen[cs]e(?:{_NUMBER})?|"
     rf"führerschein(?:{_NUMBER})?",
-    r"(?P<code>(?=[A-Z0-9]*\d)[A-Z0-9]{6,14})",
+    r"(?P<code>(?=[A-Za-z0-9]*\d)[A-Za-z0-9]{6,14})",
 )
 _PLATE_NEAR = _after(
     rf"licen[cs]e plate(?:{_NUMBER})?|number plate|plate(?:{_NUMBER})?|(?:amtliches |kfz-)?kennzeichen",
@@ -139,8 +153,8 @@ class PatternRecogniser:
             yield from self._numbers(text)
 
     def _numbers(self, text: str) -> Iterator[Span]:
-        for match in _IBAN.finditer(text):
-            if iban_valid(re.sub(r"[ -]", "", match.group())) or "iban" in text[: match.start()][-12:].lower():
+        for match in chain(_IBAN.finditer(text), _IBAN_SMALL.finditer(text)):
+            if iban_valid(re.sub(r"[\s-]", "", match.group()).upper()) or "iban" in text[: match.start()][-12:].lower():
                 yield Span(match.start(), match.end(), "iban")
         for match in _CARD.finditer(text):
             if luhn_valid(re.sub(r"[ -]", "", match.group())):
