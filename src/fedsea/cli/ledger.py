@@ -29,6 +29,7 @@ def ledger(
 
     if not run.is_dir():
         raise ConfigError(f"There is no folder {run}: give the run folder of `fedsea train`, or the identity's folder.")
+    _check_there(run)
     from fedsea.client.accounts import reports
 
     found = reports(run)
@@ -37,6 +38,28 @@ def ledger(
     else:
         for report in found:
             _show(report)
+
+
+def _check_there(run: Path) -> None:
+    """A run whose ledger is gone, and a server's run, are told apart from a folder without anything."""
+    from fedsea.client.accounts import find_ledgers
+    from fedsea.errors import ConfigError, StorageError
+    from fedsea.storage import CheckpointStore
+
+    found = find_ledgers(run)
+    for folder in found:
+        if not folder.is_dir():
+            raise StorageError(
+                f"What this run has released was charged to the privacy ledger in {folder}, which is missing. Put the "
+                "newest copy of that folder in its place, whole; without it nobody knows what was spent."
+            )
+    if not found and (run / "rounds").is_dir():
+        latest = CheckpointStore(run / "checkpoints", read_only=True).latest()
+        if latest is not None and "rounds_done" in latest[2]:
+            raise ConfigError(
+                f"{run} is a server's run folder, and a server has no ledger: ask the client, whose run folder or "
+                "identity has one."
+            )
 
 
 def _show(report: dict[str, Any]) -> None:
@@ -70,8 +93,13 @@ def _show(report: dict[str, Any]) -> None:
 def _budget(report: dict[str, Any]) -> str:
     if report["budget"] is None:
         return "none"
-    left = report["left"]
-    return f"epsilon = {report['budget']:g}" + ("" if left is None else f", {left:.4g} left")
+    budget = f"epsilon = {report['budget']:g}"
+    if report["mu"] is None:
+        return budget
+    from fedsea.privacy.accountant import mu_of
+
+    spent = (report["mu"] / mu_of(report["budget"], report["delta"])) ** 2
+    return f"{budget}, {100 * spent:.4g} % of it spent (in squares of mu, which add up; epsilons do not)"
 
 
 def _number(value: float | None) -> str:
