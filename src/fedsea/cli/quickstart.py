@@ -11,17 +11,21 @@ import typer
 
 from fedsea.cli import answering, output
 from fedsea.cli import options as o
+from fedsea.cli.loading import Loading
 from fedsea.cli.parts import Parts
 
 if TYPE_CHECKING:
     from rich.console import Console
     from rich.table import Table
 
-    from fedsea.audit.quick import QuickTable
+    from fedsea.audit.quick import LeftOut, QuickTable, TableRow
     from fedsea.evaluation.quickstart import QuickstartOptions, QuickstartResult
     from fedsea.evaluation.report import Cells
 
 _TITLE_WIDTH = 44
+
+_NO_DEFENCE = "trusted-server"
+_LEGEND = "A1: the nearest hidden state. A2: with the noise and the model's prior. A5: labels from gradients."
 
 
 def quickstart(
@@ -57,7 +61,9 @@ def quickstart(
 
         def audit(found: QuickstartResult) -> Cells:
             _show_end(found)
-            table = _audited(folder)
+            with Loading(silent) as loading:
+                loading("attacking planted notes, sent as the clinic sends its text")
+                table = _audited(folder)
             _show_audit(table, folder)
             return _cells(table)
 
@@ -101,9 +107,15 @@ def _cells(found: QuickTable) -> Cells:
         recovered, guessed, identifiers = (
             f"{100 * value:.0f} %" for value in (row.recovery, row.prior, row.identifiers)
         )
-        rows.append((row.defence, f"{row.channel} ({row.attack})", recovered, guessed, identifiers))
-    rows += [(left.defence, left.channel, f"left out: {left.why}", "", "") for left in found.left_out]
+        channel = f"{_channel(row)} ({row.attack})"
+        rows.append((row.defence, channel, recovered, guessed, identifiers))
+    rows += [(left.defence, _channel(left), f"left out: {left.why}", "", "") for left in found.left_out]
     return rows
+
+
+def _channel(row: TableRow | LeftOut) -> str:
+    """The noise in a defence's name is on the hidden states alone, which has to be said beside the gradients."""
+    return f"{row.channel}, no noise" if row.channel == "gradient" and row.defence != _NO_DEFENCE else row.channel
 
 
 def _show_audit(found: QuickTable, folder: Path) -> None:
@@ -115,6 +127,7 @@ def _show_audit(found: QuickTable, folder: Path) -> None:
     for row in rows:
         table.add_row(*row)
     Console().print(table)
+    output.say(_LEGEND)
     output.say(f"The whole audit: fedsea audit {folder}/plan.toml --quick")
 
 

@@ -271,6 +271,7 @@ def test_quickstart_shows_losses_bytes_times_sample_and_report(
         ["federation: 10 of 24", "under way"],
         ["federation: 20 of 24", "under way"],
         ["federation: 24 of 24", "done"],
+        ["Attacking planted notes", "sent as the clinic sends its text"],
     ]
 
 

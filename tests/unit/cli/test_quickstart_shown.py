@@ -47,10 +47,23 @@ def test_quickstart_says_which_rows_its_audit_lacks_and_why(
         {"defence": "some defence", "channel": "gradient", "why": "no loss"},
         {"defence": "other defence", "channel": "hidden", "why": "no time"},
     ]
+    monkeypatch.setenv("COLUMNS", "120")
     cli_quickstart._show_audit(QuickTable((row,), left), folder)
-    lines = [line for line in capsys.readouterr().out.splitlines() if "left out: " in line]
+    printed = capsys.readouterr().out
+    lines = [line for line in printed.splitlines() if "left out: " in line]
     shown = [" ".join(line.replace("│", " ").split()) for line in lines]
-    assert shown == ["some defence gradient left out: no loss", "other defence hidden left out: no time"]
+    assert shown == ["some defence gradient, no noise left out: no loss", "other defence hidden left out: no time"]
+    assert "A1: the nearest hidden state. A2: " in printed
+
+
+def test_only_beside_noise_gradients_are_said_to_have_none() -> None:
+    rows = [
+        TableRow(defence, channel, "A", 1.0, 0.0, 0.0, 1.0)
+        for defence in ("trusted-server", "some noise")
+        for channel in ("hidden", "gradient")
+    ]
+    shown = [row[1] for row in cli_quickstart._cells(QuickTable(tuple(rows), ()))[1:]]
+    assert shown == ["hidden (A)", "gradient (A)", "hidden (A)", "gradient, no noise (A)"]
 
 
 def test_lines_about_a_part_say_how_long_it_takes_and_what_is_left(capsys: pytest.CaptureFixture[str]) -> None:
