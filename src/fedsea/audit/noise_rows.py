@@ -122,7 +122,7 @@ def shared(first: Sequence[Added], second: Sequence[Added]) -> bool:
         return False
     ours_RH, theirs_RH = _some(ours_RH), _some(theirs_RH)
     limit = _limit(min(our_width, their_width), len(ours_RH) * len(theirs_RH))
-    return any(float((block_RH @ theirs_RH.T).max()) > limit for block_RH in ours_RH.split(_AT_ONCE))
+    return any(float((block_RH @ theirs_RH.T).max()) > limit for block_RH in torch.split(ours_RH, _AT_ONCE))
 
 
 def _units(releases: Sequence[Added]) -> tuple[torch.Tensor, int]:
