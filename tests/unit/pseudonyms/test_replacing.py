@@ -162,6 +162,7 @@ def test_any_text_made_of_names_numbers_and_surrogates_is_restored_exactly(opene
     pseudonyms, rng, changed = opened(), random.Random(seed), 0
     given_out = pseudonyms.prompt(NOTE).surrogates
     parts = [*given_out, "Anna", "Schmidt", "Tel. 030 901820", "12.03.1984", *"-- .s4ß", "und", " ", " "]
+    parts += [*(one.upper() for one in given_out[:6]), "Anna\u2011Lena", "\u2011", "\u2013", "\u00a0"]
     for _ in range(120):
         text = "".join(rng.choices(parts, k=rng.randrange(1, 14)))
         replaced = pseudonyms.prompt(text)
