@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
     from fedsea.audit.outcome import AuditReport, Outcome
     from fedsea.audit.scoring import Score
+    from fedsea.audit.settings import AuditOptions
 
 _ATTACKS = (
     "Only these, such as A1,A2. A0: what the public model guesses; A1: nearest hidden state; A2: with noise and prior; "
@@ -72,7 +73,7 @@ def audit(
 
     Example: `fedsea audit plan.toml --quick --text notes.jsonl`
     """
-    silent = output.begin(as_json=as_json, quiet=quiet)
+    silent = output.begin(as_json=as_json, quiet=quiet, kept="Nothing was written.")
     from fedsea.errors import ConfigError
 
     if fail_on not in _LEVELS:
@@ -81,7 +82,7 @@ def audit(
 
     wanted = tuple(item.strip().upper() for item in attacks.split(",") if item.strip())
     options = AuditOptions(path, model, client, tuple(text or ()), quick, minutes, wanted, seed, device, settings)
-    _check_files(path, options.texts)
+    _check_files(options)
     o.need_device(device)
     import torch
 
@@ -93,7 +94,9 @@ def audit(
     with folder_for(out):  # before the work, not after it
         with Parts(silent) as parts:
             report = run(options, parts)
+        output.current.kept = ""
         page = write_report(report, out)
+    output.current.kept = f"The report is in {out}."
     if as_json:
         output.result(report.to_json())
     else:
@@ -102,14 +105,20 @@ def audit(
     return _code(report, fail_on)
 
 
-def _check_files(path: Path, texts: Sequence[Path]) -> None:
+def _check_files(options: AuditOptions) -> None:
     """What can be said before torch is loaded."""
-    from fedsea.plan import load_plan
+    from fedsea.errors import ConfigError
+    from fedsea.plan import load_plan, load_settings
 
-    for text in texts:
+    path = options.path
+    for text in options.texts:
         o.need_file(text, "--text")
+    if not path.exists():
+        raise ConfigError(f"There is no file {path}, and no folder of that name: give a plan file or a run folder.")
     if not path.is_dir():
         load_plan(path)
+    if options.settings is not None:
+        load_settings(options.settings)
 
 
 def _code(report: AuditReport, fail_on: str) -> int:

@@ -88,11 +88,11 @@ def parse_plan_json(text: str) -> FederationPlan:
     return parse_plan(values, "The server's plan")
 
 
-def _read_toml(path: Path) -> dict[str, Any]:
+def _read_toml(path: Path, advice: str = "; `fedsea init` writes an example federation") -> dict[str, Any]:
     try:
         return tomllib.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise ConfigError(f"There is no file {path}; `fedsea init` writes an example federation.") from None
+        raise ConfigError(f"There is no file {path}{advice}.") from None
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path} is not valid TOML: {_twice(str(error))}") from None
     except IsADirectoryError:
@@ -139,6 +139,6 @@ def load_settings(path: Path) -> ClientSettings:
         ConfigError: The file is missing, not TOML, or has bad or unknown keys.
     """
     try:
-        return ClientSettings.model_validate(_read_toml(path))
+        return ClientSettings.model_validate(_read_toml(path, ": give this client's own settings file"))
     except ValidationError as error:
         raise _explain(error, str(path), ClientSettings) from None

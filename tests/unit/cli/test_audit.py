@@ -84,7 +84,9 @@ def test_a_folder_that_cannot_be_made_is_refused_before_the_work(
     assert "a file is there" in capsys.readouterr().err
 
 
-def test_an_audit_that_fails_leaves_no_empty_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_audit_that_fails_leaves_no_empty_folder_and_says_that_nothing_was_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     def interrupted(*_: object) -> None:
         raise KeyboardInterrupt
 
@@ -93,6 +95,7 @@ def test_an_audit_that_fails_leaves_no_empty_folder(tmp_path: Path, monkeypatch:
     kept.mkdir()
     for out in (tmp_path / "new" / "out", kept):
         assert main.run(["audit", str(PLAN), "--quick", "--quiet", "--out", str(out)]) not in (0, 22)
+        assert capsys.readouterr().err == "Interrupted. Nothing was written.\n"
     assert list(tmp_path.iterdir()) == [kept]
 
 
