@@ -17,6 +17,18 @@ if TYPE_CHECKING:
 
 app = typer.Typer(no_args_is_help=True, help="Identifiers that become pseudonyms before tokenising.")
 
+_SHAPES = {
+    "full": "as a full name in a sentence",
+    "last_first": "as a last name before a first name",
+    "first": "as a first name alone",
+    "last": "as a last name alone",
+    "capitals": "in capitals",
+    "lower": "in lower case",
+    "genitive": "in the genitive",
+    "possessive": "with 's",
+}
+_KNOWN = {"known": "both names on a list", "partly": "one of them on a list", "unknown": "on no list"}
+
 _NO_CONTROLS = {code: None for code in (*range(32), *range(127, 160)) if chr(code) not in "\n\t"}
 
 
@@ -110,6 +122,7 @@ def _show(chosen: PseudonymSettings, folder: Path, found: Any, rows: int) -> Non
 
     from rich.console import Console
 
+    from fedsea.observe.figures import counted
     from fedsea.privacy.pseudonyms.opening import open_pseudonyms
 
     console = Console(highlight=False, soft_wrap=True)
@@ -118,10 +131,13 @@ def _show(chosen: PseudonymSettings, folder: Path, found: Any, rows: int) -> Non
             update={"mapping": str(Path(scratch, "map")), "key": str(Path(scratch, "key")), "passphrase": False}
         )
         pseudonyms = open_pseudonyms(example, folder.absolute())
+        found = iter(found)
         for place, texts in itertools.islice(found, rows):
             console.print(place, style="dim", markup=False)
             for text in texts:
                 console.print(_marked(pseudonyms, text))
+        if next(iter(found), None) is not None:
+            console.print(f"That was the first {counted(rows, 'row')}; --rows shows more.", style="dim")
 
 
 def _marked(pseudonyms: Pseudonyms, text: str) -> Any:
@@ -166,7 +182,13 @@ def _table(scores: dict[str, dict[str, Any]]) -> None:
     )[:6]  # fmt: skip
     for form, count, planted in missed:
         if count:
-            console.print(f"missed: {count} of {planted} names of the form: {form}", highlight=False)
+            console.print(f"missed: {count} of {planted} names {_in_words(form)}", highlight=False)
+
+
+def _in_words(form: str) -> str:
+    """The form of a planted name, as the guide calls it."""
+    shape, known = form.split(", ")
+    return f"{_SHAPES[shape]}, {_KNOWN[known]}"
 
 
 def _percent(share: float | None) -> str:

@@ -10,6 +10,8 @@ from pathlib import Path
 import pytest
 
 from fedsea.cli import main
+from fedsea.cli.pseudonyms import _in_words
+from fedsea.evaluation.notes.writer import write_notes
 
 
 @pytest.fixture
@@ -55,4 +57,16 @@ def test_recall_is_told_by_type_with_its_interval(capsys):
     low, high = found["types"]["all"]["recall_95"]
     assert low < found["types"]["all"]["recall"] < high
     assert main.run(["pseudonyms", "recall", "--notes", "40"]) == 0
-    assert "missed:" in capsys.readouterr().out
+    assert re.search(r"missed: \d+ of \d+ names in lower case, both names on a list\n", capsys.readouterr().out)
+
+
+def test_every_form_of_a_planted_name_has_words():
+    forms = {plant.form for note in write_notes(1000, 0) for plant in note.plants if plant.kind == "name"}
+    assert len({_in_words(form) for form in forms}) == len(forms)
+
+
+def test_preview_says_that_there_are_more_rows_only_if_there_are(rows, capsys, monkeypatch):
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True, raising=False)
+    for shown, more in (("1", True), ("2", False)):
+        assert main.run(["pseudonyms", "preview", str(rows), "--rows", shown]) == 0
+        assert ("the first 1 row; --rows shows more" in capsys.readouterr().out) == more
