@@ -161,6 +161,13 @@ class PeerGate:
                 "not in the journal",
             )
         if entry.revoked is not None or peer.name in record.revoked_names:
+            if peer.role is Role.RELAY:
+                raise PeerRefused(
+                    f"The certificate of the relay {peer.name} was revoked, so nothing passes through it: its owner "
+                    "has to ask the operator why, and for a new one; there is nothing to be done at a client.",
+                    peer.name,
+                    "revoked",
+                )
             raise PeerRefused(
                 f"The certificate of {peer.name} was revoked: ask the operator why, and to approve a new request "
                 "(`fedsea enroll --again`) if you are to take part again.",
