@@ -14,6 +14,7 @@ from fedsea.cli import output
 if TYPE_CHECKING:
     from fedsea.client.run import TrainSummary
     from fedsea.client.setup import ClientOptions
+    from fedsea.observe.observers import EvaluationLike, StepLike
 
 
 _NEXT = (
@@ -53,11 +54,8 @@ def train(
 
     Without a server: `fedsea train --alone --plan plan.toml --name clinic --data notes/*.jsonl`
     """
-    silent = output.begin(
-        as_json=as_json,
-        quiet=quiet,
-        kept=f"What was applied is kept in {run}: the same command goes on from there.",
-    )
+    silent = output.begin(as_json=as_json, quiet=quiet)
+    kept = _Kept(run)
     _check_alone(plan, name, alone=alone)
     settings_given = o.client_options(
         "" if alone else o.need_server(server),
@@ -75,7 +73,7 @@ def train(
         retry_for=retry_for,
         skip_bad_rows=skip_bad_rows,
     )
-    summary = _run(settings_given, plan, name, silent=silent)
+    summary = _run(settings_given, plan, name, kept, silent=silent)
     if as_json:
         output.result(asdict(summary))
     elif not quiet:
@@ -99,7 +97,22 @@ def _check_alone(plan: Path | None, name: str | None, *, alone: bool) -> None:
         load_plan(plan).alone(name)
 
 
-def _run(options: ClientOptions, plan: Path | None, name: str | None, *, silent: bool) -> TrainSummary:
+class _Kept:
+    """Whoever stops the command is told where what was applied is kept, as soon as anything was."""
+
+    def __init__(self, run: Path) -> None:
+        self._sentence = f"What was applied is kept in {run}: the same command goes on from there."
+        if any(file.stem > "step-00000000" for file in (run / "checkpoints").glob("step-*.safetensors")):
+            output.current.kept = self._sentence
+
+    def step(self, _report: StepLike) -> None:
+        output.current.kept = self._sentence
+
+    def evaluation(self, _report: EvaluationLike) -> None:
+        """Applies nothing."""
+
+
+def _run(options: ClientOptions, plan: Path | None, name: str | None, kept: _Kept, *, silent: bool) -> TrainSummary:
     from fedsea.cli.loading import LIBRARIES
     from fedsea.observe.observers import compose
     from fedsea.observe.progress import ClientDisplay
@@ -109,7 +122,7 @@ def _run(options: ClientOptions, plan: Path | None, name: str | None, *, silent:
         display.loading(LIBRARIES)
         from fedsea.client import run as client
 
-        observer = compose(display, recorder)
+        observer = compose(display, recorder, kept)
         if plan is not None and name is not None:
             return client.train_alone(plan, name, options, observer)
         return client.train(options, observer)
@@ -123,7 +136,8 @@ def _sentence(summary: TrainSummary, run: Path) -> str:
     else:
         parts = [f"Finished after {summary.next_step} steps"]
     if summary.loss_before is not None and summary.loss_after is not None:
-        parts.append(f"held-out loss {summary.loss_before:.4f} → {summary.loss_after:.4f}")
+        since = f" since step {summary.step_before}" if summary.step_before else ""
+        parts.append(f"held-out loss {summary.loss_before:.4f} → {summary.loss_after:.4f}{since}")
     if summary.bytes_sent and not summary.finished_before:
         parts.append(f"sent {bytes_text(summary.bytes_sent)}, received {bytes_text(summary.bytes_received)}")
     return f"{'; '.join(parts)}. Everything is in {run}."

@@ -46,6 +46,7 @@ class TrainSummary:
         bytes_sent: By this process, over the wire.
         bytes_by_kind: The same, and what was received, by kind of message.
         phases_s: Phase to seconds, summed over this process's steps.
+        step_before: Steps that were applied when `loss_before` was taken, by earlier processes.
         claim: What may be claimed of all releases so far, or why nothing can be, as a sentence.
         finished_before: The run was finished already: nothing was trained now, and the rest is of the process that did.
     """
@@ -61,6 +62,7 @@ class TrainSummary:
     phases_s: Mapping[str, float]
     finished_before: bool = False
     claim: str = ""
+    step_before: int = 0
 
 
 class _Recorder:
@@ -69,6 +71,7 @@ class _Recorder:
     def __init__(self, observer: Observer | None) -> None:
         self._observer = observer
         self.losses: list[float] = []
+        self.step_before = 0
         self.tokens = 0
         self.phases: dict[str, float] = {}
 
@@ -80,6 +83,8 @@ class _Recorder:
             self._observer.step(report)
 
     def evaluation(self, report: EvaluationReport) -> None:
+        if not self.losses:
+            self.step_before = report.next_step
         self.losses.append(report.mean_loss)
         if self._observer is not None:
             self._observer.evaluation(report)
@@ -88,7 +93,17 @@ class _Recorder:
         first, last = (self.losses[0], self.losses[-1]) if self.losses else (None, None)
         sent, received = traffic
         num_bytes = sum(sent.values()), sum(received.values())
-        return TrainSummary(name, next_step, self.tokens, first, last, *num_bytes, {**sent, **received}, self.phases)
+        return TrainSummary(
+            name,
+            next_step,
+            self.tokens,
+            first,
+            last,
+            *num_bytes,
+            {**sent, **received},
+            self.phases,
+            step_before=self.step_before,
+        )
 
 
 def _trainer(

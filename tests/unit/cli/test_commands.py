@@ -14,6 +14,7 @@ from fedsea.cli import quickstart as cli_quickstart
 from fedsea.client import run as client_run
 from fedsea.client.run import TrainSummary
 from fedsea.client.setup import ClientOptions
+from fedsea.client.trainer import EvaluationReport, StepReport
 from fedsea.errors import ConfigError
 from fedsea.evaluation import quickstart
 from fedsea.observe import metrics
@@ -51,6 +52,45 @@ def files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("a.csv", "b.csv"):
         (tmp_path / name).write_text("text\n")
     (tmp_path / "s.toml").write_text("[limits]\n")
+
+
+@pytest.mark.usefixtures("files", "stubbed")
+@pytest.mark.parametrize(
+    ("found", "steps", "said"),
+    [
+        (None, 0, "Interrupted.\n"),
+        ("step-00000000.safetensors", 0, "Interrupted.\n"),
+        (None, 1, "Interrupted. What was applied is kept in run: "),
+        ("step-00000003.safetensors", 0, "Interrupted. What was applied is kept in run: "),
+    ],
+)
+def test_train_says_that_what_was_applied_is_kept_if_anything_was(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], found: str | None, steps: int, said: str
+) -> None:
+    def train(_options: ClientOptions, observer: Any) -> None:
+        for number in range(steps):
+            observer.step(StepReport(number, 0, 9, 1.0, 5, 5, {}))
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(client_run, "train", train)
+    if found is not None:
+        (Path("run") / "checkpoints").mkdir(parents=True)
+        (Path("run") / "checkpoints" / found).write_text("")
+    assert main.run(["train", "--server", "h:1", "--data", "a.csv", "--run", "run", "--quiet"]) == 130
+    assert capsys.readouterr().err.startswith(said)
+
+
+@pytest.mark.usefixtures("files")
+@pytest.mark.parametrize(("steps", "said"), [((0, 9), "2.5000 → 1.5000."), ((3, 9), "2.5000 → 1.5000 since step 3.")])
+def test_the_loss_of_a_resumed_training_says_since_when(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], steps: tuple[int, int], said: str
+) -> None:
+    recorder = client_run._Recorder(None)
+    for step, loss in zip(steps, (2.5, 1.5), strict=True):
+        recorder.evaluation(EvaluationReport(step, loss, 5))
+    monkeypatch.setattr(client_run, "train", lambda *_: recorder.summary("a", 9, ({}, {})))
+    assert main.run(["train", "--server", "h:1", "--data", "a.csv", "--run", "run"]) == 0
+    assert f"held-out loss {said}" in capsys.readouterr().out
 
 
 @pytest.mark.usefixtures("files")
