@@ -13,7 +13,7 @@ from fedsea.cli import output
 
 if TYPE_CHECKING:
     from fedsea.plan.pseudonyms import PseudonymSettings
-    from fedsea.privacy.pseudonyms import Pseudonyms
+    from fedsea.privacy.pseudonyms.pseudonyms import ReplacedText
 
 app = typer.Typer(no_args_is_help=True, help="Identifiers that become pseudonyms before tokenising.")
 
@@ -112,7 +112,7 @@ def _counts(chosen: PseudonymSettings, folder: Path, found: Any) -> dict[str, An
     recogniser, types, count = Recogniser(chosen, folder), Counter[str](), 0
     for _, texts in found:
         count += 1
-        types.update(span.kind for text in texts for span in recogniser.find(text))
+        types.update(span.kind for found_in_text in recogniser.find_all(texts) for span in found_in_text)
     return {"rows": count, "types": dict(sorted(types.items()))}
 
 
@@ -134,17 +134,16 @@ def _show(chosen: PseudonymSettings, folder: Path, found: Any, rows: int) -> Non
         found = iter(found)
         for place, texts in itertools.islice(found, rows):
             console.print(place, style="dim", markup=False)
-            for text in texts:
-                console.print(_marked(pseudonyms, text))
+            for text, replaced in zip(texts, pseudonyms.conversation(texts), strict=True):
+                console.print(_marked(text, replaced))
         if next(iter(found), None) is not None:
             console.print(f"That was the first {counted(rows, 'row')}; --rows shows more.", style="dim")
 
 
-def _marked(pseudonyms: Pseudonyms, text: str) -> Any:
+def _marked(text: str, replaced: ReplacedText) -> Any:
     """The text with `[original → surrogate (type)]` where something is replaced: it shows without colours, too."""
     from rich.text import Text
 
-    replaced = pseudonyms.prompt(text)
     marked, at = Text(), 0
     for span, surrogate in zip(replaced.spans, replaced.surrogates, strict=True):
         marked.append(text[at : span.start].translate(_NO_CONTROLS))

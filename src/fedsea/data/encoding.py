@@ -85,8 +85,8 @@ class Rewriter(Protocol):
 
     identity: str
 
-    def __call__(self, texts: Sequence[str]) -> list[str]:
-        """Texts, each rewritten by itself: the same one always in the same way."""
+    def rows(self, rows: Sequence[Sequence[str]]) -> list[list[str]]:
+        """The texts of rows, each row rewritten by itself: the same one always in the same way."""
         ...
 
 
@@ -126,7 +126,7 @@ class RowEncoder:
     def encode(self, rows: Sequence[Values]) -> list[EncodedRow]:
         """Tokenise rows, all their segments in one call of the tokenizer."""
         if self._rewrite is not None:
-            rows = self._reader.rewritten(rows, self._rewrite)
+            rows = self._reader.rewritten(rows, self._rewrite.rows)
         rendered = [self._render(row) for row in rows]
         texts = [segment.text for item in rendered if isinstance(item, Rendered) for segment in item.segments]
         ids = iter(ids_of(self._tokenizer, texts))

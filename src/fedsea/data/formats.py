@@ -125,16 +125,18 @@ class RowReader:
         """A row's texts, in order; none if none can be taken."""
         taken: list[str] = []
 
-        def take(texts: Sequence[str]) -> list[str]:
-            taken.extend(texts)
-            return list(texts)
+        def take(rows: Sequence[Sequence[str]]) -> list[list[str]]:
+            taken.extend(text for texts in rows for text in texts)
+            return [list(texts) for texts in rows]
 
         self.rewritten([values], take)
         return taken
 
-    def rewritten(self, rows: Sequence[Values], rewrite: Callable[[Sequence[str]], list[str]]) -> list[Values]:
+    def rewritten(
+        self, rows: Sequence[Values], rewrite: Callable[[Sequence[Sequence[str]]], list[list[str]]]
+    ) -> list[Values]:
         """Rows whose texts are changed, all in one call; one from which no text can be taken stays as it is."""
-        texts: list[str] = []
+        texts: list[list[str]] = []
         found: list[dict[str, str] | list[dict[str, str]] | None] = []
         for values in rows:
             try:
@@ -143,8 +145,8 @@ class RowReader:
                 found.append(None)
                 continue
             found.append(row)
-            texts += row.values() if isinstance(row, dict) else [message["content"] for message in row]
-        new = iter(rewrite(texts))
+            texts.append([*row.values()] if isinstance(row, dict) else [message["content"] for message in row])
+        new = (text for changed in rewrite(texts) for text in changed)
         return [values if row is None else self._filled(row, new) for values, row in zip(rows, found, strict=True)]
 
     def _filled(self, row: dict[str, str] | list[dict[str, str]], new: Iterator[str]) -> Values:

@@ -68,6 +68,24 @@ def test_no_planted_identifier_reaches_the_tokens_of_any_format(tmp_path, settin
     assert plain.count("Frau") == text.count("Frau") == plain.count("Schmidt") > 0
 
 
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"prompt": "Patient Helena Payne, MRN 4471123. PLAN:", "completion": "Payne, 83 y, 4471123: rest."},
+        {"prompt": "Payne, 83 y, 4471123: PLAN:", "completion": "Patient Helena Payne, MRN 4471123, rests."},
+        {"messages": [{"role": "user", "content": "Is Payne (4471123) in?"},
+                      {"role": "assistant", "content": "Patient Helena Payne, MRN 4471123, is."}]},
+    ],
+)  # fmt: skip
+def test_what_is_an_identifier_in_one_text_of_a_row_is_one_in_all_of_them(tmp_path, settings, row):
+    tokenizer = byte_tokenizer(beginning=(), chat_template=CHAT_TEMPLATE)
+    other = {key: "Payne came." if key != "messages" else value[:1] for key, value in row.items()}
+    silo = silo_of(tmp_path, [row, other], pseudonyms_of(settings(), "clinic"), tokenizer)
+    text, alone = sorted(texts_of(silo, tokenizer), key=len, reverse=True)
+    assert not re.search("Payne|Helena|4471123", text)
+    assert "Payne" in alone  # rows are looked at one by one
+
+
 def test_a_prompt_has_the_surrogates_of_the_rows(tmp_path, settings):
     tokenizer, path = byte_tokenizer(), settings()
     (row,) = texts_of(silo_of(tmp_path, [{"text": ROW}], pseudonyms_of(path, "clinic")))

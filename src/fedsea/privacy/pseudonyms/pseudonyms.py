@@ -73,12 +73,20 @@ class Pseudonyms:
         return self._recogniser.find(text)
 
     def __call__(self, texts: Sequence[str]) -> list[str]:
-        """Texts as they are tokenised in training; a function of each text alone, once it has its surrogates.
+        """See `rows`; each text is a row."""
+        return [row[0] for row in self.rows([[text] for text in texts])]
+
+    def rows(self, rows: Sequence[Sequence[str]]) -> list[list[str]]:
+        """Texts of rows as they are tokenised in training; a function of each row alone, once it has its surrogates.
+
+        What is an identifier in one text of a row is one in all of them.
 
         Raises:
             FedseaError: The mapping cannot be read or written: nothing is given out.
         """
-        return [replaced.text for replaced in self._all(texts, [self.find(text) for text in texts])]
+        spans = [found for texts in rows for found in self._recogniser.find_all(texts)]
+        replaced = iter(self._all([text for texts in rows for text in texts], spans))
+        return [[next(replaced).text for _ in texts] for texts in rows]
 
     def prompt(self, text: str) -> ReplacedText:
         """A prompt, replaced so that what an answer quotes of it is restored exactly.
