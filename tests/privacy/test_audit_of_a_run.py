@@ -43,6 +43,7 @@ def test_a_run_is_audited_with_the_trained_segments(tmp_path: Path, monkeypatch:
     assert subject.name == "bank"
     assert subject.parameters is not None
     assert any(float(tensor.abs().max()) > 0 for name, tensor in subject.parameters.items() if "lora_B" in name)
+    assert subject.epochs == 1  # two steps of ten of its 40 rows
     assert subject.trunk is not None  # it trained alone, so its folder has the trunk
     assert any(float(tensor.abs().max()) > 0 for name, tensor in subject.trunk.items() if "lora_B" in name)
     found = audit(AuditOptions(run, quick=True, attacks=("A1",)))

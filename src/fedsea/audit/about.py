@@ -88,13 +88,13 @@ def _rho(subject: Subject, attacker: Attacker, targets: Sequence[Target]) -> flo
     return round(std * math.sqrt(subject.checkpoint.hidden_size) / drawn.norm_of(attacker, targets), 4)
 
 
-def notes(subject: Subject, outcomes: Sequence[Outcome], passes: Passes) -> tuple[str, ...]:
+def notes(subject: Subject, outcomes: Sequence[Outcome], passes: Passes | None = None) -> tuple[str, ...]:
     """Sentences about what was audited that a reader of the verdict has to know.
 
     Args:
         subject: What is audited.
         outcomes: What became of the attacks.
-        passes: Over each text.
+        passes: Over each text; None: not said.
     """
     said = []
     if stricter := subject.stricter:
@@ -102,7 +102,7 @@ def notes(subject: Subject, outcomes: Sequence[Outcome], passes: Passes) -> tupl
         said.append(f"Audited with this client's own noise, stricter than the plan's: {listed}.")
     if subject.noise_std():
         said.append(f"The noise that was audited is {subject.noise_from}.")
-    if _averages_out(subject):
+    if passes is not None and _averages_out(subject):
         said.append(passes.sentence)
     if subject.pseudonyms:
         said.append(
