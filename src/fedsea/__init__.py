@@ -12,7 +12,7 @@ from importlib import import_module
 __version__ = "0.1.0"
 
 _HOMES = {
-    "ClientOptions": "fedsea.client.setup",
+    "ClientOptions": "fedsea.client.options",
     "FederationPlan": "fedsea.plan",
     "FedseaError": "fedsea.errors",
     "Partition": "fedsea.types",

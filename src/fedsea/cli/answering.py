@@ -17,8 +17,8 @@ if TYPE_CHECKING:
     from fedsea.client.decoding import Sequences
     from fedsea.client.drafters import Drafter
     from fedsea.client.inference import OpenedDecoder
+    from fedsea.client.options import ClientOptions
     from fedsea.client.pseudonyms import Prompt
-    from fedsea.client.setup import ClientOptions
 
 Run = Annotated[Path, typer.Option(help="Run folder of `fedsea train` with this server.")]
 Base = Annotated[

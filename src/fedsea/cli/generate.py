@@ -17,7 +17,7 @@ from fedsea.cli import output
 if TYPE_CHECKING:
     from fedsea.cli.answering import Answer
     from fedsea.client.answer import GenerationSettings
-    from fedsea.client.setup import ClientOptions
+    from fedsea.client.options import ClientOptions
 
 _TEMPLATES = ("text", "instruction", "chat")
 _NEW_TOKENS = 256

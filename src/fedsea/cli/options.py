@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 if TYPE_CHECKING:
-    from fedsea.client.setup import ClientOptions
+    from fedsea.client.options import ClientOptions
 
 
 log = logging.getLogger(__name__)
@@ -205,7 +205,7 @@ def client_options(
     if server:
         need_identity(identity)
         look_for_server(server)
-    from fedsea.client.setup import ClientOptions
+    from fedsea.client.options import ClientOptions
 
     return ClientOptions(
         server=server,

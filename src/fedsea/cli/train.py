@@ -12,8 +12,8 @@ from fedsea.cli import options as o
 from fedsea.cli import output
 
 if TYPE_CHECKING:
+    from fedsea.client.options import ClientOptions
     from fedsea.client.run import TrainSummary
-    from fedsea.client.setup import ClientOptions
     from fedsea.observe.observers import EvaluationLike, StepLike
 
 

@@ -25,9 +25,9 @@ LINE = "Loading the libraries, which takes some seconds.\n"
 @pytest.fixture
 def nothing_loads(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """What loads torch cannot be loaded, and there is a plan and a file in the working folder."""
-    for name in ("client.run", "client.inference", "client.results", "client.gateway.run"):
+    for name in ("client.setup", "client.run", "client.inference", "client.results", "client.gateway.run"):
         monkeypatch.setitem(sys.modules, f"fedsea.{name}", None)
-    for name in ("client.run", "client.results", "client.gateway.run"):
+    for name in ("client.setup", "client.run", "client.results", "client.gateway.run"):
         monkeypatch.delattr(f"fedsea.{name}", raising=False)
     monkeypatch.chdir(tmp_path)
     (tmp_path / "a.csv").write_text("text\n")
