@@ -9,6 +9,7 @@ import typer
 
 from fedsea.cli import options as o
 from fedsea.cli import output
+from fedsea.cli.loading import LIBRARIES, Loading
 from fedsea.cli.parts import Parts
 
 if TYPE_CHECKING:
@@ -84,10 +85,12 @@ def audit(
     options = AuditOptions(path, model, client, tuple(text or ()), quick, minutes, wanted, seed, device, settings)
     _check_files(options)
     o.need_device(device)
-    import torch
+    with Loading(silent) as loading:
+        loading(LIBRARIES)
+        import torch
 
-    from fedsea.audit.report import folder_for, write_report
-    from fedsea.audit.run import audit as run
+        from fedsea.audit.report import folder_for, write_report
+        from fedsea.audit.run import audit as run
 
     if threads:
         torch.set_num_threads(threads)

@@ -29,6 +29,7 @@ def nothing_loads(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
         monkeypatch.setitem(sys.modules, f"fedsea.{name}", None)
     for name in ("client.setup", "client.run", "client.results", "client.gateway.run"):
         monkeypatch.delattr(f"fedsea.{name}", raising=False)
+    monkeypatch.setitem(sys.modules, "fedsea.audit.report", None)
     monkeypatch.chdir(tmp_path)
     (tmp_path / "a.csv").write_text("text\n")
     (tmp_path / "plan.toml").write_text(toml({"model": {"path": "m"}, "clients": [{"name": "a"}]}))
@@ -60,6 +61,7 @@ def free() -> int:
         ["generate", "the", "--server", "h:1"],
         ["chat", "--server", "h:1"],
         ["gateway", "--server", "h:1", "--port", "0"],
+        ["audit", "plan.toml"],
     ],
     ids=lambda words: " ".join(words[:2]),
 )
