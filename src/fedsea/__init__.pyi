@@ -1,8 +1,8 @@
 from fedsea.client.causal_lm import SplitCausalLM
+from fedsea.client.options import ClientOptions
 from fedsea.client.results import evaluate
 from fedsea.client.results import export_adapter as export
 from fedsea.client.run import train, train_alone
-from fedsea.client.setup import ClientOptions
 from fedsea.errors import FedseaError
 from fedsea.model.checkpoint import open_checkpoint
 from fedsea.model.loading import load_input_blocks, load_output_blocks, load_trunk
