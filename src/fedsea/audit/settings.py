@@ -86,7 +86,8 @@ class AuditOptions:
 
     def __post_init__(self) -> None:
         if unknown := sorted(set(self.attacks) - set(IDS)):
-            raise ConfigError(f"There is no attack {', '.join(unknown)}: choose from {', '.join(IDS)}.")
+            known = ", ".join(sorted(IDS, key=lambda one: int(one[1:])))
+            raise ConfigError(f"There is no attack {', '.join(unknown)}: choose from {known}.")
         if self.minutes is not None and not 0 < self.minutes < _MOST_MINUTES:
             raise ConfigError(f"An audit needs some time: give --minutes a number above 0 and below {_MOST_MINUTES}.")
 
