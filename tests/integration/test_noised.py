@@ -325,14 +325,14 @@ def test_the_mode_is_said_at_every_start_and_the_claim_at_the_end(federation, ca
     assert "12" in shown
 
 
-def test_the_ledger_command_shows_the_budget_and_what_is_left(federation, capsys, restored):
+def test_the_ledger_command_shows_the_budget_and_what_is_spent_of_it(federation, capsys, restored):
     fed = noised(federation, noise={**CLIPPED, "epsilon": 8.0})
     run = fed.folder / "a"
     client_run.train_alone(fed.plan_file, "a", fed.client_options("a"))
     assert main.run(["ledger", str(run)]) == 0
     shown = capsys.readouterr().out
-    assert "epsilon = 8" in shown
-    assert "left" in shown
+    assert "epsilon = 8, " in shown
+    assert " % of it spent" in shown
     assert "DP claim: epsilon = " in shown
 
 

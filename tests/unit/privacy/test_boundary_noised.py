@@ -123,7 +123,9 @@ def test_an_empty_update_is_no_release(tmp_path):
 def test_two_releases_of_the_same_values_have_noise_of_their_own():
     boundary = Boundary.of(noised({"hidden_std": 1.0}))
     first, second = taken(boundary.hidden(values(), origin())), taken(boundary.hidden(values(), origin()))
-    assert not (first == second).any()
+    # Values lie on a grid 12 bits below the deviation, so one of the 512 pairs is equal by chance in 3.5 % of all runs.
+    assert (first == second).sum() < 8
+    assert (first - second).std() == pytest.approx(2**0.5, rel=0.25)
 
 
 def test_noise_is_added_in_float32_whatever_the_model_computes_in():
