@@ -90,7 +90,7 @@ def open_decoder(
     if not plan.inference.enabled:
         raise ConfigError("The server's plan allows no inference (inference.enabled = false): ask its operator.")
     state, trained = (None, None) if base else own_run(options.run, invited.key)
-    pseudonyms = pseudonyms_of(options.settings, name)
+    pseudonyms = pseudonyms_of(options.settings, name, options.run)
     warn_without(options.run, pseudonyms)
     tell(setup.CHECKING)
     checkpoint = setup.open_base_model(plan, options, name)

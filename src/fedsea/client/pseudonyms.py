@@ -21,19 +21,26 @@ log = logging.getLogger(__name__)
 _NOTE = "pseudonyms"
 
 
-def pseudonyms_of(settings: Path | None, owner: str) -> Pseudonyms | None:
+def pseudonyms_of(settings: Path | None, owner: str, run: Path | None = None) -> Pseudonyms | None:
     """The pseudonyms of a client, if its settings file switches them on.
 
     Args:
         settings: The file, or None.
         owner: Name of the client; a mapping of another one is refused.
+        run: The client's run folder; if it was trained on pseudonyms, no new mapping is begun for it.
 
     Raises:
-        ConfigError: The file, a package or the key cannot be used, or the mapping is another client's.
+        ConfigError: The file, a package or the key cannot be used, or the mapping is another client's, or lost.
         StorageError: The mapping is truncated or was altered.
     """
     if settings is None or not (chosen := load_settings(settings).pseudonyms).enabled:
         return None
+    mapping = settings.parent / chosen.mapping
+    if run is not None and trained_on_pseudonyms(run) and not mapping.exists():
+        raise ConfigError(
+            f"{run} was trained on pseudonyms, and their mapping {mapping} is not there: put the newest copy of it and "
+            "of its key back, for a new mapping has other surrogates. To begin with one, take a new run folder."
+        )
     found = open_pseudonyms(chosen, settings.parent, owner)
     log.info(
         "identifiers that are recognised become pseudonyms before tokenising (%d in the mapping so far); "

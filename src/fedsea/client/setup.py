@@ -171,7 +171,7 @@ def open_data(plan: FederationPlan, checkpoint: Checkpoint, options: ClientOptio
         format=options.data_format,
         seed=plan.seed,
         on_bad_row="skip" if options.skip_bad_rows else "error",
-        rewrite=pseudonyms_of(options.settings, name),
+        rewrite=pseudonyms_of(options.settings, name, options.run),
     )
     for warning in silo.summary().warnings():
         log.warning("%s", warning)

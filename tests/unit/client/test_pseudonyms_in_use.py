@@ -12,12 +12,12 @@ import pytest
 
 from fedsea.client.gateway.errors import RequestError
 from fedsea.client.gateway.requests import TextBody, choices_of, parse
-from fedsea.client.pseudonyms import Prompts, pseudonyms_of
+from fedsea.client.pseudonyms import Prompts, note_training, pseudonyms_of
 from fedsea.data import BatchStream, open_silo
 from fedsea.data.detokenize import TextStream
 from fedsea.data.formats import DataFormat
 from fedsea.errors import ConfigError, DataError
-from fedsea.plan import DataSection
+from fedsea.plan import DataSection, load_settings
 from tests.support.mapping import make_mapping
 from tests.unit.data.conftest import CHAT_TEMPLATE, byte_tokenizer
 
@@ -116,6 +116,27 @@ def test_what_is_an_identifier_in_one_message_of_a_chat_is_one_in_all_of_them(se
     assert all(message["content"] in back for message in messages)
     alone = prompts.chat(messages[:1])
     assert "Kowalczewska" in tokenizer.decode(alone.ids, skip_special_tokens=True)
+
+
+def test_a_mapping_lost_with_its_key_is_named_and_no_other_one_begun_for_a_run(tmp_path, settings):
+    path, run = settings(), tmp_path / "run"
+    run.mkdir()
+    mapping = tmp_path / load_settings(path).pseudonyms.mapping
+    key = mapping.with_name(f"{mapping.name}.key")
+
+    def lose() -> None:
+        mapping.unlink()
+        key.unlink()
+
+    lose()
+    assert pseudonyms_of(path, "clinic", run) is not None  # a run that has not begun begins its mapping
+    note_training(run, path)
+    assert pseudonyms_of(path, "clinic", run) is not None
+    lose()
+    with pytest.raises(ConfigError, match="put the newest copy of it and of its key back"):
+        pseudonyms_of(path, "clinic", run)
+    assert not mapping.exists()
+    assert not key.exists()
 
 
 def test_a_run_is_resumed_with_its_mapping_and_refused_with_another_or_none(tmp_path, settings):
