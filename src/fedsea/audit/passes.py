@@ -59,9 +59,10 @@ def passes_of(subject: Subject, epochs: int) -> Passes:
     sent = epochs if std else 1
     if not {Channel.HIDDEN, Channel.GRADIENT} & std.keys():
         return Passes(sent, sent, "without noise on what they look at one tells as much as all")
-    training = subject.plan.training
-    steps = training.rounds * training.steps_per_round
-    made, of = steps, "one in each step of the plan; a silo with fewer sequences than a step takes makes more"
+    made, of = (
+        subject.plan.num_updates,
+        "one in each step of the plan; a silo with fewer sequences than a step takes makes more",
+    )
     if subject.epochs:
         made, of = subject.epochs, "the run goes through its silo no more often"
     return Passes(sent, made, of) if made >= sent else Passes(sent, sent, "the audit never takes fewer")

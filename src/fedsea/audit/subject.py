@@ -189,10 +189,10 @@ def _open_run(path: Path, client: str) -> _Run:
 
 def _epochs(plan: FederationPlan, state: Mapping[str, Any]) -> int:
     """Of a client's whole run, by what it has made so far; 0 if it has made no step."""
-    steps, done = plan.training.rounds * plan.training.steps_per_round, int(state["updates"])
+    done = int(state["updates"])
     if not done or not state["data"]:
         return 0
-    return math.ceil((int(state["data"]["epoch"]) + 1) * max(1.0, steps / done))
+    return math.ceil((int(state["data"]["epoch"]) + 1) * max(1.0, plan.num_updates / done))
 
 
 def _held(

@@ -100,7 +100,12 @@ class FederationPlan(Section):
     def num_steps(self) -> int:
         """Optimizer steps of the trunk over the whole run."""
         turns = len(self.clients) if self.training.mode == "sequential" else 1
-        return self.training.rounds * self.training.steps_per_round * turns
+        return self.num_updates * turns
+
+    @property
+    def num_updates(self) -> int:
+        """Steps that each client takes over the whole run."""
+        return self.training.rounds * self.training.steps_per_round
 
     def trains_below_cut(self, name: str) -> bool:
         """Whether a client trains parameters before the trunk, and so needs the gradient at the trunk's input."""
