@@ -61,7 +61,7 @@ class Recogniser:
     def find_all(self, texts: Sequence[str]) -> list[list[Span]]:
         """Identifiers of texts that belong together: what is one in any of them is one in all, as `find` gives them."""
         alone = [self.find(text) for text in texts]
-        if len(texts) == 1:
+        if len(texts) == 1 or not any(alone):
             return alone
         seen = {(span.kind, even(text[span.start : span.end])) for text, found in zip(texts, alone, strict=True)
                 for span in found}  # fmt: skip
