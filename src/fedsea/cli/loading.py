@@ -61,5 +61,6 @@ class Loading:
     def _line(self, what: str) -> None:
         if not self._told:
             self._told = True
-            line = f"{what[0].upper()}{what[1:]}, which takes some seconds."
-            self._console.print(line, markup=False, highlight=False, soft_wrap=True)
+            from fedsea.observe.terminal import takes_seconds
+
+            self._console.print(takes_seconds(what), markup=False, highlight=False, soft_wrap=True)

@@ -17,6 +17,7 @@ from rich.text import Text
 from fedsea.observe.figures import Pace, WorkingTime, bytes_text, counted, duration_text, number_text
 from fedsea.observe.observers import EvaluationLike, Link, StepLike
 from fedsea.observe.snapshots import ServerSnapshot
+from fedsea.observe.terminal import takes_seconds
 from fedsea.plan import FederationPlan
 
 _EVERY_S = 5.0
@@ -120,7 +121,7 @@ class ClientDisplay(_Screen):
         """This is being done, and there is nothing to be trained yet; elsewhere than on a terminal only the first."""
         if self._spinner is None:
             self._spinner = Spinner("dots")
-            self._plain(f"{what[0].upper()}{what[1:]}, which takes some seconds.")
+            self._plain(takes_seconds(what))
         self._spinner.update(text=Text(f"{what} …"))
         if self._live is not None:
             self._live.refresh()  # at once: an import may leave no other thread its turn

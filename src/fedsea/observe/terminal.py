@@ -26,6 +26,11 @@ def folded(text: str, stream: TextIO) -> str:
     return "\n".join(_folded(line, width) for whole in text.split("\n") for line in _in_halves(whole, width))
 
 
+def takes_seconds(what: str) -> str:
+    """The line for a beginning after which nothing may be seen for a while, where there is no spinner."""
+    return f"{what[0].upper()}{what[1:]}, which takes some seconds."
+
+
 def with_fingerprints_in_halves(text: str) -> str:
     """The same with a break after the sixteenth byte of every SHA-256 fingerprint, which is 95 columns long."""
     return _FINGERPRINT.sub(r"\1\n\2", text)
