@@ -2,20 +2,23 @@
 
 Fresh noise on the same values would be a second release, and a second charge. Where the server's part in the values is
 another one, they have to be released anew: a server that lies could have that as often as it likes, and average the
-noise out. So there is an end to it, for the text of each step.
+noise out. So there is an end to it, for the text of each step, and starting the client again does not begin it anew.
 """
 
 from __future__ import annotations
 
+import json
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 
 from fedsea.client.trunk import Sealed, Trunk
-from fedsea.errors import PrivacyError
+from fedsea.errors import PrivacyError, StorageError
 from fedsea.privacy.boundary import Boundary, Maskable
+from fedsea.storage import write_bytes_atomic
 from fedsea.types import Channel, Purpose, TokenBatch
 
 Tensors = Mapping[str, torch.Tensor]
@@ -45,12 +48,41 @@ class _Update:
     sealed: Sealed
 
 
-class _Text:
-    """A micro-batch, and how often it was released with noise, by channel."""
+class ReleaseNote:
+    """How often the text of one update was released, where a process that is started again finds it.
 
-    def __init__(self, batch: TokenBatch) -> None:
-        self.batch = batch
-        self.released: Counter[Channel] = Counter()
+    Args:
+        path: Of the note; what is not there was never noted.
+
+    Attributes:
+        path: As given.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def read(self, update: int) -> dict[str, int]:
+        """Counts by what was released, as given to `write`; empty if the note is of another update.
+
+        Raises:
+            StorageError: The note is damaged.
+        """
+        try:
+            note = json.loads(self.path.read_bytes())
+            if note["update"] != update:
+                return {}
+            return {str(what): int(count) for what, count in note["released"].items()}
+        except FileNotFoundError:
+            return {}
+        except (OSError, ValueError, KeyError, TypeError, AttributeError):
+            raise StorageError(
+                f"{self.path} is damaged, so it is not known how often the text of this step was sent with fresh "
+                "noise: nothing more was. Restore the file, or take part with a new run folder."
+            ) from None
+
+    def write(self, update: int, released: Mapping[str, int]) -> None:
+        """Durable when this returns."""
+        write_bytes_atomic(self.path, json.dumps({"update": update, "released": dict(released)}).encode())
 
 
 class Releases:
@@ -61,16 +93,40 @@ class Releases:
     Args:
         trunk: Seals them.
         boundary: The only maker of releases.
+        note: Where counts outlive this process.
     """
 
-    def __init__(self, trunk: Trunk, boundary: Boundary) -> None:
+    def __init__(self, trunk: Trunk, boundary: Boundary, note: ReleaseNote) -> None:
         self._trunk = trunk
         self._boundary = boundary
+        self._note = note
         self._hidden: dict[int, Sealed] = {}
         self._gradients: dict[int, _Answered] = {}
         self._update: _Update | None = None
-        self._texts: dict[int, _Text] = {}
-        self._updates: Counter[Channel] = Counter()
+        self._number = -1
+        self._released: Counter[str] = Counter()
+        self._unnoted = 0  # releases of each thing that a process before this one may have made without a note
+        self._notes_all = False
+
+    def resume(self, update: int) -> None:
+        """Go on in an update, of which a process before this one may have released everything once.
+
+        Only what is released more than once is noted at once; so, after a start, is everything.
+
+        Args:
+            update: How many this client has taken part in.
+
+        Raises:
+            StorageError: The note is damaged.
+        """
+        self._number, self._released = update, Counter(self._note.read(update))
+        self._unnoted, self._notes_all = 1, True
+
+    def begin(self, update: int) -> None:
+        """The text of an update comes next; of one that is begun again, the counts go on."""
+        if update != self._number:
+            self._number, self._released = update, Counter()
+            self._unnoted, self._notes_all = 0, False
 
     def forget(self) -> None:
         """Another step begins, or the parameters are others: what follows are other values.
@@ -83,7 +139,7 @@ class Releases:
     def hidden(self, number: int, batch: TokenBatch, hidden_TH: torch.Tensor) -> Sealed:
         """Hidden states of a micro-batch."""
         if number not in self._hidden:
-            self._count(self._text(number, batch).released, Channel.HIDDEN)
+            self._count(Channel.HIDDEN, number)
             release = self._boundary.hidden(hidden_TH, batch.origin(Purpose.TRAINING))
             self._hidden[number] = self._trunk.seal(release)
         return self._hidden[number]
@@ -93,7 +149,7 @@ class Releases:
         before = self._gradients.get(number)
         if before is not None and torch.equal(before.output, output_TH):
             return before.gradient
-        self._count(self._text(number, batch).released, Channel.GRADIENT)
+        self._count(Channel.GRADIENT, number)
         sealed = self._trunk.seal(self._boundary.gradient(gradient_TH, batch.origin(Purpose.TRAINING)))
         if self._boundary.noise is not None:
             self._gradients[number] = _Answered(output_TH, sealed)
@@ -119,31 +175,27 @@ class Releases:
         self._count_update(tensors, reference)
         return self._boundary.maskable(tensors, reference)
 
-    def _text(self, number: int, batch: TokenBatch) -> _Text:
-        """A micro-batch; a first one that was not there before begins a step of its own, with updates of its own."""
-        text = self._texts.get(number)
-        if text is None or text.batch is not batch:
-            text = self._texts[number] = _Text(batch)
-            if number == 0:
-                self._updates.clear()
-        return text
-
     def _count_update(self, tensors: Tensors, reference: Tensors) -> None:
         if not _alike(tensors, {name: reference[name].to(own) for name, own in tensors.items() if name in reference}):
-            self._count(self._updates, Channel.UPDATE)  # else the server knows it: no text has gone into it since
+            self._count(Channel.UPDATE)  # else the server knows it: no text has gone into it since
 
-    def _count(self, released: Counter[Channel], channel: Channel) -> None:
+    def _count(self, channel: Channel, number: int = 0) -> None:
         noise = self._boundary.noise
         if noise is None or not noise.std(channel):
             return
-        if released[channel] >= MOST_RELEASES:
+        what = f"{channel} {number}"
+        count = max(self._released[what], self._unnoted) + 1
+        if count > MOST_RELEASES:
             raise PrivacyError(
                 f"The server has brought about {MOST_RELEASES} releases of one text on the {channel} channel, with "
                 "fresh noise each: more of them would average it out, so no other is sent. Ask the operator why steps "
                 "or rounds begin again with other values (restarts, other hardware, a training.wait that leaves this "
-                "client behind), and start this client again only with an answer that you believe."
+                "client behind), and only with an answer that you believe start this client again without "
+                f"{self._note.path}."
             )
-        released[channel] += 1
+        self._released[what] = count
+        if count > 1 or self._notes_all:
+            self._note.write(self._number, self._released)
 
 
 def _alike(one: Tensors, other: Tensors) -> bool:

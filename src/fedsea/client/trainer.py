@@ -13,7 +13,7 @@ from typing import Protocol
 import torch
 
 from fedsea.client.evaluation import evaluate
-from fedsea.client.releases import Releases
+from fedsea.client.releases import ReleaseNote, Releases
 from fedsea.client.secure import SecureRounds
 from fedsea.client.segments import ClientSegments
 from fedsea.client.state import ClientState, ClientStore, Prepared
@@ -120,7 +120,7 @@ class Trainer:
         self._work: _Work | None = None
         self._seconds: dict[str, float] = {}
         self._evaluated_at = -1
-        self._releases = Releases(trunk, boundary)
+        self._releases = Releases(trunk, boundary, ReleaseNote(store.folder / "releases.json"))
         self._reference: dict[str, torch.Tensor] = {}  # what the server knows of the parameters; only if noise needs it
 
     def restore(self) -> None:
@@ -136,6 +136,7 @@ class Trainer:
             self.stream.restore(self.store.state.data)
             known = {n.removeprefix(_KNOWN): t.clone() for n, t in tensors.items() if n.startswith(_KNOWN)}
             self._reference = known if keeps else {}
+            self._releases.resume(self.store.state.updates)
 
     def _tensors(self) -> dict[str, torch.Tensor]:
         return self.segments.tensors() | {f"{_KNOWN}{name}": tensor for name, tensor in self._reference.items()}
@@ -205,6 +206,7 @@ class Trainer:
     def _begin(self) -> _Work:
         """The micro-batches of the next update; the same ones if the step is begun again."""
         if self._work is None:
+            self._releases.begin(self.store.state.updates)
             self.stream.restore(self.store.state.data)
             count, _ = self.plan.micro_batches_of(self.segments.name)
             batches = [self.stream.next() for _ in range(count)]

@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 import torch
 
-from fedsea.client.releases import MOST_RELEASES, Releases
-from fedsea.errors import PrivacyError
+from fedsea.client.releases import MOST_RELEASES, ReleaseNote, Releases
+from fedsea.errors import PrivacyError, StorageError
 from fedsea.plan import FederationPlan
 from fedsea.privacy.boundary import Boundary
 from fedsea.privacy.ledger import Ledger
@@ -38,8 +38,22 @@ def ledger(tmp_path: Path) -> Iterator[Ledger]:
         yield opened
 
 
-def releases_of(ledger: Ledger | None, plan: FederationPlan = PLAN) -> Releases:
-    return Releases(Opened(), Boundary.of(plan, "a", ledger))  # type: ignore[arg-type]
+@pytest.fixture
+def note(tmp_path: Path) -> ReleaseNote:
+    return ReleaseNote(tmp_path / "releases.json")
+
+
+def releases_of(note: ReleaseNote, ledger: Ledger | None, plan: FederationPlan = PLAN) -> Releases:
+    made = Releases(Opened(), Boundary.of(plan, "a", ledger), note)  # type: ignore[arg-type]
+    made.begin(0)
+    return made
+
+
+def started_again(note: ReleaseNote, ledger: Ledger, update: int = 0) -> Releases:
+    made = Releases(Opened(), Boundary.of(PLAN, "a", ledger), note)  # type: ignore[arg-type]
+    made.resume(update)
+    made.begin(update)
+    return made
 
 
 def hidden(releases: Releases, batch: TokenBatch, _attempt: int) -> Any:
@@ -72,9 +86,9 @@ WAYS = {
 
 @pytest.mark.parametrize("ask", WAYS)
 def test_a_text_is_released_anew_a_few_times_all_of_them_charged_and_then_the_client_stops(
-    ledger, ask: Callable[..., Any]
+    note, ledger, ask: Callable[..., Any]
 ):
-    releases, batch, channel = releases_of(ledger), text(), WAYS[ask]
+    releases, batch, channel = releases_of(note, ledger), text(), WAYS[ask]
     for attempt in range(MOST_RELEASES):
         ask(releases, batch, attempt)
     with pytest.raises(PrivacyError, match=f"releases of one text on the {channel} channel.*no other is sent"):
@@ -83,28 +97,83 @@ def test_a_text_is_released_anew_a_few_times_all_of_them_charged_and_then_the_cl
 
 
 @pytest.mark.parametrize("ask", WAYS)
-def test_other_texts_have_releases_of_their_own(ledger, ask: Callable[..., Any]):
-    releases = releases_of(ledger)
+def test_other_texts_have_releases_of_their_own(note, ledger, ask: Callable[..., Any]):
+    releases = releases_of(note, ledger)
     for attempt in range(3 * MOST_RELEASES):
+        releases.begin(attempt)
         ask(releases, text(), attempt)
         releases.forget()
     assert ledger.spent.account(WAYS[ask], Purpose.TRAINING).releases == 3 * MOST_RELEASES
 
 
-def test_the_same_answer_gets_the_same_bytes_however_often_it_comes(ledger):
-    releases, batch = releases_of(ledger), text()
+def only_update(releases: Releases, attempt: int) -> Any:
+    return releases.update(("round", attempt), {"x": torch.ones(2)}, {"x": torch.zeros(2)})
+
+
+ALONE: dict[Channel, Callable[[Releases, int], Any]] = {
+    Channel.HIDDEN: lambda releases, attempt: hidden(releases, text(), attempt),
+    Channel.GRADIENT: lambda releases, _: releases.gradient(0, text(), torch.ones(TOKENS, 4), torch.ones(TOKENS, 4)),
+    Channel.UPDATE: only_update,
+}
+
+
+@pytest.mark.parametrize("channel", ALONE)
+def test_starting_the_client_again_does_not_begin_the_count_anew(note, ledger, channel: Channel):
+    ask = ALONE[channel]
+    ask(releases_of(note, ledger), 0)  # noted nowhere, as nothing is wrong yet
+    for attempt in range(1, MOST_RELEASES):
+        ask(started_again(note, ledger), attempt)
+    with pytest.raises(PrivacyError, match=rf"{channel} channel.*again without .*releases\.json"):
+        ask(started_again(note, ledger), MOST_RELEASES)
+    assert ledger.spent.account(channel, Purpose.TRAINING).releases == MOST_RELEASES
+
+
+def test_releases_before_a_start_count_with_those_after_it(note, ledger):
+    releases, batch = releases_of(note, ledger), text()
+    for attempt in range(MOST_RELEASES - 1):
+        hidden(releases, batch, attempt)
+    hidden(started_again(note, ledger), batch, 0)
+    with pytest.raises(PrivacyError):
+        hidden(started_again(note, ledger), batch, 1)
+
+
+def test_a_client_that_is_started_again_in_a_later_update_has_its_releases(note, ledger):
+    for attempt in range(MOST_RELEASES):
+        hidden(releases_of(note, ledger), text(), attempt)
+    again = started_again(note, ledger, update=1)
+    for attempt in range(MOST_RELEASES - 1):  # one may have left before, unnoted
+        hidden(again, text(), attempt)
+
+
+def test_a_step_in_order_writes_no_note(note, ledger):
+    releases = releases_of(note, ledger)
+    for ask in (gradient, update):
+        ask(releases, text(), 0)
+    assert not note.path.exists()
+
+
+@pytest.mark.parametrize("content", [b"", b"{}", b"[]", b'{"update": 0, "released": {"hidden 0": "x"}}'])
+def test_a_damaged_note_stops_the_client(note, ledger, content: bytes):
+    note.path.write_bytes(content)
+    with pytest.raises(StorageError, match=r"releases\.json is damaged.*new run folder"):
+        started_again(note, ledger)
+
+
+def test_the_same_answer_gets_the_same_bytes_however_often_it_comes(note, ledger):
+    releases, batch = releases_of(note, ledger), text()
     first = gradient(releases, batch, 0)
     assert all(gradient(releases, batch, 0) is first for _ in range(2 * MOST_RELEASES))
 
 
-def test_parameters_that_came_from_the_server_are_no_text(ledger):
-    releases = releases_of(ledger)
+def test_parameters_that_came_from_the_server_are_no_text(note, ledger):
+    releases = releases_of(note, ledger)
     for number in range(2 * MOST_RELEASES):
         releases.update(("round", number), {"x": torch.ones(2)}, {"x": torch.ones(2)})
 
 
 @pytest.mark.parametrize("plan", [noised({}, trust={"mode": "trusted-server"}), noised({"hidden_std": 1.0})])
-def test_without_noise_there_is_nothing_to_average_out(plan):
-    releases, batch = releases_of(None, plan), text()
+def test_without_noise_there_is_nothing_to_average_out(note, plan):
+    releases, batch = releases_of(note, None, plan), text()
     for attempt in range(2 * MOST_RELEASES):
         gradient(releases, batch, attempt)
+    assert not note.path.exists()
