@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING
 
 import pytest
 
-from tests.contract.trunks import Bench, local_bench, remote_bench
-from tests.support.federation import Federation
+if TYPE_CHECKING:
+    from tests.contract.trunks import Bench
+    from tests.support.federation import Federation
 
 
 @pytest.fixture(params=["local", "remote"])
 def bench(request: pytest.FixtureRequest, federation: Callable[..., Federation]) -> Iterator[Callable[..., Bench]]:
     """Makes benches of a federation of one client, with the module's `PLAN` where it has one."""
+    from tests.contract.trunks import local_bench, remote_bench
+
     made: list[Bench] = []
 
     def make(**plan: object) -> Bench:
