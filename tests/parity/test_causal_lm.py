@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import gc
 
 import pytest
@@ -63,10 +64,16 @@ def _pages(split):
     return [part.arena.pages for part in (segments.input_blocks, segments.output_blocks, decoder.trunk._passes.trunk)]
 
 
+@pytest.fixture(scope="module")
+def pair_of(zoo, tmp_path_factory):
+    """The two models of a family, made once for all ways to generate, which leave them as they were."""
+    return functools.cache(lambda name: _pair(zoo, tmp_path_factory.mktemp(name), name))
+
+
 @pytest.mark.parametrize("name", FAMILIES)
 @pytest.mark.parametrize("way", WAYS)
-def test_tokens_are_the_whole_models(name, way, zoo, tmp_path):
-    central, split = _pair(zoo, tmp_path, name)
+def test_tokens_are_the_whole_models(name, way, zoo, pair_of):
+    central, split = pair_of(name)
     prompts = _prompts(zoo)
     for inputs in (_padded(prompts[:1]), _padded(prompts)):
         expected, got = _both(central, split, inputs, **WAYS[way])

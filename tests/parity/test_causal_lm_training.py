@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from transformers import PreTrainedTokenizerFast, Trainer, TrainingArguments
+from transformers import PreTrainedTokenizerFast
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from fedsea.client.causal_lm import SplitCausalLM
@@ -144,6 +144,8 @@ def _rows(number=16):
 
 
 def _trainer(split, folder, **changes):
+    from transformers import Trainer, TrainingArguments
+
     rows = [{**row, "labels": row["input_ids"]} for row in _rows()]
     settings = {
         "output_dir": str(folder),

@@ -9,6 +9,7 @@ import torch
 from peft import LoraConfig, inject_adapter_in_model
 from torch import nn
 from torch.nn import functional as F
+from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoModelForCausalLM, get_scheduler
 
 from fedsea.plan import FederationPlan
@@ -54,6 +55,14 @@ class Central:
                 logits = self.model(ids[None]).logits[0]
                 total = total + F.cross_entropy(logits, targets, reduction="sum", ignore_index=IGNORE)
         return total
+
+    def batched_loss(self, batches: Sequence[TokenBatch]) -> torch.Tensor:
+        """All sequences in one batch padded on the right, as a central loop takes them; the value of `summed_loss`."""
+        ids = [part for batch in batches for part in batch.input_ids_T.split(batch.lengths)]
+        targets = [part for batch in batches for part in batch.targets_T.split(batch.lengths)]
+        logits = self.model(pad_sequence(ids, batch_first=True)).logits
+        wanted = pad_sequence(targets, batch_first=True, padding_value=IGNORE)
+        return F.cross_entropy(logits.flatten(0, 1), wanted.flatten(), reduction="sum", ignore_index=IGNORE)
 
     def gradients(self, batches: Sequence[TokenBatch]) -> tuple[float, dict[str, torch.Tensor]]:
         """Summed loss, and its gradients by portable name."""
@@ -115,7 +124,7 @@ def train_centrally(central: Central, steps: Sequence[Sequence[TokenBatch]]) -> 
     adam, losses = central.trainer(), []
     for step, batches in enumerate(steps):
         central.model.zero_grad()
-        loss = central.summed_loss(batches) / num_targets(batches)
+        loss = central.batched_loss(batches) / num_targets(batches)
         loss.backward()
         if central.plan.optimizer.max_norm > 0:
             nn.utils.clip_grad_norm_(list(central.parameters.values()), central.plan.optimizer.max_norm)
