@@ -13,16 +13,23 @@ _NORMAL = NormalDist()
 _BISECTIONS = 60
 
 
-def _at_most(count: int, trials: int, p: float) -> float:
-    """P(X <= count) for a binomial X, with a relative error near rounding's."""
-    if count >= trials or p <= 0.0:
-        return 1.0
-    if p >= 1.0:
-        return 0.0
-    i = torch.arange(count + 1, dtype=torch.float64)
-    n = torch.tensor(float(trials), dtype=torch.float64)
-    log_ways = torch.lgamma(n + 1) - torch.lgamma(i + 1) - torch.lgamma(n - i + 1)
-    return float(torch.logsumexp(log_ways + i * math.log(p) + (n - i) * math.log1p(-p), 0).exp())
+class _AtMost:
+    """P(X <= count) for a binomial X, with a relative error near rounding's, at any number of probabilities."""
+
+    def __init__(self, count: int, trials: int) -> None:
+        self._all = count >= trials
+        self._i = torch.arange(count + 1, dtype=torch.float64)
+        n = torch.tensor(float(trials), dtype=torch.float64)
+        self._others = n - self._i
+        self._log_ways = torch.lgamma(n + 1) - torch.lgamma(self._i + 1) - torch.lgamma(self._others + 1)
+
+    def __call__(self, p: float) -> float:
+        if self._all or p <= 0.0:
+            return 1.0
+        if p >= 1.0:
+            return 0.0
+        logs = self._log_ways + self._i * math.log(p) + self._others * math.log1p(-p)
+        return float(torch.logsumexp(logs, 0).exp())
 
 
 def clopper_pearson(count: int, trials: int, confidence: float = 0.95) -> tuple[float, float]:
@@ -48,9 +55,10 @@ def clopper_pearson(count: int, trials: int, confidence: float = 0.95) -> tuple[
         if successes == trials:
             return 1.0
         low, high = successes / trials, 1.0
+        at_most = _AtMost(successes, trials)
         for _ in range(_BISECTIONS):
             middle = (low + high) / 2
-            low, high = (middle, high) if _at_most(successes, trials, middle) > tail else (low, middle)
+            low, high = (middle, high) if at_most(middle) > tail else (low, middle)
         return high
 
     return 1.0 - upper(trials - count), upper(count)
