@@ -114,7 +114,8 @@ class Attacker:
         public: Public texts as ids, to train on; never the targets.
         beam: Hypotheses of a sequence that a search keeps.
         seed: Of everything that an attack draws.
-        most_rows: Candidate rows that a search runs as one batch.
+        most_rows: Candidate rows that a search runs as one batch; memory for many more is asked of the system in every
+            layer, and given back.
         budget_s: Seconds that one attack should stay under; learned attacks read it.
         num_clients: Of the federation; 0: as many as `plan` has, which may be cut to the one that is attacked.
     """
@@ -128,7 +129,7 @@ class Attacker:
     public: Sequence[torch.Tensor] = ()
     beam: int = 8
     seed: int = 0
-    most_rows: int = 8192
+    most_rows: int = 4096
     budget_s: float = 60.0
     num_clients: int = 0
 
