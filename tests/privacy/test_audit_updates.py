@@ -254,6 +254,22 @@ def test_the_output_blocks_are_left_as_they_were(base_model: Path) -> None:
     assert all(torch.equal(tensor, before[name]) for name, tensor in split.parameters().items())
 
 
+def test_a_run_that_begins_again_is_one_that_was_never_trained(base_model: Path) -> None:
+    """Models are loaded once for many clients' rounds; neither weights nor moments nor noise of another's may stay."""
+    adapter, optimizer = {"input": "full", "rank": 2}, {"learning_rate": 1e-2}
+    plan = plan_of(base_model, adapter=adapter, optimizer=optimizer, **noised(hidden_std=0.1, gradient_std=1e-3))
+    split = SplitRun(plan, open_checkpoint(plan.model.path), key=b"a" * 32)
+    begins, one, other = split.parameters(), pack(texts(2, 12)), pack(texts(2, 12, seed=5))
+    expected = split.train([one, one])
+    trained = split.parameters()
+    assert all(not torch.equal(tensor, begins[name]) for name, tensor in trained.items() if "lora_A" not in name)
+    split.train([other])
+    split.gradients(other)
+    split.begin_again(begins, b"a" * 32)
+    assert split.train([one, one]) == expected
+    assert all(torch.equal(tensor, trained[name]) for name, tensor in split.parameters().items())
+
+
 @pytest.mark.parametrize(
     "sections", [{"aggregation": {"sync": "personal"}}, {"adapter": {"input": "frozen", "output": "frozen"}}]
 )
@@ -276,6 +292,28 @@ def test_texts_that_were_trained_on_are_told_from_others_of_the_same_kind(base_m
     assert hasty.epochs == 0.0
     assert hasty.verdict is Verdict.INCONCLUSIVE
     assert "time was up" in hasty.sentence
+
+
+@pytest.mark.parametrize("sync", ["personal", "round"])
+def test_adapters_that_stay_at_the_client_tell_the_server_nothing(
+    base_model: Path, monkeypatch: pytest.MonkeyPatch, sync: str
+) -> None:
+    judged: list[dict[str, torch.Tensor]] = []
+    losses = SplitRun.losses
+
+    def noted(self: SplitRun, *args: Any, **more: Any) -> list[float]:
+        judged.append(self.parameters())
+        return losses(self, *args, **more)
+
+    monkeypatch.setattr(SplitRun, "losses", noted)
+    training = {"steps_per_round": 2, "rounds": 1}
+    report = a8_membership.run(
+        attacker_of(plan_of(base_model, aggregation={"sync": sync}, training=training)), targets_of(texts(16, 8))
+    )
+    before, _, after, _ = judged
+    ends = ("model.layers.0.", "model.layers.4.")
+    moved = {not name.startswith(ends) for name, tensor in after.items() if not torch.equal(tensor, before[name])}
+    assert (report.adapters, moved) == (("trunk", {True}) if sync == "personal" else ("all", {True, False}))
 
 
 @pytest.mark.parametrize("learning_rate", [1e-30, 1e-9])

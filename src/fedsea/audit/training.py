@@ -63,14 +63,33 @@ class SplitRun:
         self.plan, self.name = plan, name or plan.client_names[0]
         self.segments: ClientSegments = setup.load_segments(plan, checkpoint, self.name, "cpu")
         self.trunk = trainable_trunk(plan, checkpoint, self.segments.trunk_blocks)
+        self._encoder = Encoder("client", {Channel.HIDDEN: plan.wire.hidden, Channel.GRADIENT: plan.wire.gradient})
+        self._begin(key)
+
+    def _begin(self, key: bytes | None) -> None:
+        plan = self.plan
         self._passes = TrunkPasses(
             self.trunk, plan.seed, plan.training.max_batch_tokens, trains=plan.adapter.trunk != "frozen"
         )
         self._optimizer = SegmentOptimizer(adapters.trainable(self.trunk), plan.optimizer, plan.num_steps)
         self._boundary = Boundary.of(plan, self.name, key=key)
         self.output_TH = torch.empty(0)
-        self._encoder = Encoder("client", {Channel.HIDDEN: plan.wire.hidden, Channel.GRADIENT: plan.wire.gradient})
         self.step = 0
+
+    def begin_again(self, parameters: Mapping[str, torch.Tensor], key: bytes | None = None) -> None:
+        """As a run begins, with the models that are loaded already.
+
+        Args:
+            parameters: As `parameters` gave them before the first step.
+            key: Of the noise from now on.
+        """
+        ends = self.segments
+        self.segments = ClientSegments(self.plan, self.name, ends.input_blocks, ends.output_blocks)
+        self.segments.zero_grad()
+        self.segments.load_parameters(parameters)
+        adapters.load(self.trunk, {name: parameters[name] for name in adapters.trainable(self.trunk)})
+        self._begin(key)
+        self._optimizer.zero_grad()
 
     def arrives(self, release: Release) -> Tensors:
         """What the server decodes of a release's bytes."""

@@ -163,6 +163,7 @@ class _Updates:
         self._sides = [side for side, is_trained in trained if is_trained]
         self._inputs = token_inputs(attacker.input_blocks, attacker.vocab_size) if self._sides[0] == "input" else {}
         self._start = SplitRun(plan, attacker.base.checkpoint, key=attacker.noise_key("A7"))
+        self._begins = {} if self._by_step else self._start.parameters()
         self._made = 0
         if self._by_step:
             self._start.train(batches_of(public, self._micro_batch, _WARM_UP_STEPS, attacker.seed))
@@ -213,7 +214,10 @@ class _Updates:
         if self._by_step:
             return _gradient(self._start, texts)
         self._made += 1  # no two clients' updates are under the same noise, which would add up in their sum
-        return _difference(self._attacker, texts, self._attacker.noise_key("A7", self._made))
+        self._start.begin_again(self._begins, self._attacker.noise_key("A7", self._made))
+        update = _difference(self._start, texts)
+        self._start.begin_again(self._begins)
+        return update
 
     def _invert(self, updates: Sequence[_Update], side: str, progress: Progress) -> SpanFindings:
         summed = {name: torch.stack([one.tensors[name] for one in updates]).sum(0) for name in updates[0].tensors}
@@ -253,10 +257,9 @@ def _gradient(split: SplitRun, texts: Sequence[torch.Tensor]) -> _Update:
     return _Update(tensors, split.output_TH, batch.lengths)
 
 
-def _difference(attacker: Attacker, texts: Sequence[torch.Tensor], key: bytes) -> _Update:
-    """What changed at one client in a first round over these texts, and the outputs of its first step."""
-    split, batch = SplitRun(attacker.plan, attacker.base.checkpoint, key=key), pack(texts)
-    before = split.segments.parameters()
+def _difference(split: SplitRun, texts: Sequence[torch.Tensor]) -> _Update:
+    """What changes at one client in a first round over these texts, and the outputs of its first step."""
+    batch, before = pack(texts), split.segments.parameters()
     split.train([batch])
     output_TH = split.output_TH
     split.train([batch] * (_ROUND_STEPS - 1))

@@ -21,7 +21,6 @@ from fedsea.audit.attacks.membership import Membership, membership
 from fedsea.audit.targets import Progress, Target, unheard
 from fedsea.audit.training import SplitRun, batches_of
 from fedsea.audit.verdict import Verdict
-from fedsea.model import adapters
 
 _STEPS = 60
 _FEWEST = 16
@@ -97,21 +96,20 @@ def run(attacker: Attacker, targets: Sequence[Target], progress: Progress = unhe
     plan = attacker.plan
     size = plan.micro_batches_of(plan.client_names[0])[1]
     steps = min(plan.num_steps, _STEPS)
-    trained = SplitRun(plan, attacker.base.checkpoint, key=attacker.noise_key("A8"))
+    split = SplitRun(plan, attacker.base.checkpoint, key=attacker.noise_key("A8"))
+    own = split.segments.parameters()
+    before = [split.losses(part, noised=False) for part in (members, others)]
     until = time.monotonic() + attacker.budget_s
     batches = batches_of(members + background, size, steps, attacker.seed)
     in_time = itertools.takewhile(lambda _: time.monotonic() < until, batches)
-    trained.train(in_time, told=lambda step: progress(step, steps))
-    reference = SplitRun(plan, attacker.base.checkpoint, key=attacker.noise_key("A8", "reference"))
-    before = [reference.losses(part, noised=False) for part in (members, others)]
+    split.train(in_time, told=lambda step: progress(step, steps))
     if which == "trunk":
-        adapters.load(reference.trunk, adapters.read(trained.trunk))
-    judge = reference if which == "trunk" else trained
-    after = [judge.losses(part, noised=False) for part in (members, others)]
+        split.segments.load_parameters(own)
+    after = [split.losses(part, noised=False) for part in (members, others)]
     inside, outside = ([b - a for b, a in zip(*pair, strict=True)] for pair in zip(before, after, strict=True))
     progress(steps, steps)
-    epochs = trained.step * size / (len(members) + len(background))
-    cut_short = trained.step < steps
+    epochs = split.step * size / (len(members) + len(background))
+    cut_short = split.step < steps
     resolution = _ROUNDING * max(map(abs, before[0] + before[1]))
     if reason := _unusable(inside, outside, resolution):
         return MembershipReport(None, epochs, which, cut_short, reason)
