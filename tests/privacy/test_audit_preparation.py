@@ -2,15 +2,23 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 
 from fedsea.audit import settings
 from fedsea.audit.attacker import Attacker
+from fedsea.audit.canaries import Texts
+from fedsea.audit.observe import Tap
 from fedsea.audit.run import audit
 from fedsea.audit.settings import AuditOptions, Clock
-from tests.support.audited import PLAN, TINY, noised_plan
+from fedsea.audit.subject import variant
+from fedsea.client import setup
+from fedsea.types import Partition
+from tests.support.audited import PLAN, TINY, noised_plan, subject_of
 
 BEFORE = [
     "opening the plan and the model",
@@ -67,3 +75,41 @@ def test_what_is_prepared_between_attacks_takes_none_of_their_time() -> None:
     assert clock.left_s == 60.0
     now[0] = 60.0
     assert clock.left_s == 50.0
+
+
+def test_the_models_of_a_cut_are_loaded_once_whatever_the_noise(monkeypatch: pytest.MonkeyPatch) -> None:
+    tiny = replace(TINY, canaries=1, tokens=8, sessions=1, curve_sequences=1, rhos=(0.0, 0.1, 0.2), curve_tokens=3)
+    monkeypatch.setattr(settings, "QUICK", tiny)
+    loaded: list[Partition] = []
+    load = setup.load_segments
+
+    def counted(plan: Any, checkpoint: Any, name: str, device: str) -> Any:
+        loaded.append(plan.partition_of(name))
+        return load(plan, checkpoint, name, device)
+
+    monkeypatch.setattr(setup, "load_segments", counted)
+    found = audit(AuditOptions(PLAN, quick=True, attacks=("A0",)))
+    assert len(found.curves["noise"]) == 3
+    own, of_cuts = subject_of().partition, len(found.curves["k"]) + len(found.curves["m"])
+    assert loaded[:2] == [Partition(1, 0), own]  # the audit's own check, and what is audited
+    assert len(loaded) == 2 + of_cuts
+
+
+def test_a_tap_beside_another_sees_what_one_with_models_of_its_own_does() -> None:
+    subject = subject_of()
+    plan, under = variant(subject.plan, subject.name), variant(subject.plan, subject.name, hidden_std=0.5)
+    texts = Texts(subject.tokenizer, subject.plan, 16)
+    first = Tap(plan, subject.checkpoint)
+    first.observe(texts.canaries(2, 0))
+    seen = []
+    for beside in (None, first):
+        targets = texts.canaries(2, 1)
+        tap = Tap(under, subject.checkpoint, key=b"k" * 32, beside=beside)
+        tap.observe(targets)
+        seen.append([tap.perplexity, *(target.observations[0] for target in targets)])
+    assert seen[0][0] == seen[1][0] != first.perplexity
+    for alone, together in zip(*(one[1:] for one in seen), strict=True):
+        assert torch.equal(alone.hidden_TH, together.hidden_TH)
+        assert torch.equal(alone.gradient_TH, together.gradient_TH)
+    with pytest.raises(AssertionError, match="other models"):
+        Tap(variant(subject.plan, subject.name, partition=Partition(2, 1)), subject.checkpoint, beside=first)

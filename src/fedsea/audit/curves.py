@@ -87,6 +87,7 @@ def perplexity(
     options: AuditOptions,
     plan: FederationPlan | None = None,
     progress: Progress = unheard,
+    beside: Tap | None = None,
 ) -> float:
     """Of the model on texts, with a plan's noise and codecs in force.
 
@@ -96,10 +97,11 @@ def perplexity(
         options: For the noise's key.
         plan: None: without any defence.
         progress: Told of texts.
+        beside: Whose models are used, see `Tap`.
     """
     plan = plan or variant(subject.plan, subject.name, hidden_std=0.0, plain_wire=True)
     key = options.key("perplexity", plan.sha256())
-    tap = tap_of(subject, plan, options, key)
+    tap = tap_of(subject, plan, options, key, beside=beside)
     tap.observe(fresh(plain_texts, options.scale.tokens), progress=progress)
     return tap.perplexity
 
@@ -112,6 +114,7 @@ def noise_curve(
     options: AuditOptions,
     progress: Progress,
     points: list[Point],
+    beside: Tap | None = None,
 ) -> None:
     """A2 (A1 without noise) by who has what was sent, and perplexity on plain texts, at rising noise at the plan's cut.
 
@@ -123,6 +126,7 @@ def noise_curve(
         options: Scale and seed.
         progress: Told of points, and of every position within one.
         points: Added to, so that what is done when the time is up is kept.
+        beside: Whose models are used, see `Tap`.
     """
     plain = attacker_of(subject, subject.partition, {}, texts, options)
     base = model_of(subject, options.device)
@@ -135,8 +139,10 @@ def noise_curve(
         std = rho * norm / math.sqrt(width)
         plan = variant(subject.plan, subject.name, hidden_std=std)
         sent = fresh(targets, options.scale.curve_tokens)
-        tap_of(subject, plan, options, options.key("curve", rho)).observe(sent)
-        cost = perplexity(subject, plain_texts, options, plan)
+        tap = tap_of(subject, plan, options, options.key("curve", rho), beside=beside)
+        tap.observe(sent)
+        cost = perplexity(subject, plain_texts, options, plan, beside=tap)
+        beside = tap
         attacker = replace(plain, base=base, plan=plan, noise_std={Channel.HIDDEN: std} if std else {})
         watch = within(progress, number, total)
         answers = (a2_likelihood if std else a1_nearest).run(attacker, sent, watch)
@@ -204,8 +210,18 @@ def curves(
     texts: Texts,
     options: AuditOptions,
     clock: Clock,
+    beside: Tap | None = None,
 ) -> tuple[dict[str, list[Point]], str]:
     """All of them, as far as time allows.
+
+    Args:
+        subject: The client.
+        targets: What is attacked.
+        plain_texts: What perplexity is measured on.
+        texts: Made them.
+        options: Scale and seed.
+        clock: The time that is left.
+        beside: A tap of the subject, whose models are used where the cut is its own.
 
     Returns:
         The curves, and a sentence about those that did not fit; "" if all did.
@@ -222,7 +238,8 @@ def curves(
         missing.append("cut")
     noise: list[Point] = []
     try:
-        noise_curve(subject, chosen, plain_texts, texts, options, clock.watch("curve of noise"), noise)
+        watch = clock.watch("curve of noise")
+        noise_curve(subject, chosen, plain_texts, texts, options, watch, noise, beside)
     except OutOfTime:
         missing.append("noise")
     if noise:

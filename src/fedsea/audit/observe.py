@@ -76,6 +76,8 @@ class Tap:
         key: Of the noise, for an audit that can be repeated; 32 bytes.
         change: Applied to the hidden states before the boundary: a defence that is tried out.
         device: Where the models run.
+        beside: Another tap whose models are used, with what it has of `parameters` and `trunk`, instead of loading the
+            same ones again: its plan may differ in noise and codecs alone.
     """
 
     def __init__(
@@ -90,16 +92,15 @@ class Tap:
         key: bytes | None = None,
         change: Change | None = None,
         device: str = "cpu",
+        beside: Tap | None = None,
     ) -> None:
         self.name = name or plan.client_names[0]
         self.plan = plan
-        self.segments: ClientSegments = setup.load_segments(plan, checkpoint, self.name, device)
-        if parameters is not None:
-            self.segments.load_parameters(parameters)
-        self.segments.train(False)
-        self.trunk: Trunk = trainable_trunk(plan, checkpoint, self.segments.trunk_blocks, device)
-        if trunk is not None:
-            adapters.load(self.trunk, trunk)
+        if beside is None:
+            self.segments, self.trunk = _models(plan, checkpoint, self.name, parameters, trunk, device)
+        else:
+            assert _cut_alike(plan, beside.plan, self.name), "these are other models"
+            self.segments, self.trunk = beside.segments, beside.trunk
         self.boundary = boundary or Boundary.of(plan, self.name, key=key)
         self.change = change
         codecs = {Channel.HIDDEN: plan.wire.hidden, Channel.GRADIENT: plan.wire.gradient}
@@ -229,6 +230,31 @@ class Tap:
             arrived = self._decoders[receiver].feed(chunk)
         tensor: torch.Tensor = arrived.tensors[""]  # type: ignore[union-attr, index]
         return tensor
+
+
+def _models(
+    plan: FederationPlan,
+    checkpoint: Checkpoint,
+    name: str,
+    parameters: Mapping[str, torch.Tensor] | None,
+    trained_trunk: Mapping[str, torch.Tensor] | None,
+    device: str,
+) -> tuple[ClientSegments, Trunk]:
+    """The client's and the server's, without dropout."""
+    segments = setup.load_segments(plan, checkpoint, name, device)
+    if parameters is not None:
+        segments.load_parameters(parameters)
+    segments.train(False)
+    trunk = trainable_trunk(plan, checkpoint, segments.trunk_blocks, device)
+    if trained_trunk is not None:
+        adapters.load(trunk, trained_trunk)
+    return segments, trunk
+
+
+def _cut_alike(one: FederationPlan, other: FederationPlan, name: str) -> bool:
+    """Whether two plans give a client and its server the same models."""
+    what = [(plan.model, plan.adapter, plan.partition_of(name), plan.seed) for plan in (one, other)]
+    return what[0] == what[1]
 
 
 def _batch(target: Target) -> TokenBatch:

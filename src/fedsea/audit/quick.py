@@ -124,6 +124,7 @@ def quick_table(
     clock = Clock(limit_s / 60, lambda *_: None)
     clock.start()
     found: list[TableRow | LeftOut] = []
+    tap: Tap | None = None
     for words, noise in (("trusted-server", 0.0), (f"Gaussian noise, {rho:g} of the hidden states' norm", std)):
         jobs: list[_Job] = [("hidden", "A2", a2_likelihood.run) if noise else ("hidden", "A1", a1_nearest.run)]
         if plan.sends_gradients(name):
@@ -133,7 +134,7 @@ def quick_table(
             continue
         under = variant(plan, name, hidden_std=noise)
         sent = drawn.fresh(targets, _TOKENS)
-        tap = Tap(under, checkpoint, name, key=options.key("table", noise))
+        tap = Tap(under, checkpoint, name, key=options.key("table", noise), beside=tap)
         tap.observe(sent)
         attacker = replace(plain, plan=under, noise_std={Channel.HIDDEN: noise} if noise else {})
         seen = _Seen(words, attacker, sent, drawn.guesses_of(attacker, sent), made.decode, tap.perplexity, seed)

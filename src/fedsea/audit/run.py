@@ -131,7 +131,8 @@ class _Audit:
         outcomes = self._attacks(targets)
         self._clock.reserved_s = 0.0
         started = time.monotonic()
-        found, missing = drawn.curves(self._subject, targets, plain_texts, self._texts, self._options, self._clock)
+        given = self._subject, targets, plain_texts, self._texts, self._options, self._clock
+        found, missing = drawn.curves(*given, tap)
         self._seconds["curves"] = time.monotonic() - started
         claim, spent = claimed(self._subject)
         return AuditReport(
@@ -243,8 +244,8 @@ class _Audit:
         plan = variant(subject.plan, subject.name)
         without, under = (self._clock.watch(f"perplexity {how} the defence", ends=False) for how in ("without", "with"))
         return {
-            "without_defence": drawn.perplexity(subject, plain_texts, options, progress=without),
-            "with_defence": drawn.perplexity(subject, plain_texts, options, plan, under),
+            "without_defence": drawn.perplexity(subject, plain_texts, options, progress=without, beside=tap),
+            "with_defence": drawn.perplexity(subject, plain_texts, options, plan, under, tap),
             "client_alone": tap.perplexity_alone(plain_texts),
         }
 
