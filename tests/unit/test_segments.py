@@ -10,11 +10,12 @@ from torch.nn import functional as F
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from fedsea.errors import ConfigError
-from fedsea.model import attention, head
+from fedsea.model import adapters, attention, head
 from fedsea.model.checkpoint import open_checkpoint
 from fedsea.model.loading import load_input_blocks, load_output_blocks, load_trunk
 from fedsea.model.packing import packing, remembers, run
 from fedsea.model.trunk import TrunkPart
+from fedsea.plan import AdapterSection
 from fedsea.types import IGNORE, BlockRange, Partition
 
 F32 = torch.float32
@@ -93,6 +94,16 @@ def test_autocast_computes_in_bf16_and_keeps_float32_weights(checkpoint, hidden)
     assert not torch.equal(got, expected)
     assert (got - expected).norm() < 0.02 * expected.norm()
     assert {p.dtype for p in auto.model.parameters()} == {F32}
+
+
+def test_every_module_is_in_the_mode_that_was_switched_and_is_not_told_again(checkpoint, monkeypatch):
+    trunk = load_trunk(checkpoint, RANGE, dtype=F32)
+    adapters.attach(trunk, AdapterSection(rank=2, dropout=0.5), "adapter", 0)
+    for training in (False, True, False):
+        trunk.switch(training=training)
+        assert {module.training for module in trunk.model.modules()} == {training}
+    monkeypatch.setattr(trunk.model, "train", lambda _: pytest.fail("its modules were told again"))
+    trunk.switch(training=False)
 
 
 def test_activation_checkpointing_recomputes_with_the_same_gradients(checkpoint, hidden):

@@ -45,8 +45,8 @@ class ClientSegments:
 
     def train(self, mode: bool) -> None:
         """Switch dropout on or off."""
-        self.input_blocks.model.train(mode)
-        self.output_blocks.model.train(mode)
+        self.input_blocks.switch(training=mode)
+        self.output_blocks.switch(training=mode)
 
     def embed(self, batch: TokenBatch, update: int, number: int) -> torch.Tensor:
         """Hidden states [T, H] at the cut for training; with a graph if the input segment is trained."""

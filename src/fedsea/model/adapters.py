@@ -98,6 +98,7 @@ def attach(segment: Segment, settings: AdapterSection, training: SegmentTraining
         if targets:
             _inject(model, targets, settings)
             _initialise(model, seed)
+            model.train(model.training)  # peft's layers begin in training mode, whatever the model's
 
 
 def trainable(segment: Segment) -> dict[str, nn.Parameter]:

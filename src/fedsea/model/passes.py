@@ -91,7 +91,7 @@ class TrunkPasses:
         Returns:
             Client to hidden states at the trunk's output, float32, detached.
         """
-        self.trunk.model.train()
+        self.trunk.switch(training=True)
         graphs, results = [], {}
         for number, batch in enumerate(self._batches(entries)):
             inputs = [e.hidden_TH.detach().to(self.trunk.device).requires_grad_(e.needs_gradient) for e in batch]
@@ -122,7 +122,8 @@ class TrunkPasses:
         """
         for client, gradient in gradients.items():
             check_gradient(client, gradient)
-        self.trunk.model.train()  # checkpointed blocks run again here; decoding or evaluation may have come in between
+        # Checkpointed blocks run again here; decoding or evaluation may have come in between.
+        self.trunk.switch(training=True)
         results: dict[str, torch.Tensor | None] = {}
         for graph in self._graphs.pop(slot):
             pairs = [
@@ -163,7 +164,7 @@ class TrunkPasses:
 
     def evaluate(self, entry: Entry) -> torch.Tensor:
         """Forward without a graph, adapters in evaluation mode; shape as the entry's hidden states."""
-        self.trunk.model.eval()
+        self.trunk.switch(training=False)
         with torch.no_grad():
             return self.trunk.forward(entry.hidden_TH.to(self.trunk.device), entry.lengths, entry.blocks)
 
@@ -178,7 +179,7 @@ class TrunkPasses:
             NonFiniteError: As `backward`.
         """
         check_gradient(entry.client, gradient_TH)
-        self.trunk.model.eval()
+        self.trunk.switch(training=False)
         hidden_TH = entry.hidden_TH.detach().to(self.trunk.device).requires_grad_()
         with torch.enable_grad():
             output_TH = self.trunk.forward(hidden_TH, entry.lengths, entry.blocks)

@@ -77,6 +77,11 @@ class Segment:
         """Whether unequal sequences run as a padded batch, because the family cannot keep packed ones apart."""
         return self._padded
 
+    def switch(self, *, training: bool) -> None:
+        """Dropout and checkpointing on or off in the whole model, at no cost where they are so already."""
+        if self.model.training is not training:  # else every one of its modules would be told, at each pass
+            self.model.train(training)
+
     def choose_packing(self) -> None:
         """Try two packed sequences through the first block: a family that lets them see each other is padded instead.
 
@@ -213,7 +218,7 @@ class Segment:
             indices = range(len(self.blocks)) if blocks is None else blocks
             return self._lean_blocks.run(hidden_TH, extension, indices, frozen.lean)
         hidden_TH = hidden_TH.to(self.dtype)
-        self.model.eval()
+        self.switch(training=False)
         with self._precision(hidden_TH.device), frozen.swapped_into(self.model):
             try:
                 return extend(decoder, hidden_TH, extension)
