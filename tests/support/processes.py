@@ -1,7 +1,7 @@
 """Servers and clients as processes of their own, which a test kills at a chosen point.
 
-They are forked from a template process that has imported everything, so that a start costs no import. Faults live
-here: a method is wrapped in the child before the work begins; production code knows nothing of it.
+They are forked from a template process that has imported everything and trained once, so that a start costs neither.
+Faults live here: a method is wrapped in the child before the work begins; production code knows nothing of it.
 """
 
 from __future__ import annotations
