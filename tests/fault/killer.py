@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import fcntl
+import multiprocessing
 import os
 import signal
 from collections.abc import Callable
+from multiprocessing.connection import Connection
 from typing import Any
 
 
@@ -52,3 +54,37 @@ def in_a_process(work: Callable[[], object]) -> bool:
         code = 0
     finally:
         os._exit(code)
+
+
+class Nursery:
+    """`in_a_process` from a process that has imported little: a fork copies what the forking process holds.
+
+    Use as a context manager. What is called is pickled, so that its function is that of a module.
+    """
+
+    def __enter__(self) -> Nursery:
+        context = multiprocessing.get_context("spawn")
+        self._asks, asked = context.Pipe()
+        self._process = context.Process(target=_nurse, args=(asked,), daemon=True)
+        self._process.start()
+        asked.close()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._asks.close()
+        self._process.join(10.0)
+
+    def __call__(self, work: Callable[[], object]) -> bool:
+        """Do it in a process of its own; whether that was killed."""
+        self._asks.send(work)
+        killed: bool = self._asks.recv()
+        return killed
+
+
+def _nurse(asked: Connection) -> None:
+    while True:
+        try:
+            work = asked.recv()
+        except EOFError:
+            return
+        asked.send(in_a_process(work))

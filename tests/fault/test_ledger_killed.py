@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,7 @@ from fedsea.privacy.book import FILE, Book
 from fedsea.privacy.ledger import Ledger
 from fedsea.privacy.pricing import Charge
 from fedsea.types import Channel, Purpose
-from tests.fault.killer import Killer, in_a_process
+from tests.fault.killer import Killer, Nursery
 from tests.unit.privacy.plans import noised
 
 PLAN = noised()
@@ -21,20 +22,22 @@ CHARGES = 2
 MOST_CALLS = 400
 
 
-def client(folder: Path, sent: Path, killer: Killer, *, anchors: bool) -> bool:
-    """Charge and send in a process of its own; whether it was killed."""
+@pytest.fixture(scope="module")
+def nursery() -> Iterator[Nursery]:
+    with Nursery() as made:
+        yield made
 
-    def charge() -> None:
-        send, out = os.write, os.open(sent, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-        if anchors:
-            ledger_module._ANCHOR_EVERY_S = 0.0
-        killer.install()
-        with Ledger(folder, PLAN, "a", "run") as ledger:
-            for _ in range(CHARGES):
-                ledger.charge(Charge(Channel.HIDDEN, Purpose.TRAINING, 1, (("x", 0.25),)))
-                send(out, b"x")
 
-    return in_a_process(charge)
+def charge(folder: Path, sent: Path, killer: Killer, anchors: bool) -> None:
+    """Charge and send, until the process that does it is killed."""
+    send, out = os.write, os.open(sent, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    if anchors:
+        ledger_module._ANCHOR_EVERY_S = 0.0
+    killer.install()
+    with Ledger(folder, PLAN, "a", "run") as ledger:
+        for _ in range(CHARGES):
+            ledger.charge(Charge(Channel.HIDDEN, Purpose.TRAINING, 1, (("x", 0.25),)))
+            send(out, b"x")
 
 
 def sizes(folder: Path, sent: Path) -> tuple[int, int]:
@@ -52,11 +55,11 @@ def attempts() -> Iterator[int]:
 
 @pytest.mark.parametrize("when", ["before", "middle", "after"])
 @pytest.mark.parametrize("anchors", [False, True])
-def test_a_new_ledger_never_counts_less_than_was_sent(tmp_path, when, anchors):
+def test_a_new_ledger_never_counts_less_than_was_sent(tmp_path, nursery, when, anchors):
     seen = set()
     for at in attempts():
         folder, sent = tmp_path / str(at), tmp_path / f"{at}.sent"
-        killed = client(folder, sent, Killer(at, when), anchors=anchors)
+        killed = nursery(partial(charge, folder, sent, Killer(at, when), anchors))
         num_sent, counted = sizes(folder, sent)
         assert num_sent <= counted <= num_sent + 1
         seen.add((num_sent, counted))
@@ -67,10 +70,10 @@ def test_a_new_ledger_never_counts_less_than_was_sent(tmp_path, when, anchors):
 
 
 @pytest.mark.parametrize("when", ["before", "middle", "after"])
-def test_a_ledger_that_is_killed_again_and_again_never_counts_less_than_was_sent(tmp_path, when):
+def test_a_ledger_that_is_killed_again_and_again_never_counts_less_than_was_sent(tmp_path, nursery, when):
     folder, sent, kills = tmp_path / "ledger", tmp_path / "sent", 0
     for at in attempts():
-        killed = client(folder, sent, Killer(at, when), anchors=bool(at % 2))
+        killed = nursery(partial(charge, folder, sent, Killer(at, when), bool(at % 2)))
         kills += killed
         num_sent, counted = sizes(folder, sent)
         assert num_sent <= counted <= num_sent + kills
