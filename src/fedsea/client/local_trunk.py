@@ -121,7 +121,7 @@ class LocalTrunk:
     def _save(self) -> None:
         if self._store is None:
             return
-        parameters = {f"parameter.{n}": t for n, t in adapters.read(self._passes.trunk).items()}
+        parameters = {f"parameter.{n}": t for n, t in self._optimizer.values().items()}
         sums = {f"sum.{n}": t for n, t in dict(self._outcome.tensors).items()}  # type: ignore[arg-type]
         values = (self._next_step, self._rounds_done, self._outcome.num_target_tokens, self._outcome.clip_coefficient)
         tensors = parameters | sums | self._optimizer.tensors()

@@ -134,7 +134,7 @@ class ClientSegments:
 
     def parameters(self) -> dict[str, torch.Tensor]:
         """Trained parameters by portable name, copied."""
-        return adapters.read(self.input_blocks) | adapters.read(self.output_blocks)
+        return {name: value for optimizer in self._optimizers for name, value in optimizer.values().items()}
 
     def load_parameters(self, tensors: Tensors) -> None:
         """Take over trained parameters; names must be exactly those of `parameters`."""

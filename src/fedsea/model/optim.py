@@ -80,6 +80,10 @@ class SegmentOptimizer:
             1.0 - progress if self.settings.schedule == "linear" else 0.5 + 0.5 * math.cos(math.pi * progress)
         )
 
+    def values(self) -> dict[str, torch.Tensor]:
+        """Copies of the parameters by name; `adapters.read` looks for them in the whole model first."""
+        return {name: parameter.detach().clone() for name, parameter in self.parameters.items()}
+
     def zero_grad(self) -> None:
         """Forget all gradients."""
         for parameter in self.parameters.values():

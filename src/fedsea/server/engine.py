@@ -184,7 +184,7 @@ class Engine:
 
     def parameters(self) -> dict[str, torch.Tensor]:
         """The trunk's trained parameters, copied."""
-        return adapters.read(self.trunk)
+        return self.optimizer.values()
 
     def tensors(self) -> dict[str, torch.Tensor]:
         """Everything that a checkpoint needs: parameters and optimizer state."""
