@@ -114,6 +114,17 @@ def test_loaded_state_is_a_copy() -> None:
     assert all(torch.equal(saved[name], kept[name]) for name in saved)
 
 
+def test_values_are_the_parameters_as_they_are_now_and_copies() -> None:
+    optimizer = SegmentOptimizer(parameters(), OptimizerSection(), 8)
+    advance(optimizer, range(2))
+    values = optimizer.values()
+    assert {name: value.tolist() for name, value in values.items()} == {
+        name: parameter.tolist() for name, parameter in optimizer.parameters.items()
+    }
+    advance(optimizer, range(2, 3))
+    assert not any(torch.equal(values[name], parameter) for name, parameter in optimizer.parameters.items())
+
+
 def test_state_names_say_parameter_and_moment() -> None:
     optimizer = SegmentOptimizer({"m.lora_A.weight": nn.Parameter(torch.ones(2))}, OptimizerSection(), 8)
     assert optimizer.tensors() == {}
