@@ -19,7 +19,8 @@ def main() -> None:
     options = arguments(__doc__).parse_args()
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch) / "quickstart"
-        found = run(QuickstartOptions(folder, steps=1 if options.tiny else None))
+        few = {"steps": 1, "rows": 40} if options.tiny else {}
+        found = run(QuickstartOptions(folder, **few))
         plan = load_plan(folder / "plan.toml")
     alone = found.val_loss["alone"]
     figures = {

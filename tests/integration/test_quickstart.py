@@ -21,8 +21,9 @@ def test_a_short_quickstart_compares_all_models_and_writes_its_page(tmp_path):
         audited.append(result.sample["answer"])
         return ("defence", "channel"), ("some defence", "left out: <no time>")
 
-    options = QuickstartOptions(tmp_path / "quick", steps=4)
-    found = run(options, lambda *report: told.append(report), presented.append, shown.append, audit)
+    begun = []
+    options = QuickstartOptions(tmp_path / "quick", steps=4, rows=60)
+    found = run(options, lambda *report: told.append(report), presented.append, shown.append, audit, begun.append)
 
     assert set(found.val_loss) == {"base", "alone", "federated", "central"}
     assert set(found.val_loss["alone"]) == set(CLIENTS)
@@ -32,7 +33,10 @@ def test_a_short_quickstart_compares_all_models_and_writes_its_page(tmp_path):
     for name, loss in found.val_loss["alone"].items():
         assert found.by_silo[name][name] < found.by_silo["base"][name]
         assert loss > found.val_loss["federated"]
-    assert ("federation", 4, 4) in told
+    for part in ("federation", *(f"{name} alone" for name in CLIENTS), "central"):
+        assert (part, 4, 4) in told
+    assert len(begun) == 1
+    assert list(found.by_silo) == ["base", *CLIENTS, "central", "federated"]
     assert found.bytes_by_kind["Forward"] > found.bytes_by_kind["Backward"] > 0
     assert [result.sample["answer"] for result in presented] == [""]
     assert [set(result.seconds) for result in (*presented, found)] == [
@@ -73,6 +77,13 @@ def test_the_shipped_plan_fits_the_shipped_silos(tmp_path):
 def test_the_plan_makes_as_many_steps_as_asked_for(tmp_path, steps):
     prepare(tmp_path / "quick", steps)
     assert load_plan(tmp_path / "quick" / "plan.toml").num_steps == steps
+
+
+def test_silos_may_be_shortened(tmp_path):
+    prepare(tmp_path / "quick", 1, rows=20)
+    silos = sorted((tmp_path / "quick" / "silos").iterdir())
+    assert [silo.stem for silo in silos] == sorted(CLIENTS)
+    assert {len(silo.read_text().splitlines()) for silo in silos} == {20}
 
 
 def test_a_folder_with_something_in_it_is_left_alone(tmp_path):

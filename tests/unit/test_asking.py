@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
 import threading
 from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, HTTPServer
@@ -73,31 +72,6 @@ def test_an_answer_that_is_not_whole_is_one_sentence(serve: Serve, body: bytes, 
         asking.ask(serve(body, status), "m", "the prompt", lambda _: None)
     assert "gateway.log" in raised.value.message
     assert "secret" not in raised.value.message
-
-
-def test_processes_end_in_reverse_so_that_none_misses_what_it_relies_on(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    ended: list[str] = []
-
-    class Child:
-        def __init__(self, call: list[str], **_: Any) -> None:
-            self.name = call[-1]
-
-        def poll(self) -> None:
-            return None
-
-        def terminate(self) -> None:
-            ended.append(f"{self.name} told")
-
-        def wait(self, timeout: float) -> None:
-            ended.append(f"{self.name} gone")
-
-    monkeypatch.setattr(subprocess, "Popen", Child)
-    with Processes(tmp_path) as processes:
-        processes.start("first", ["server"])
-        processes.start("second", ["gateway"])
-    assert ended == ["gateway told", "gateway gone", "server told", "server gone"]
 
 
 def test_without_its_packages_no_gateway_is_started(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -97,6 +98,7 @@ def quick_table(
     rho: float = PAPERS_RHO,
     seed: int = 0,
     limit_s: float = 30.0,
+    now: Callable[[], float] = time.monotonic,
 ) -> QuickTable:
     """What the server reads at trusted-server, and at the papers' noise on the forward channel.
 
@@ -108,6 +110,7 @@ def quick_table(
         rho: Noise norm over the hidden states' norm.
         seed: Of notes and noise.
         limit_s: What does not fit is left out, and said to be.
+        now: The clock of that limit, in seconds.
 
     Raises:
         FedseaError: The model or a file cannot be read.
@@ -121,7 +124,7 @@ def quick_table(
     targets = made.of_files(texts, _SEQUENCES) if texts else made.canaries(_SEQUENCES, seed)
     plain = drawn.attacker_of(subject, subject.partition, {}, made, options)
     std = rho * drawn.norm_of(plain, targets) / checkpoint.hidden_size**0.5
-    clock = Clock(limit_s / 60, lambda *_: None)
+    clock = Clock(limit_s / 60, lambda *_: None, now)
     clock.start()
     found: list[TableRow | LeftOut] = []
     tap: Tap | None = None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +16,7 @@ from fedsea.client.generation import GenerationSettings, generate
 from fedsea.client.local_trunk import LocalTrunk
 from fedsea.client.segments import ClientSegments
 from fedsea.client.setup import ClientOptions
+from fedsea.client.state import ClientStore
 from fedsea.data.silo import Silo
 from fedsea.data.tokenizer import load_tokenizer
 from fedsea.model import adapters
@@ -22,6 +24,8 @@ from fedsea.model.checkpoint import open_checkpoint
 from fedsea.model.loading import load_trunk
 from fedsea.plan import FederationPlan
 from fedsea.privacy.boundary import Boundary
+from fedsea.server.state import ServerStore
+from fedsea.storage import CheckpointStore
 
 Tensors = Mapping[str, torch.Tensor]
 
@@ -37,6 +41,20 @@ class Losses:
 
     pooled: float
     by_silo: dict[str, float]
+
+
+def trained_alone(run: Path) -> dict[str, torch.Tensor]:
+    """The parameters in the run folder of a `fedsea train --alone` that has ended, by portable name."""
+    found = ClientStore.peek(run) or {}
+    trunk = CheckpointStore(run / "trunk", read_only=True).latest()
+    tensors = {**found, **(trunk[1] if trunk else {})}
+    prefix = "parameter."
+    return {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}
+
+
+def federated(server_run: Path, plan: FederationPlan) -> dict[str, torch.Tensor]:
+    """The parameters of a federation's model, from its server's run folder."""
+    return ServerStore.peek(server_run, plan)
 
 
 class Comparison:
@@ -57,9 +75,23 @@ class Comparison:
         adapters.attach(self._trunk, plan.adapter, plan.adapter.trunk, plan.seed)
         self._base = self._segments.parameters() | adapters.read(self._trunk)
         self._tokenizer = load_tokenizer(plan.model.path, plan.model.revision, vocab_size=None)
+        self._data = dict(data)
         self.silos: dict[str, Silo] = {
             name: setup.open_data(plan, checkpoint, ClientOptions("", Path(), (file,))) for name, file in data.items()
         }
+
+    def pool(self, path: Path) -> None:
+        """Write the rows of all silos' training splits to a file, in their order."""
+        with path.open("w", encoding="utf-8") as pooled:
+            for name, silo in self.silos.items():
+                lines = self._data[name].read_text(encoding="utf-8").splitlines()
+                pooled.writelines(lines[row] + "\n" for row in silo.train().rows)
+
+    def held_out_prompt(self, name: str) -> str:
+        """The prompt of a silo's first held-out row."""
+        row = int(self.silos[name].heldout().rows[0])
+        line = self._data[name].read_text(encoding="utf-8").splitlines()[row]
+        return str(json.loads(line)["prompt"])
 
     def losses(self, parameters: Tensors | None) -> Losses:
         """Losses of a model.

@@ -14,8 +14,13 @@ from fedsea.wire.identity.enrollment import enroll, install
 CLIENTS = ("clinic", "bank", "law-office")
 
 
-def prepare(folder: Path, steps: int | None) -> None:
+def prepare(folder: Path, steps: int | None, rows: int | None = None) -> None:
     """Copy model and silos, write the plans, make an authority, and enrol server and clients.
+
+    Args:
+        folder: Gets everything.
+        steps: Optimizer steps in all; None takes the shipped plan's.
+        rows: Of each silo, the first ones; None takes all.
 
     Raises:
         ConfigError: The folder holds something already.
@@ -24,6 +29,8 @@ def prepare(folder: Path, steps: int | None) -> None:
     check_new_folder(folder, "--folder")
     try:
         text = _copy_assets(folder)
+        if rows is not None:
+            _shorten(folder / "silos", rows)
     except OSError as error:
         raise storage_error("write to", folder, error) from None
     if steps is not None:
@@ -48,6 +55,12 @@ def _copy_assets(folder: Path) -> str:
             for file in (source / part).iterdir():
                 shutil.copyfile(file, folder / part / file.name)
         return (source / "plan.toml").read_text(encoding="utf-8")
+
+
+def _shorten(silos: Path, rows: int) -> None:
+    for silo in silos.glob("*.jsonl"):
+        silo.write_text("".join(silo.read_text(encoding="utf-8").splitlines(keepends=True)[:rows]), encoding="utf-8")
+    (silos / "manifest.json").unlink()  # of the whole silos
 
 
 def _set(text: str, key: str, value: float) -> str:

@@ -268,7 +268,12 @@ def test_quickstart_shows_losses_bytes_times_sample_and_report(
     models = {"base": by_silo, "clinic": by_silo, "bank": by_silo, "central": by_silo, "federated": by_silo}
 
     def run(
-        options: quickstart.QuickstartOptions, progress: quickstart.Progress, present: Any, show: Any, audit: Any
+        options: quickstart.QuickstartOptions,
+        progress: quickstart.Progress,
+        present: Any,
+        show: Any,
+        audit: Any,
+        begun: Any,
     ) -> quickstart.QuickstartResult:
         assert options == quickstart.QuickstartOptions(tmp_path / "q", 4)
         for step in range(24):

@@ -24,21 +24,40 @@ from fedsea.evaluation import quickstart
 PLAN = Path(quickstart.__file__).parents[1] / "assets" / "plan.toml"
 
 
+class Here:
+    """Stands for the processes: does at once in this one what it is given, and keeps what that printed."""
+
+    def __init__(self, capsys: pytest.CaptureFixture[str]) -> None:
+        self._capsys = capsys
+
+    def call(self, name: str, function: Any, *arguments: str) -> None:
+        assert name == "audit"
+        function(*arguments)
+        self._printed = self._capsys.readouterr().out
+
+    def last_line(self, name: str, timeout_s: float) -> str:
+        assert (name, timeout_s > 60) == ("audit", True)
+        return self._printed.splitlines()[-1]
+
+
+@pytest.mark.parametrize("beside", [True, False], ids=["in a process of its own", "at the end"])
 def test_quickstart_says_which_rows_its_audit_lacks_and_why(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], *, beside: bool
 ) -> None:
     folder = tmp_path / "new"
 
-    def run(*_: Any, audit: Any) -> SimpleNamespace:
+    def run(*_: Any, audit: Any, begun: Any) -> SimpleNamespace:
         folder.mkdir()
         shutil.copy(PLAN, folder)
+        if beside:
+            begun(Here(capsys))
         cells = audit(None)
         assert [row[2] for row in cells] == ["tokens recovered", "100 %", "left out: no loss", "left out: no time"]
         return SimpleNamespace(to_json=lambda: "{}")
 
     row = TableRow("some defence", "hidden", "A1", 1.0, 0.25, 0.5, 7.0)
     left = (LeftOut("some defence", "gradient", "no loss"), LeftOut("other defence", "hidden", "no time"))
-    monkeypatch.setattr(quick, "quick_table", lambda *_: QuickTable((row,), left))
+    monkeypatch.setattr(quick, "quick_table", lambda *_, now: QuickTable((row,), left))
     monkeypatch.setattr(quickstart, "run", run)
     assert main.run(["quickstart", "--folder", str(folder), "--json"]) == 0
     result = json.loads(capsys.readouterr().out)
