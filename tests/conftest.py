@@ -27,6 +27,39 @@ def pytest_collection_finish() -> None:
     gc.collect()
     gc.freeze()
 
+LONG = (
+    "privacy/test_audit_soundness_forward.py",
+    "unit/cli/test_audit.py",
+    "privacy/test_server_memory.py",
+    "fault/test_hostile_client.py",
+    "fault/test_wire_fuzz.py",
+    "integration/test_behind_a_relay.py",
+    "privacy/test_audit_finds_faults.py",
+    "privacy/test_audit_soundness_mechanism.py",
+    "integration/test_gateway_command.py",
+    "fault/test_blips.py",
+    "parity/test_speculation_parity.py",
+    "privacy/test_audit_inverter.py",
+    "integration/test_quickstart.py",
+    "integration/test_sessions.py",
+    "fault/test_noised_killed.py",
+    "integration/test_secure_rounds.py",
+    "fault/test_broken_connections.py",
+)
+"""Files that take a minute or more begin first: whichever came last would run alone while other workers wait."""
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Let pytest-xdist keep that order; by itself it takes the files with the most tests first."""
+    if hasattr(config.option, "loadscopereorder"):
+        config.option.loadscopereorder = False
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The long files first; all else stays as it is."""
+    rank = {Path(__file__).parent / name: number for number, name in enumerate(LONG)}
+    items.sort(key=lambda item: rank.get(item.path, len(LONG)))
+
 
 @pytest.fixture(scope="session")
 def base_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
