@@ -13,6 +13,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Self
 
@@ -75,17 +76,14 @@ def _commit() -> str:
 
 def machine() -> dict[str, Any]:
     """What the figures depend on; the load says whether anything else was running."""
-    import torch
-    import transformers
-
     return {
         "cpu": _cpu_name(),
         "cores": psutil.cpu_count(),
         "memory_gib": round(psutil.virtual_memory().total / 2**30),
         "system": f"{platform.system()} {platform.release()}",
         "python": platform.python_version(),
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
+        "torch": version("torch"),  # from what is installed: some benchmarks import neither
+        "transformers": version("transformers"),
         "load_1min": os.getloadavg()[0],
     }
 

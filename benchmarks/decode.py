@@ -299,9 +299,10 @@ def parsed() -> argparse.Namespace:
     parser.add_argument("--pairs", type=int, default=7, help="turns of each side")
     parser.add_argument("--kv-memory-mb", type=int, default=4096)
     args = parser.parse_args()
+    args.codecs = ("fp16", "int8")
     if args.tiny:
         args.shape, args.tokens, args.new_tokens, args.prompts, args.pairs = "tiny", 24, 8, 1, 1
-        args.rtt_ms, args.sessions = args.rtt_ms[:2], [2]
+        args.rtt_ms, args.sessions, args.codecs = args.rtt_ms[1:2], [2], ()
     args.dtype = "bfloat16" if args.dtype == "bf16" else args.dtype
     args.codec = args.codec or ("bf16" if args.dtype == "bfloat16" else "fp32")
     return args
@@ -310,7 +311,7 @@ def parsed() -> argparse.Namespace:
 def main() -> None:
     """One session against central, at every distance, bytes, and many sessions."""
     args = parsed()
-    settings = {key: value for key, value in vars(args).items() if key != "out"}
+    settings = {key: value for key, value in vars(args).items() if key not in ("out", "codecs")}
     model = SHAPES[args.shape] if args.real is None else Path(args.real[0])
     if args.real is not None:
         config = json.loads((Path(args.real[0]) / "config.json").read_text(encoding="utf-8"))
@@ -330,7 +331,7 @@ def main() -> None:
                 by_sessions = {str(count): many(args, fed, client, count) for count in args.sessions}
             result |= against_central(args, space, fed, prompts)
             result["by_rtt_ms"] = {f"{rtt:g}": at_distance(args, fed, prompts, rtt) for rtt in args.rtt_ms}
-        for codec in dict.fromkeys((args.codec, "fp16", "int8")):
+        for codec in dict.fromkeys((args.codec, *args.codecs)):
             result.setdefault("bytes", {})[codec] = bytes_figures(args, space, codec, hidden_size)
     if by_sessions:
         most = "16" if "16" in by_sessions else max(by_sessions, key=int)

@@ -64,8 +64,9 @@ def tasks(num_blocks: int, *, tiny: bool) -> list[Task]:
     def points(table: str, where: Iterable[Partition], at: Iterable[float], **how: bool) -> None:
         found.extend(Task(table, "point", {"cut": cut, "rho": rho, **how}) for cut in where for rho in at)
 
-    points("untrained", cuts(num_blocks, range(4), (1,)), rhos, backward=False)
-    points("backward_at_every_cut", cuts(num_blocks, range(4), range(3)), some, forward=False)
+    every = ((1,), (0, 1)) if tiny else (range(4), range(3))
+    points("untrained", cuts(num_blocks, every[0], (1,)), rhos, backward=False)
+    points("backward_at_every_cut", cuts(num_blocks, *every), some, forward=False)
     points("both_channels", [MIDDLE], rhos[1:], both=True)
     points("both_channels", others, (1.0, 4.0), both=True)
     points("trained", [MIDDLE], rhos, train=True)

@@ -65,12 +65,10 @@ class Side:
         return {} if self._server is None else self._server.ask("")["probes"]
 
 
-def interleave(
-    space: Workspace, args: argparse.Namespace, *, input_frozen: bool
-) -> tuple[Side, Side, dict[str, float]]:
+def interleave(space: Workspace, args: argparse.Namespace) -> tuple[Side, Side, dict[str, float]]:
     """Warm both sides up, then let them take turns; the first turn of each in the result is the warm-up."""
     num_steps = args.warmup + args.pairs * args.steps
-    plan = space.write_plan(plan_sections(args, num_steps, input_frozen=input_frozen), [NAME])
+    plan = space.write_plan(plan_sections(args, num_steps, input_frozen=False), [NAME])
     shared = {"plan": str(plan), "data": str(space.data(NAME)), "name": NAME}
     with contextlib.ExitStack() as stack:
         server, address = stack.enter_context(space.server(plan))
@@ -90,6 +88,18 @@ def interleave(
         heads = central.ask(-args.steps * args.pairs)["heads"]
         end(client, server, central)
     return split_side, central_side, heads
+
+
+def frozen_payload(space: Workspace, args: argparse.Namespace) -> dict[str, float]:
+    """Bytes where nothing is trained below the cut: three tensors a micro-batch travel, the input gradient does not."""
+    plan = space.write_plan(plan_sections(args, args.warmup + args.steps, input_frozen=True), [NAME])
+    with space.server(plan) as (server, address), space.client(NAME, address) as client:
+        client.answer()
+        side = Side(client, server)
+        for num_steps in (args.warmup, args.steps):
+            side.turn(num_steps)
+        end(client, server)
+    return _payload(args, side, num_passes=3)
 
 
 def _pair_text(split: Side, central: Side) -> str:
@@ -175,10 +185,8 @@ def main() -> None:
         space.enroll(NAME)
         fewest = max(2, args.tokens // 4) if args.unequal else args.tokens
         write_silo(space.data(NAME), shape, (fewest, args.tokens))
-        result = figures(args, *interleave(space, args, input_frozen=False), num_passes=4)
-        # Nothing trained below the cut: three tensors a micro-batch travel, the gradient at the trunk's input not.
-        args.pairs = 1
-        frozen = figures(args, *interleave(space, args, input_frozen=True), num_passes=3)
+        result = figures(args, *interleave(space, args), num_passes=4)
+        frozen = frozen_payload(space, args)
     keys = ("payload_over_ideal", "bytes_up_per_step", "bytes_down_per_step")
     result["input_frozen"] = {key: frozen[key] for key in keys}
     finish("train_step", settings, result, args.out)
