@@ -27,6 +27,7 @@ def pytest_collection_finish() -> None:
     gc.collect()
     gc.freeze()
 
+
 LONG = (
     "privacy/test_audit_soundness_forward.py",
     "unit/cli/test_audit.py",
