@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import json
 import random
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,7 +16,7 @@ from fedsea.audit.observe import Tap
 from fedsea.audit.targets import Recovered, Target
 from fedsea.model.checkpoint import open_checkpoint
 from fedsea.plan import FederationPlan, parse_plan
-from fedsea.types import IGNORE, Channel
+from fedsea.types import IGNORE, Channel, Partition
 from tests.support.assets import WORDS
 
 BEGIN = 1
@@ -54,14 +56,30 @@ def targets_of(ids: Sequence[torch.Tensor], prompt: int = 0) -> list[Target]:
     return found
 
 
+@functools.cache
+def _base(folder: str, partition: Partition) -> BaseModel:
+    """Of several tests' attackers, none of whom trains it."""
+    return BaseModel(open_checkpoint(folder), partition)
+
+
 def attacker_of(plan: FederationPlan, **more: Any) -> Attacker:
     std = {channel: plan.noise.std(channel) for channel in (Channel.HIDDEN, Channel.GRADIENT)}
     codecs = {Channel.HIDDEN: plan.wire.hidden, Channel.GRADIENT: plan.wire.gradient}
-    base = BaseModel(open_checkpoint(plan.model.path), plan.partition_of("a"))
+    base = _base(plan.model.path, plan.partition_of("a"))
     return Attacker(base, plan, std, codecs, (BEGIN,), **more)
 
 
+@functools.cache
+def _tap(folder: str, partition: Partition, adapter: str) -> Tap:
+    """Whose models the taps of several tests use; they train none of them."""
+    plan = plan_of(Path(folder), partition.input_blocks, partition.output_blocks, adapter=json.loads(adapter))
+    return Tap(plan, open_checkpoint(folder))
+
+
 def observed(plan: FederationPlan, targets: list[Target], epochs: int = 1, **tap: Any) -> list[Target]:
+    if "parameters" not in tap:
+        adapter = plan.adapter.model_dump_json(exclude_defaults=True)
+        tap["beside"] = _tap(plan.model.path, plan.partition_of("a"), adapter)
     Tap(plan, open_checkpoint(plan.model.path), **tap).observe(targets, epochs)
     return targets
 

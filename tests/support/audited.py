@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -10,7 +11,7 @@ from typing import Any
 import torch
 
 import fedsea
-from fedsea.audit.attacker import Attacker
+from fedsea.audit.attacker import Attacker, BaseModel
 from fedsea.audit.canaries import Texts
 from fedsea.audit.curves import attacker_of, fresh, guesses_of, norm_of
 from fedsea.audit.observe import Change, Tap, Tapped
@@ -26,6 +27,8 @@ SILO = Path(fedsea.__file__).parent / "assets" / "silos" / "bank.jsonl"
 CUT = Partition(1, 1)
 TINY = Scale(3, 2, 20, 2, 2, 3, 4, (0.0, 2.0), 0, 12, 5.0, 1)
 """So small that an audit takes a second or two; without curves."""
+ONE_TEXT = replace(TINY, canaries=1, tokens=16, sessions=1)
+"""Where one text that comes back, or does not, tells as much as several."""
 
 
 @dataclass
@@ -57,6 +60,14 @@ def subject_of(plan: Path = PLAN) -> Subject:
     return open_subject(plan)
 
 
+@functools.cache
+def loaded(partition: Partition) -> tuple[BaseModel, Tap]:
+    """The shipped model at a cut, for attackers and taps of several tests: neither trains it."""
+    subject = subject_of()
+    plan = variant(subject.plan, subject.name, partition=partition)
+    return BaseModel(subject.checkpoint, partition), Tap(plan, subject.checkpoint, subject.name)
+
+
 def observe(
     partition: Partition = CUT,
     *,
@@ -76,12 +87,14 @@ def observe(
     options = AuditOptions(PLAN, seed=0)
     texts = Texts(subject.tokenizer, subject.plan, tokens)
     targets = texts.of_files([silo], count)
-    plain = attacker_of(subject, partition, {}, texts, options)
+    base, beside = loaded(partition)
+    plain = replace(attacker_of(subject, partition, {}, texts, options), base=base)
     std = rho * norm_of(plain, targets) / subject.checkpoint.hidden_size**0.5
     plan = variant(subject.plan, subject.name, partition=partition, hidden_std=std)
     if clip:
         plan = plan.model_copy(update={"noise": plan.noise.model_copy(update={"hidden_clip": clip, "unit": unit})})
-    tap = Tap(plan, subject.checkpoint, subject.name, parameters, key=options.key("test"), change=change)
+    models = {"parameters": parameters} if parameters is not None else {"beside": beside}
+    tap = Tap(plan, subject.checkpoint, subject.name, key=options.key("test"), change=change, **models)
     attacker = replace(plain, plan=plan, noise_std={Channel.HIDDEN: std} if std else {}, beam=4)
     taps = tap.observe(targets, epochs)
     if known:
