@@ -24,7 +24,7 @@ from fedsea.audit.subject import Subject, open_subject, variant
 from fedsea.audit.verdict import Finding, Verdict
 from fedsea.privacy.boundary import Boundary
 from fedsea.types import Channel, Origin, Purpose, Release
-from tests.support.audited import PLAN, TINY, noised_plan
+from tests.support.audited import ONE_TEXT, PLAN, TINY, noised_plan
 
 CLIPS = "hidden_clip = 8.0\ngradient_clip = 8.0\n"
 HIDDEN, GRADIENT = "hidden states", "gradients"
@@ -140,7 +140,7 @@ def test_noise_of_training_that_comes_again_in_use_is_broken(tmp_path: Path, wha
 def test_the_audit_of_a_plan_whose_noise_is_left_out_in_use_is_broken(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(settings, "QUICK", TINY)
+    monkeypatch.setattr(settings, "QUICK", ONE_TEXT)
     file = noised_plan(tmp_path, 400.0, 400.0, "update_std = 1.0\n")
     subject = open_subject(file)
     boundary: Any = Faulty(variant(subject.plan, subject.name), subject.name, "no noise")
@@ -183,7 +183,7 @@ def test_noise_hides_the_prompt_and_not_the_answer(tmp_path: Path) -> None:
 def test_answers_that_the_server_reads_make_the_verdict_whatever_the_noise(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(settings, "QUICK", TINY)
+    monkeypatch.setattr(settings, "QUICK", ONE_TEXT)
     file = noised_plan(tmp_path, 400.0, 400.0, "update_std = 1.0\n")
     found = audit(AuditOptions(file, quick=True, attacks=("A1", "A10")))
     a1, a10 = found.by_attack()["A1"], found.by_attack()["A10"]
@@ -217,7 +217,7 @@ def test_own_texts_are_asked_too_and_scored_by_themselves(tmp_path: Path, monkey
 def test_an_answer_that_was_not_asked_about_leaves_the_verdict_open(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(settings, "QUICK", TINY)
+    monkeypatch.setattr(settings, "QUICK", ONE_TEXT)
     found = audit(AuditOptions(noised_plan(tmp_path, 400.0, 400.0), quick=True, attacks=("A10",)))
     assert "anything on the hidden channel" in found.skipped  # answers tell nothing about training
     assert found.by_attack()["A10"]["session"]["verdict"] == "EXPOSED"
@@ -234,7 +234,7 @@ def test_short_sessions_still_have_a_prompt(tmp_path: Path, most: int, rows: lis
 def test_sessions_too_short_for_a_prompt_leave_the_verdict_open_with_a_sentence(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(settings, "QUICK", TINY)
+    monkeypatch.setattr(settings, "QUICK", ONE_TEXT)
     found = audit(AuditOptions(_with_inference(tmp_path, "max_tokens = 2"), quick=True, attacks=("A10",)))
     assert found.by_attack()["A10"]["session"]["status"] == "skipped"
     assert any("too short for a prompt and its answer: raise inference.max_tokens" in said for said in found.sentences)
@@ -244,7 +244,7 @@ def test_sessions_too_short_for_a_prompt_leave_the_verdict_open_with_a_sentence(
 def test_a_plan_without_inference_has_nothing_that_leaves_in_use(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(settings, "QUICK", TINY)
+    monkeypatch.setattr(settings, "QUICK", ONE_TEXT)
     report = audit(AuditOptions(_with_inference(tmp_path, "enabled = false"), quick=True, attacks=("A1",)))
     found = report.by_attack()
     assert found["A1"]["hidden"]["recovery"] > 0.95

@@ -43,14 +43,14 @@ def test_one_text_attacked_and_another_scored_is_at_unigram_level() -> None:
 
 
 def test_recovery_falls_as_the_noise_grows() -> None:
-    found = [observe(rho=rho, count=3, tokens=24).score(a2_likelihood).recovery.value for rho in (0.5, 2.0, 8.0)]
+    found = [observe(rho=rho, count=2, tokens=20).score(a2_likelihood).recovery.value for rho in (0.5, 2.0, 8.0)]
     assert found[0] > found[1] > found[2]
     assert found[0] > 0.9
     assert found[2] < 0.3
 
 
 def test_a_clip_alone_hides_nothing() -> None:
-    audited = observe(rho=0.01, clip=2.0, tokens=24)
+    audited = observe(rho=0.01, clip=2.0, count=2, tokens=16)
     raw, seen = audited.taps[0][0].raw_TH, audited.taps[0][0].seen_TH
     assert raw.norm() > 3 * 2.0  # the clip is far below what leaves without it
     assert seen.norm() < 2.0 * 2.0
@@ -58,7 +58,7 @@ def test_a_clip_alone_hides_nothing() -> None:
 
 
 def test_averaging_epochs_undoes_the_noise() -> None:
-    audited = observe(rho=4.0, epochs=16, tokens=24)
+    audited = observe(rho=4.0, epochs=16, count=2, tokens=20)
     one, many = audited.score(a2_likelihood), audited.score(a4_averaging)
     assert many.recovery.value > one.recovery.value + 0.2
     assert many.recovery.value > 0.85
@@ -84,7 +84,7 @@ def test_a_large_vocabulary_is_searched_through_a_shortlist_without_loss(monkeyp
 def test_a_secret_rotation_is_exposed() -> None:
     draw = torch.Generator().manual_seed(3)
     turn_HH = torch.linalg.qr(torch.randn(128, 128, generator=draw)).Q
-    audited = observe(change=lambda rows: rows @ turn_HH, known=16, count=3, tokens=24)
+    audited = observe(change=lambda rows: rows @ turn_HH, known=16, count=2, tokens=16)
     assert audited.score(a1_nearest).recovery.value < 0.1  # the rotation is on
     found = audited.score(a6_alignment)
     assert found.recovery.value >= 0.99
@@ -99,7 +99,7 @@ def test_private_adapters_do_not_hide_the_text() -> None:
         subject.checkpoint.config, Partition(2, 1), (SegmentKind.INPUT, SegmentKind.OUTPUT), plan.adapter
     )
     drifted = {name: 0.045 * torch.randn(shape, generator=draw) for name, shape in shapes.items()}
-    audited = observe(Partition(2, 1), parameters=drifted, known=16)
+    audited = observe(Partition(2, 1), parameters=drifted, known=16, count=2, tokens=24)
     clean = torch.cat([audited.attacker.clean(target.ids_T)[1:] for target in audited.targets])
     seen = torch.cat([target.observations[0].hidden_TH[1:] for target in audited.targets])
     assert (seen - clean).norm() / clean.norm() > 0.25  # the client has moved away from the public weights

@@ -16,7 +16,7 @@ from fedsea.audit.outcome import AuditReport
 from fedsea.audit.settings import QUICK, AuditOptions
 from fedsea.cli import main
 from fedsea.cli.audit import _ATTACKS
-from tests.support.audited import PLAN, TINY, noised_plan
+from tests.support.audited import ONE_TEXT, PLAN, TINY, noised_plan
 
 
 @pytest.fixture(autouse=True)
@@ -66,6 +66,7 @@ def test_the_exit_code_gates_a_run_at_the_level_that_is_asked_for(
         return made[options]
 
     monkeypatch.setattr(run, "audit", once)
+    monkeypatch.setattr(settings, "QUICK", ONE_TEXT)
     loud = noised_plan(tmp_path, hidden_std=400.0, gradient_std=400.0)
     asked = ["audit", str(loud), "--quick", "--quiet", "--attacks", "A1,A5", "--out", str(tmp_path / "out")]
     assert main.run([*asked, "--fail-on", "exposed"]) == 0
