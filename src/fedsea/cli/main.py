@@ -39,6 +39,10 @@ from fedsea.errors import FedseaError
 INTERRUPTED, TERMINATED, INTERNAL = 130, 143, 70
 """Exit codes besides those of the errors: Ctrl-C, SIGTERM, and an error that nobody foresaw."""
 
+_WAITING = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME")
+"""Who sets one of these decides how torch's threads wait. By themselves they spin: where others use the cores, threads
+that work wait for threads that wait, and a step takes several times as long."""
+
 _ClickException: type[Exception] = typer.BadParameter.__mro__[2]  # typer carries click with it, or imports it
 
 app = typer.Typer(
@@ -119,6 +123,8 @@ def run(arguments: Sequence[str]) -> int:
     """
     output.current = output.Invocation(as_json="--json" in arguments)
     os.environ.setdefault("GRPC_VERBOSITY", "NONE")  # its own lines on stderr say nothing that our errors do not
+    if not any(name in os.environ for name in _WAITING):
+        os.environ["OMP_WAIT_POLICY"] = "PASSIVE"  # read when torch loads, which nothing has done yet
     if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGTERM, _terminate)
     try:
