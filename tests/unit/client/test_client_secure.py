@@ -255,6 +255,8 @@ def roster_of_one(keys: Any) -> m.SecureRoster:
 class Store:
     """A client's state two steps into round 0, with a third one prepared; the disk is full."""
 
+    folder = Path("no folder")
+
     def __init__(self) -> None:
         self.state = ClientState(next_step=2, updates=2, round_tokens=2)
         self.prepared = Prepared(2, 1, 1.0, 1.0, {}, {})
