@@ -21,7 +21,7 @@ from fedsea.errors import ConfigError, NonFiniteError, ProtocolError
 from fedsea.model import adapters
 from fedsea.model.layout import blocks_of, linear_layers
 from fedsea.model.partition import build, cut
-from fedsea.plan import AdapterSection
+from fedsea.plan import AdapterSection, FederationPlan, parse_plan
 from fedsea.types import Partition, SegmentKind
 
 KINDS = tuple(SegmentKind)
@@ -265,6 +265,44 @@ def test_expected_shapes_of_several_segments_are_their_union() -> None:
 def test_a_target_that_nothing_matches_lists_what_there_is() -> None:
     with pytest.raises(ConfigError, match=r"'query' names no linear layer .*mlp\.down_proj.*self_attn\.q_proj"):
         adapters.check_settings(llama(), AdapterSection(targets=("q_proj", "query")))
+
+
+def plan_of(adapter: dict[str, Any], *cuts: tuple[int, int]) -> FederationPlan:
+    clients = [{"name": f"c{i}", "input_blocks": k, "output_blocks": m} for i, (k, m) in enumerate(cuts)]
+    return parse_plan({"model": {"path": "m"}, "adapter": adapter, "clients": clients})
+
+
+@pytest.mark.parametrize("cut_", [(0, 0), (1, 0), (0, 1), (1, 1)])
+@pytest.mark.parametrize("targets", ["all-linear", ["lm_head"], ["q_proj", "lm_head"], ["mlp.up_proj"]])
+@pytest.mark.parametrize("ends", ["adapter", "full"])
+def test_a_plan_counts_as_trained_what_its_model_trains(cut_: tuple[int, int], targets: Any, ends: str) -> None:
+    plan, config = plan_of({"targets": targets, "input": ends, "output": ends}, cut_), llama()
+    adapters.check_plan(config, plan)
+    counted = (plan.trains_below_cut("c0"), plan.trains_trunk, plan.trains_output("c0"))
+    for kind, trained in zip(KINDS, counted, strict=True):
+        assert bool(adapters.trainable_shapes(config, Partition(*cut_), [kind], plan.adapter)) is trained, kind
+
+
+def test_the_head_of_a_block_is_no_head_and_not_adapted() -> None:
+    model = whole(llama())
+    model.model.layers[1].lm_head = torch.nn.Linear(4, 4)
+    model.other = torch.nn.Linear(4, 4)
+    found = [name for name in linear_layers(model) if name.endswith(("lm_head", "other"))]
+    assert found == ["lm_head"]
+
+
+def test_a_segment_that_holds_no_target_is_refused() -> None:
+    config = llama()
+    with pytest.raises(ConfigError, match="'embed_tokens' names no linear layer"):
+        adapters.check_plan(config, plan_of({"targets": ["embed_tokens"]}, (0, 0)))
+    first = {"targets": ["model.layers.0.self_attn.q_proj"]}
+    with pytest.raises(ConfigError, match=r'adapter\.trunk = "adapter", but the trunk has no linear layer that'):
+        adapters.check_plan(config, plan_of({**first, "output": "frozen"}, (1, 1)))
+    with pytest.raises(ConfigError, match=r"the output segment of client c0 .* set adapter.output = \"frozen\""):
+        adapters.check_plan(config, plan_of({**first, "trunk": "frozen"}, (1, 1)))
+    second = {"targets": ["model.layers.1.self_attn.q_proj"], "output": "frozen"}
+    with pytest.raises(ConfigError, match=r"the input segment of client c1 .* set adapter.input = \"frozen\""):
+        adapters.check_plan(config, plan_of(second, (2, 1), (1, 1)))
 
 
 def test_training_both_copies_of_a_tied_weight_is_refused() -> None:

@@ -16,7 +16,7 @@ def inapplicable(subject: Subject, attack: Attack) -> str:
     leaves = Channel.UPDATE in open_channels(plan, name)
     if attack.id == "A7" and not leaves:
         return "no update of the client's own segments leaves it"
-    if attack.id == "A8" and not leaves and plan.adapter.trunk == "frozen":
+    if attack.id == "A8" and not leaves and not plan.trains_trunk:
         return "no adapter that was trained on the client's text leaves it"
     if attack.id == "A9" and not _claims(subject):
         return "no channel is both clipped and noised, so there is no claim of the noise that could be tested"

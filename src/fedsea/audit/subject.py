@@ -86,9 +86,9 @@ class Subject:
         if self.run is None:
             return "segments and trunk as a run begins"
         own = "segments as a run begins" if self.parameters is None else "the client's trained segments"
-        if self.parameters is None and (self.plan.adapter.input, self.plan.adapter.output) == ("frozen", "frozen"):
+        if self.parameters is None and not self.plan.trains_own(self.name):
             own = "segments that are not trained"
-        if self.plan.adapter.trunk == "frozen":
+        if not self.plan.trains_trunk:
             return f"{own}; the trunk is not trained"
         if self.trunk is None:
             return f"{own}, with the base model's trunk: this folder does not have the trained one"

@@ -68,9 +68,7 @@ class SplitRun:
 
     def _begin(self, key: bytes | None) -> None:
         plan = self.plan
-        self._passes = TrunkPasses(
-            self.trunk, plan.seed, plan.training.max_batch_tokens, trains=plan.adapter.trunk != "frozen"
-        )
+        self._passes = TrunkPasses(self.trunk, plan.seed, plan.training.max_batch_tokens, trains=plan.trains_trunk)
         self._optimizer = SegmentOptimizer(adapters.trainable(self.trunk), plan.optimizer, plan.num_steps)
         self._boundary = Boundary.of(plan, self.name, key=key)
         self.output_TH = torch.empty(0)

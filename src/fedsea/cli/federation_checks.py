@@ -132,10 +132,10 @@ def model(path: str | None, found: Federation) -> list[Check]:
 
 def _fits_model(checkpoint: Checkpoint, agreed: FederationPlan) -> list[Check]:
     """What the server checks when it starts: targets of the adapters, every client's cut, the largest tensors."""
-    from fedsea.model.adapters import check_settings
+    from fedsea.model.adapters import check_plan
     from fedsea.server.run import make_roster
 
-    check_settings(checkpoint.config, agreed.adapter)
+    check_plan(checkpoint.config, agreed)
     make_roster(agreed, checkpoint)
     return [Check("adapters", "ok", "targets, cuts and largest tensors of the plan fit this model")]
 

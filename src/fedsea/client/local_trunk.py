@@ -90,7 +90,7 @@ class LocalTrunk:
     ) -> None:
         self.plan = plan
         self.name = name
-        trains = plan.adapter.trunk != "frozen"
+        trains = plan.trains_trunk
         self._passes = TrunkPasses(trunk, plan.seed, plan.training.max_batch_tokens, trains=trains)
         self._optimizer = SegmentOptimizer(adapters.trainable(trunk), plan.optimizer, plan.num_steps)
         self._decoder = TrunkDecoder(trunk)

@@ -36,7 +36,8 @@ from fedsea.model.layout import (
     unit_of,
 )
 from fedsea.model.undrawn import Undrawn
-from fedsea.plan import AdapterSection, SegmentTraining
+from fedsea.plan import AdapterSection, FederationPlan, SegmentTraining
+from fedsea.plan.trained import trains
 from fedsea.types import Partition, SegmentKind
 
 if TYPE_CHECKING:
@@ -213,6 +214,39 @@ def check_settings(config: PretrainedConfig, settings: AdapterSection) -> None:
             )
         if is_tied(config) and any(unit_of(name + ".weight") == "head" for name in found):
             raise ConfigError(f"adapter.targets: {target!r} is tied to the embedding in this model; remove it.")
+
+
+def check_plan(config: PretrainedConfig, plan: FederationPlan) -> None:
+    """Check that a plan's adapter settings fit the whole model, and what the plan says of each segment is so.
+
+    Raises:
+        ConfigError: As `check_settings`; or a segment that counts as trained has no layer that the targets name.
+    """
+    settings = plan.adapter
+    check_settings(config, settings)
+    cuts: dict[Partition, str] = {}
+    for name in plan.client_names:
+        cuts.setdefault(plan.partition_of(name), name)
+    for kind in SegmentKind:
+        if getattr(settings, kind.value) != "adapter":
+            continue
+        missing = [
+            name
+            for cut, name in cuts.items()
+            if trains(settings, kind, _held_blocks(cut, kind)) and not trainable_shapes(config, cut, [kind], settings)
+        ]
+        if not missing or (kind is SegmentKind.TRUNK and len(missing) < len(cuts)):
+            continue
+        where = "the trunk" if kind is SegmentKind.TRUNK else f"the {kind.value} segment of client {missing[0]}"
+        raise ConfigError(
+            f'adapter.{kind.value} = "adapter", but {where} has no linear layer that adapter.targets names: add a name '
+            f'of one, or set adapter.{kind.value} = "frozen".'
+        )
+
+
+def _held_blocks(cut: Partition, kind: SegmentKind) -> int:
+    """Blocks of a segment; for the trunk just that it has some."""
+    return {SegmentKind.INPUT: cut.input_blocks, SegmentKind.OUTPUT: cut.output_blocks}.get(kind, 1)
 
 
 def _select(linears: Mapping[str, Linear], settings: AdapterSection) -> dict[str, Linear]:

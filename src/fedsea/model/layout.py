@@ -17,6 +17,7 @@ import torch
 from torch import nn
 
 from fedsea.model.partition import build, cut
+from fedsea.plan.trained import HEADS, HEADS_ONLY
 from fedsea.types import Partition, SegmentKind
 
 if TYPE_CHECKING:
@@ -127,7 +128,7 @@ def linear_layers(model: nn.Module) -> dict[str, Linear]:
 
     found: dict[str, Linear] = {}
     for name, module in model.named_modules():
-        if block_of(name + ".") is None and unit_of(name + ".") != "head":
+        if not _is_counted(name):
             continue
         if isinstance(module, nn.Linear) and not type(module).__name__.endswith("Router"):
             found[name] = Linear(module.in_features, module.out_features, transposed=False)
@@ -135,6 +136,12 @@ def linear_layers(model: nn.Module) -> dict[str, Linear]:
             found[name] = Linear(module.nx, module.nf, transposed=True)
     taken = _taken_for_experts(model, {name.rpartition(".")[2] for name in found})
     return {name: linear for name, linear in found.items() if name.rpartition(".")[2] not in taken}
+
+
+def _is_counted(name: str) -> bool:
+    """Whether a layer is where a plan counts on it: it tells heads from blocks by the last word of a target."""
+    leaf = name.rpartition(".")[2]
+    return leaf in HEADS if block_of(name + ".") is None else leaf not in HEADS_ONLY
 
 
 def _taken_for_experts(model: nn.Module, leaves: Iterable[str]) -> frozenset[str]:

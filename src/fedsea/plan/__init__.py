@@ -6,6 +6,7 @@ limits (`ClientLimits`) never travel: they say what this client is willing to ta
 sections.py    the tables of the plan, key by key
 federation.py  the whole plan: rules between keys, what follows from it for each client, its hash, differences
 secure.py      what secure aggregation needs of a plan
+trained.py     which segments have trained parameters
 trust.py       which channels are open, what may be claimed, and the sentence for every start
 limits.py      what a client is willing to take part in, and noise that is stricter than the plan's
 loading.py     TOML and JSON to plan and limits, and sentences for what is wrong in them

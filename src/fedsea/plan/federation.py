@@ -27,8 +27,9 @@ from fedsea.plan.sections import (
     WireSection,
 )
 from fedsea.plan.secure import check_secure, threshold_of
+from fedsea.plan.trained import trains
 from fedsea.plan.trust import check_noise
-from fedsea.types import Partition
+from fedsea.types import Partition, SegmentKind
 
 
 class FederationPlan(Section):
@@ -84,9 +85,11 @@ class FederationPlan(Section):
                     f"clients differ in {side}_blocks, so some blocks are the trunk's for one and a client's for "
                     f"another: adapter.{side} must then be the same as adapter.trunk"
                 )
-        trained = {self.adapter.input, self.adapter.trunk, self.adapter.output}
-        if trained == {"frozen"}:
-            raise ValueError("every segment is frozen: nothing would be trained")
+        if not self.trains_trunk and not all(self.trains_own(name) for name in self.client_names):
+            raise ValueError(
+                "nothing would be trained: every segment is frozen, or has no blocks, or none of the layers that "
+                'adapter.targets names; set adapter.trunk = "adapter", or give the clients blocks to train'
+            )
         check_noise(self)
         check_secure(self)
         return self
@@ -107,25 +110,31 @@ class FederationPlan(Section):
         """Steps that each client takes over the whole run."""
         return self.training.rounds * self.training.steps_per_round
 
+    @property
+    def trains_trunk(self) -> bool:
+        """Whether the trunk has trained parameters; it always has blocks."""
+        return trains(self.adapter, SegmentKind.TRUNK, 1)
+
     def trains_below_cut(self, name: str) -> bool:
         """Whether a client trains parameters before the trunk, and so needs the gradient at the trunk's input."""
-        if self.adapter.input == "adapter":
-            return self.partition_of(name).input_blocks > 0
-        return self.adapter.input == "full"
+        return trains(self.adapter, SegmentKind.INPUT, self.partition_of(name).input_blocks)
+
+    def trains_output(self, name: str) -> bool:
+        """Whether a client trains parameters behind the trunk, on which the gradients that leave it depend."""
+        return trains(self.adapter, SegmentKind.OUTPUT, self.partition_of(name).output_blocks)
+
+    def trains_own(self, name: str) -> bool:
+        """Whether a client has trained parameters of its own, on either side."""
+        return self.trains_below_cut(name) or self.trains_output(name)
 
     def sends_gradients(self, name: str) -> bool:
         """Whether gradients leave this client at the cut: not if only its output side is trained."""
-        return self.adapter.trunk != "frozen" or self.trains_below_cut(name)
+        return self.trains_trunk or self.trains_below_cut(name)
 
     @property
     def clients_train(self) -> bool:
         """Whether any client has trained parameters of its own."""
-        cuts = [self.partition_of(name) for name in self.client_names]
-        sides = ((self.adapter.input, "input_blocks"), (self.adapter.output, "output_blocks"))
-        return any(
-            training == "full" or (training == "adapter" and any(getattr(cut, side) for cut in cuts))
-            for training, side in sides
-        )
+        return any(self.trains_own(name) for name in self.client_names)
 
     @property
     def secure_threshold(self) -> int:

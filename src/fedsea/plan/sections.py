@@ -76,7 +76,8 @@ class AdapterSection(Section):
         alpha: The update is scaled by alpha / rank.
         dropout: Dropout on LoRA's input, in training.
         targets: Module names as in peft's `target_modules`, or "all-linear" (every linear layer of the blocks). Experts
-            that are stored as one tensor are not adapted, nor are layers whose names peft takes for theirs.
+            that are stored as one tensor are not adapted, nor are layers whose names peft takes for theirs. With the
+            head's name, usually "lm_head", the output segment is trained whatever its blocks.
         input: Training of the client's input segment: "adapter", "full" or "frozen".
         trunk: Training of the server's trunk: "adapter" or "frozen".
         output: Training of the client's output segment.

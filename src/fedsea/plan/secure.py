@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from fedsea.plan.trained import trains_blocks
+from fedsea.types import SegmentKind
+
 if TYPE_CHECKING:
     from fedsea.plan.federation import FederationPlan
 
@@ -44,9 +47,9 @@ def check_secure(plan: FederationPlan) -> None:
             "with less, a server could show two halves different sums"
         )
     cuts = [plan.partition_of(name) for name in plan.client_names]
-    for side, training in (("input", plan.adapter.input), ("output", plan.adapter.output)):
+    for kind, side in ((SegmentKind.INPUT, "input"), (SegmentKind.OUTPUT, "output")):
         counts = [getattr(cut, f"{side}_blocks") for cut in cuts]
-        for block in range(max(counts) if training != "frozen" else 0):
+        for block in range(max(counts) if trains_blocks(plan.adapter, kind) else 0):
             holders = sum(count > block for count in counts)
             if holders < settings.secure_min:
                 raise ValueError(

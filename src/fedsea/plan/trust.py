@@ -21,19 +21,12 @@ TRUSTED_SERVER = (
 )
 
 
-def trains_output(plan: FederationPlan, name: str) -> bool:
-    """Whether a client trains parameters behind the trunk, on which the gradients that leave it depend."""
-    if plan.adapter.output == "adapter":
-        return plan.partition_of(name).output_blocks > 0
-    return plan.adapter.output == "full"
-
-
 def open_channels(plan: FederationPlan, name: str) -> tuple[Channel, ...]:
     """The channels on which something of a client's data leaves it."""
     channels = [Channel.HIDDEN]
     if plan.sends_gradients(name):
         channels.append(Channel.GRADIENT)
-    if plan.aggregation.sync != "personal" and (plan.trains_below_cut(name) or trains_output(plan, name)):
+    if plan.aggregation.sync != "personal" and plan.trains_own(name):
         channels.append(Channel.UPDATE)
     return tuple(channels)
 
@@ -65,7 +58,7 @@ def no_claim_reason(plan: FederationPlan, name: str, noise: NoiseSection | None 
             )
     if noise.delta > MOST_DELTA:
         reasons.append(f"noise.delta = {noise.delta:g} would let everything out that often; {MOST_DELTA:g} is the most")
-    if needs_norms(plan) and (plan.trains_below_cut(name) or trains_output(plan, name)):
+    if needs_norms(plan) and plan.trains_own(name):
         reasons.append(
             "the norm of this client's gradients leaves it in every step without noise "
             '(set optimizer.clip_scope = "segment", or optimizer.max_norm = 0)'

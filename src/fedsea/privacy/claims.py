@@ -6,7 +6,6 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from fedsea.plan import FederationPlan, NoiseSection, backward_channel, no_claim_reason, open_channels
-from fedsea.plan.trust import trains_output
 from fedsea.privacy.accountant import delta_of, epsilon_of
 from fedsea.privacy.pricing import pooled
 from fedsea.privacy.spent import Spent
@@ -93,7 +92,7 @@ def note_of(plan: FederationPlan, name: str, noise: NoiseSection) -> str:
     if noise.unit == "sequence":
         parts.append("a document that gives several sequences is not covered as a whole")
     trained = [
-        side for side, found in (("input", plan.trains_below_cut(name)), ("output", trains_output(plan, name))) if found
+        side for side, found in (("input", plan.trains_below_cut(name)), ("output", plan.trains_output(name))) if found
     ]
     if trained:
         parts.append(

@@ -6,7 +6,6 @@ import math
 from dataclasses import dataclass, field
 
 from fedsea.plan import FederationPlan, NoiseSection
-from fedsea.plan.trust import trains_output
 from fedsea.privacy.accountant import charge_of, mu_of
 from fedsea.types import Channel, Origin, Purpose
 
@@ -108,6 +107,6 @@ def pooled(plan: FederationPlan, name: str) -> dict[Channel, bool]:
     """Whether what leaves on a channel depends on parameters that this client trains on its text."""
     return {
         Channel.HIDDEN: plan.trains_below_cut(name),
-        Channel.GRADIENT: trains_output(plan, name),
+        Channel.GRADIENT: plan.trains_output(name),
         Channel.UPDATE: True,
     }

@@ -58,7 +58,7 @@ class Engine:
     def __init__(self, trunk: Trunk, plan: FederationPlan) -> None:
         self.trunk = trunk
         self.plan = plan
-        trains = plan.adapter.trunk != "frozen"
+        trains = plan.trains_trunk
         self.passes = TrunkPasses(trunk, plan.seed, plan.training.max_batch_tokens, trains=trains)
         self.next_step = 0
         self.optimizer = SegmentOptimizer(adapters.trainable(trunk), plan.optimizer, plan.num_steps)

@@ -87,9 +87,10 @@ def resolve(plan: FederationPlan, checkpoint: Checkpoint) -> FederationPlan:
     """The plan with the fingerprint of every unit of the model filled in.
 
     Raises:
-        ConfigError: The plan names a fingerprint already, and the checkpoint has another one.
+        ConfigError: The adapter settings do not fit the model, or the plan names a fingerprint already, and the
+            checkpoint has another one.
     """
-    adapters.check_settings(checkpoint.config, plan.adapter)
+    adapters.check_plan(checkpoint.config, plan)
     found = fingerprint(checkpoint)
     wrong = [unit for unit, expected in plan.model.fingerprint.items() if found.get(unit) != expected]
     if wrong:

@@ -24,7 +24,6 @@ from fedsea.audit.targets import OutOfTime, Progress, Target, unheard, within
 from fedsea.audit.training import SplitRun, Tensors, batches_of, pack
 from fedsea.audit.verdict import Verdict
 from fedsea.plan import open_channels
-from fedsea.plan.trust import trains_output
 from fedsea.types import Channel
 
 _WARM_UP_STEPS = 5
@@ -159,7 +158,7 @@ class _Updates:
         self._common = [token for token, _ in tokens.most_common()]
         self._micro_batch = plan.micro_batches_of(name)[1]
         self._by_step = plan.aggregation.sync == "step"
-        trained = (("input", plan.trains_below_cut(name)), ("output", trains_output(plan, name)))
+        trained = (("input", plan.trains_below_cut(name)), ("output", plan.trains_output(name)))
         self._sides = [side for side, is_trained in trained if is_trained]
         self._inputs = token_inputs(attacker.input_blocks, attacker.vocab_size) if self._sides[0] == "input" else {}
         self._start = SplitRun(plan, attacker.base.checkpoint, key=attacker.noise_key("A7"))

@@ -84,7 +84,7 @@ def run(attacker: Attacker, targets: Sequence[Target], progress: Progress = unhe
         progress: Told of training steps.
     """
     personal = attacker.plan.aggregation.sync == "personal"
-    which = "trunk" if personal and attacker.plan.adapter.trunk != "frozen" else "all"
+    which = "trunk" if personal and attacker.plan.trains_trunk else "all"
     texts = [target.ids_T.long() for target in targets]
     if len(texts) < _FEWEST:
         return MembershipReport(None, 0.0, which, reason=f"Membership needs {_FEWEST} texts or more.")
