@@ -87,7 +87,8 @@ class AdapterSection(Section):
     alpha: float = Field(16.0, gt=0)
     dropout: float = Field(0.0, ge=0, lt=1)
     targets: Annotated[
-        tuple[str, ...] | Literal["all-linear"], either('give "all-linear", or a list of module names')
+        Annotated[tuple[Annotated[str, Field(min_length=1)], ...], Field(min_length=1)] | Literal["all-linear"],
+        either('give "all-linear", or a list of one or more module names'),
     ] = "all-linear"
     input: SegmentTraining = "adapter"
     trunk: Literal["adapter", "frozen"] = "adapter"

@@ -96,8 +96,11 @@ def test_a_wrong_wait_is_one_sentence(wait: Any) -> None:
     )
 
 
-def test_wrong_targets_are_one_sentence() -> None:
-    assert refusal({"adapter": {"targets": "all"}}).endswith('give "all-linear", or a list of module names')
+@pytest.mark.parametrize("targets", ["all", [], [""], ["q_proj", ""], [3]])
+def test_wrong_targets_are_one_sentence(targets: Any) -> None:
+    assert refusal({"adapter": {"targets": targets}}) == (
+        'The plan is not usable: adapter.targets: give "all-linear", or a list of one or more module names'
+    )
 
 
 def test_what_only_follows_from_another_error_is_not_told() -> None:
