@@ -77,7 +77,7 @@ def type_text(annotation: Any, metadata: Iterable[Any] = ()) -> str:
     origin, args = typing.get_origin(annotation), typing.get_args(annotation)
     if origin is typing.Annotated:
         inner = [m for item in args[1:] for m in (item.metadata if isinstance(item, FieldInfo) else [item])]
-        return type_text(args[0], inner)
+        return type_text(args[0], [*inner, *metadata])
     if origin is typing.Literal:
         return " or ".join(f'`"{value}"`' for value in args)
     if origin in (typing.Union, types.UnionType):

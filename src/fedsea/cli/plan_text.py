@@ -123,7 +123,7 @@ def _allowed(field: FieldInfo, said: str) -> str:
         return "" if all(choice in said for choice in choices) else f"One of {', '.join(choices)}."
     words = {Ge: "at least", Gt: "above", Le: "at most", Lt: "below"}
     bounds = [
-        f"{word} {getattr(item, kind.__name__.lower()):g}"
+        f"{word} {getattr(item, kind.__name__.lower()):.10g}"
         for item in field.metadata
         for kind, word in words.items()
         if isinstance(item, kind)

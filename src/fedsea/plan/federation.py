@@ -24,6 +24,7 @@ from fedsea.plan.sections import (
     Section,
     TrainingSection,
     TrustSection,
+    Whole,
     WireSection,
 )
 from fedsea.plan.secure import check_secure, threshold_of
@@ -41,7 +42,7 @@ class FederationPlan(Section):
     """
 
     name: str = "federation"
-    seed: int = Field(0, ge=0, lt=2**31)
+    seed: Whole = Field(0, ge=0, lt=2**31)
     model: ModelSection
     partition: PartitionSection = PartitionSection()
     adapter: AdapterSection = AdapterSection()

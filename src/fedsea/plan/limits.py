@@ -9,7 +9,7 @@ from pydantic import Field, field_validator
 from fedsea.errors import ConfigError
 from fedsea.plan.federation import FederationPlan
 from fedsea.plan.pseudonyms import PseudonymSettings
-from fedsea.plan.sections import MAGNITUDES, CodecName, NoiseSection, Section, computable
+from fedsea.plan.sections import MAGNITUDES, CodecName, Flag, NoiseSection, Real, Section, Whole, computable
 from fedsea.plan.trust import no_claim_reason
 from fedsea.types import Channel
 
@@ -29,13 +29,13 @@ class ClientLimits(Section):
     """
 
     train: tuple[Literal["input", "output"], ...] = ("input", "output")
-    min_input_blocks: int = Field(0, ge=0)
-    max_input_blocks: int = Field(1024, ge=0)
-    min_output_blocks: int = Field(0, ge=0)
-    max_output_blocks: int = Field(1024, ge=0)
+    min_input_blocks: Whole = Field(0, ge=0)
+    max_input_blocks: Whole = Field(1024, ge=0)
+    min_output_blocks: Whole = Field(0, ge=0)
+    max_output_blocks: Whole = Field(1024, ge=0)
     codecs: tuple[CodecName, ...] = ("fp32", "bf16", "fp16", "int8")
     trust: tuple[Literal["trusted-server", "noised"], ...] = ("trusted-server", "noised")
-    secure_aggregation: bool = False
+    secure_aggregation: Flag = False
 
     def check(self, plan: FederationPlan, name: str) -> None:
         """Refuse a plan that asks for more than this client gives.
@@ -82,13 +82,13 @@ class ClientNoise(Section):
         epsilon: Budget; at most the plan's, where that has one.
     """
 
-    hidden_std: float | None = Field(None, gt=0, allow_inf_nan=False)
-    gradient_std: float | None = Field(None, gt=0, allow_inf_nan=False)
-    update_std: float | None = Field(None, gt=0, allow_inf_nan=False)
-    hidden_clip: float | None = Field(None, gt=0, allow_inf_nan=False)
-    gradient_clip: float | None = Field(None, gt=0, allow_inf_nan=False)
-    update_clip: float | None = Field(None, gt=0, allow_inf_nan=False)
-    epsilon: float | None = Field(None, gt=0, allow_inf_nan=False)
+    hidden_std: Real | None = Field(None, gt=0)
+    gradient_std: Real | None = Field(None, gt=0)
+    update_std: Real | None = Field(None, gt=0)
+    hidden_clip: Real | None = Field(None, gt=0)
+    gradient_clip: Real | None = Field(None, gt=0)
+    update_clip: Real | None = Field(None, gt=0)
+    epsilon: Real | None = Field(None, gt=0)
 
     _computable = field_validator(*MAGNITUDES)(computable)
 

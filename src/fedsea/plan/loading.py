@@ -81,7 +81,7 @@ def parse_plan_json(text: str) -> FederationPlan:
     """
     try:
         values = json.loads(text)
-    except ValueError:
+    except (ValueError, RecursionError):
         raise ConfigError("The server's plan is not JSON; both sides need compatible versions of fedsea.") from None
     if not isinstance(values, dict):
         raise ConfigError("The server's plan is not a JSON object; both sides need compatible versions of fedsea.")
@@ -95,6 +95,10 @@ def _read_toml(path: Path, advice: str = "; `fedsea init` writes an example fede
         raise ConfigError(f"There is no file {path}{advice}.") from None
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path} is not valid TOML: {_twice(str(error))}") from None
+    except ValueError:  # Python's own limit, which guards against the time that conversion takes
+        raise ConfigError(f"{path} holds a number of thousands of digits: give a shorter one.") from None
+    except RecursionError:
+        raise ConfigError(f"{path} nests its brackets too deeply to be a plan or settings: remove them.") from None
     except IsADirectoryError:
         raise ConfigError(f"{path} is a folder: give the TOML file in it.") from None
     except OSError as error:

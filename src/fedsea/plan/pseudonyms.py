@@ -7,7 +7,7 @@ from typing import Annotated, Literal, get_args
 
 from pydantic import AfterValidator, Field
 
-from fedsea.plan.sections import Section
+from fedsea.plan.sections import Flag, Section
 
 IdentifierType = Literal[
     "name", "email", "phone", "address", "date", "iban", "card", "ssn", "record", "passport", "plate", "url", "ip"
@@ -50,10 +50,10 @@ class PseudonymSettings(Section):
             those of the "prompt".
     """
 
-    enabled: bool = False
+    enabled: Flag = False
     mapping: str = "pseudonyms.map"
     key: str = ""
-    passphrase: bool = False
+    passphrase: Flag = False
     types: tuple[IdentifierType, ...] = IDENTIFIER_TYPES
     languages: tuple[Literal["de", "en"], ...] = Field(("de", "en"), min_length=1)
     patterns: dict[_PatternName, _Pattern] = Field(default_factory=dict)

@@ -56,6 +56,8 @@ def words_of(item: Mapping[str, Any]) -> str:
     kind, context, given = item["type"], item.get("ctx", {}), _given(item)
     if kind == "string_pattern_mismatch":
         return _KEY_NAME if item["loc"][-1] == "[key]" else _CLIENT_NAME
+    if kind == "float_type" and isinstance(item["input"], int) and not isinstance(item["input"], bool):
+        kind = "int_parsing_size"  # a whole number beyond all floats
     if kind == "literal_error":
         choices = str(context["expected"]).replace("'", '"')
         return f"{given} is not among the choices; give {choices}"
@@ -70,7 +72,9 @@ def _given(item: Mapping[str, Any]) -> str:
     if isinstance(value, bool):
         return str(value).lower()
     if isinstance(value, int | float):
-        return f"{value:.10g}" if isinstance(value, float) or abs(value) < 10**10 else "this number"
+        if abs(value) < 10**10 and value == int(value):
+            return str(value)
+        return f"{value:.10g}" if isinstance(value, float) else "this number"
     if isinstance(value, str) and item["loc"][:1] != ("pseudonyms",):
         shown = value if len(value) <= _MOST_LETTERS else f"{value[:_MOST_LETTERS]}…"
         return f'"{shown}"' if shown.isprintable() else json.dumps(shown)

@@ -11,7 +11,23 @@ from fedsea.types import Channel, Partition
 CodecName = Literal["fp32", "bf16", "fp16", "int8"]
 DtypeName = Literal["float32", "bfloat16", "float16"]
 SegmentTraining = Literal["adapter", "full", "frozen"]
+Whole = Annotated[int, Field(strict=True)]
+"""A whole number: no truth value, text or 1.0."""
+Real = Annotated[float, Field(strict=True, allow_inf_nan=False)]
+"""A finite number, whole or not: no truth value and no text."""
+Flag = Annotated[bool, Field(strict=True)]
 ClientName = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9._-]{0,62}$")]
+
+
+MOST_BLOCKS = 10_000
+MOST_ROUNDS = 10_000_000
+"""Also of a round's steps: a run's steps are told in 64 bits."""
+MOST_AT_ONCE = 65_536
+"""Of ranks, micro-batches and their sequences; more is a slip of the keyboard, for which no memory would suffice."""
+MOST_TOKENS = 2**24
+MOST_MB = 2**20
+MOST_S = 10_000_000
+"""Longest time that anybody waits: four months."""
 
 
 def either(sentence: str) -> WrapValidator:
@@ -48,7 +64,7 @@ class ModelSection(Section):
     revision: str = "main"
     dtype: DtypeName = "float32"
     autocast: Literal["none", "bfloat16"] = "none"
-    activation_checkpointing: bool = False
+    activation_checkpointing: Flag = False
     fingerprint: dict[str, str] = {}
 
 
@@ -60,8 +76,8 @@ class PartitionSection(Section):
         output_blocks: Blocks before the final norm and head that stay at the client.
     """
 
-    input_blocks: int = Field(1, ge=0)
-    output_blocks: int = Field(1, ge=0)
+    input_blocks: Whole = Field(1, ge=0, le=MOST_BLOCKS)
+    output_blocks: Whole = Field(1, ge=0, le=MOST_BLOCKS)
 
     def partition(self) -> Partition:
         """As the type that `model` takes."""
@@ -83,9 +99,9 @@ class AdapterSection(Section):
         output: Training of the client's output segment.
     """
 
-    rank: int = Field(8, ge=1)
-    alpha: float = Field(16.0, gt=0)
-    dropout: float = Field(0.0, ge=0, lt=1)
+    rank: Whole = Field(8, ge=1, le=MOST_AT_ONCE)
+    alpha: Real = Field(16.0, gt=0)
+    dropout: Real = Field(0.0, ge=0, lt=1)
     targets: Annotated[
         Annotated[tuple[Annotated[str, Field(min_length=1)], ...], Field(min_length=1)] | Literal["all-linear"],
         either('give "all-linear", or a list of one or more module names'),
@@ -109,14 +125,14 @@ class OptimizerSection(Section):
         warmup_steps: Steps over which the rate rises from 0 to its peak.
     """
 
-    learning_rate: float = Field(1e-3, gt=0)
-    betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = (0.9, 0.999)
-    eps: float = Field(1e-8, gt=0)
-    weight_decay: float = Field(0.0, ge=0)
-    max_norm: float = Field(1.0, ge=0)
+    learning_rate: Real = Field(1e-3, gt=0)
+    betas: tuple[Annotated[Real, Field(ge=0, lt=1)], Annotated[Real, Field(ge=0, lt=1)]] = (0.9, 0.999)
+    eps: Real = Field(1e-8, gt=0)
+    weight_decay: Real = Field(0.0, ge=0)
+    max_norm: Real = Field(1.0, ge=0)
     clip_scope: Literal["segment", "global"] = "global"
     schedule: Literal["constant", "linear", "cosine"] = "cosine"
-    warmup_steps: int = Field(0, ge=0)
+    warmup_steps: Whole = Field(0, ge=0, le=MOST_ROUNDS)
 
 
 class TrainingSection(Section):
@@ -136,16 +152,17 @@ class TrainingSection(Section):
     """
 
     mode: Literal["sequential", "batched"] = "batched"
-    rounds: int = Field(1, ge=1)
-    steps_per_round: int = Field(100, ge=1)
-    micro_batches: int = Field(1, ge=1)
-    micro_batch_sequences: int = Field(8, ge=1)
-    in_flight: int = Field(2, ge=1)
-    max_batch_tokens: int = Field(16384, ge=1)
+    rounds: Whole = Field(1, ge=1, le=MOST_ROUNDS)
+    steps_per_round: Whole = Field(100, ge=1, le=MOST_ROUNDS)
+    micro_batches: Whole = Field(1, ge=1, le=MOST_AT_ONCE)
+    micro_batch_sequences: Whole = Field(8, ge=1, le=MOST_AT_ONCE)
+    in_flight: Whole = Field(2, ge=1, le=MOST_AT_ONCE)
+    max_batch_tokens: Whole = Field(16384, ge=1, le=MOST_TOKENS)
     wait: Annotated[
-        Literal["all"] | Annotated[float, Field(gt=0)], either('give "all", or a number of seconds above 0')
+        Literal["all"] | Annotated[Real, Field(gt=0, le=MOST_S)],
+        either(f'give "all", or a number of seconds above 0 and at most {MOST_S}'),
     ] = "all"
-    min_clients: int = Field(1, ge=1)
+    min_clients: Whole = Field(1, ge=1, le=MOST_AT_ONCE)
 
 
 class AggregationSection(Section):
@@ -166,10 +183,10 @@ class AggregationSection(Section):
 
     sync: Literal["round", "step", "personal"] = "round"
     method: Literal["mean", "median", "trimmed_mean"] = "mean"
-    trim_fraction: float = Field(0.1, ge=0, lt=0.5)
-    secure: bool = False
-    secure_threshold: int = Field(0, ge=0)
-    secure_min: int = Field(2, ge=2)
+    trim_fraction: Real = Field(0.1, ge=0, lt=0.5)
+    secure: Flag = False
+    secure_threshold: Whole = Field(0, ge=0, le=MOST_AT_ONCE)
+    secure_min: Whole = Field(2, ge=2, le=MOST_AT_ONCE)
     secure_failure: Literal["stop", "skip"] = "stop"
 
 
@@ -182,9 +199,9 @@ class DataSection(Section):
         holdout: Share of each silo kept for validation.
     """
 
-    max_tokens: int = Field(512, ge=2)
+    max_tokens: Whole = Field(512, ge=2, le=MOST_TOKENS)
     loss_on: Literal["completion", "all"] = "completion"
-    holdout: float = Field(0.1, ge=0, lt=1)
+    holdout: Real = Field(0.1, ge=0, lt=1)
 
 
 class WireSection(Section):
@@ -200,8 +217,8 @@ class WireSection(Section):
 
     hidden: CodecName = "fp32"
     gradient: CodecName = "fp32"
-    max_tensor_mb: int = Field(256, ge=1)
-    sealed: bool = False
+    max_tensor_mb: Whole = Field(256, ge=1, le=MOST_MB)
+    sealed: Flag = False
 
 
 class InferenceSection(Section):
@@ -218,13 +235,13 @@ class InferenceSection(Section):
         batch_tokens: Most new tokens that the server runs as one batch.
     """
 
-    enabled: bool = True
-    max_tokens: int = Field(4096, ge=2)
-    kv_memory_mb: int = Field(1024, ge=1)
-    max_sequences: int = Field(64, ge=1, le=4096)
-    lease_s: float = Field(300.0, ge=1)
-    prefill_tokens: int = Field(256, ge=1)
-    batch_tokens: int = Field(512, ge=1)
+    enabled: Flag = True
+    max_tokens: Whole = Field(4096, ge=2, le=MOST_TOKENS)
+    kv_memory_mb: Whole = Field(1024, ge=1, le=MOST_MB)
+    max_sequences: Whole = Field(64, ge=1, le=4096)
+    lease_s: Real = Field(300.0, ge=1, le=MOST_S)
+    prefill_tokens: Whole = Field(256, ge=1, le=MOST_TOKENS)
+    batch_tokens: Whole = Field(512, ge=1, le=MOST_TOKENS)
 
     @property
     def most_rows(self) -> int:
@@ -282,15 +299,15 @@ class NoiseSection(Section):
         epsilon: Budget of each client: what would pass it is not sent, and the run stops; 0: no budget.
     """
 
-    hidden_std: float = Field(0.0, ge=0, allow_inf_nan=False)
-    gradient_std: float = Field(0.0, ge=0, allow_inf_nan=False)
-    update_std: float = Field(0.0, ge=0, allow_inf_nan=False)
-    hidden_clip: float = Field(0.0, ge=0, allow_inf_nan=False)
-    gradient_clip: float = Field(0.0, ge=0, allow_inf_nan=False)
-    update_clip: float = Field(0.0, ge=0, allow_inf_nan=False)
+    hidden_std: Real = Field(0.0, ge=0)
+    gradient_std: Real = Field(0.0, ge=0)
+    update_std: Real = Field(0.0, ge=0)
+    hidden_clip: Real = Field(0.0, ge=0)
+    gradient_clip: Real = Field(0.0, ge=0)
+    update_clip: Real = Field(0.0, ge=0)
     unit: Literal["token", "sequence", "document"] = "sequence"
-    delta: float = Field(1e-5, gt=0, lt=1)
-    epsilon: float = Field(0.0, ge=0, allow_inf_nan=False)
+    delta: Real = Field(1e-5, gt=0, lt=1)
+    epsilon: Real = Field(0.0, ge=0)
 
     _computable = field_validator(*MAGNITUDES)(computable)
 
@@ -311,8 +328,8 @@ class DurabilitySection(Section):
         share_trunk: Whether clients may fetch the trunk's trained parameters, for `fedsea export`.
     """
 
-    keep: int = Field(2, ge=2)
-    share_trunk: bool = True
+    keep: Whole = Field(2, ge=2, le=MOST_AT_ONCE)
+    share_trunk: Flag = True
 
 
 class ClientEntry(Section):
@@ -327,7 +344,7 @@ class ClientEntry(Section):
     """
 
     name: ClientName
-    input_blocks: int | None = Field(None, ge=0)
-    output_blocks: int | None = Field(None, ge=0)
-    micro_batch_sequences: int | None = Field(None, ge=1)
-    micro_batches: int | None = Field(None, ge=1)
+    input_blocks: Whole | None = Field(None, ge=0, le=MOST_BLOCKS)
+    output_blocks: Whole | None = Field(None, ge=0, le=MOST_BLOCKS)
+    micro_batch_sequences: Whole | None = Field(None, ge=1, le=MOST_AT_ONCE)
+    micro_batches: Whole | None = Field(None, ge=1, le=MOST_AT_ONCE)

@@ -2,13 +2,21 @@
 
 import re
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 from pydantic import BaseModel, ValidationError
 
 from fedsea.errors import ConfigError
-from fedsea.plan import ClientSettings, FederationPlan, load_limits, load_plan, parse_plan
+from fedsea.plan import (
+    ClientEntry,
+    ClientSettings,
+    FederationPlan,
+    load_limits,
+    load_plan,
+    parse_plan,
+    parse_plan_json,
+)
 from fedsea.plan.loading import _explain
 from tests.support.assets import toml
 
@@ -55,11 +63,88 @@ def test_a_key_that_is_none_is_pointed_to_the_one_that_was_meant(values: dict[st
         ({"model": {"path": 3}}, "model.path: 3 is no text; give one, in quotes"),
         ({"wire": "fp16"}, 'wire: "fp16" is no table; give keys with values'),
         ({"clients": []}, "clients: this has 0 entries; give at least 1"),
+        ({"training": {"rounds": 1.0}}, "training.rounds: 1.0 is no whole number; give one"),
+        ({"training": {"rounds": True}}, "training.rounds: true is no whole number; give one"),
+        ({"training": {"rounds": "1"}}, 'training.rounds: "1" is no whole number; give one'),
+        ({"optimizer": {"learning_rate": "0.1"}}, 'optimizer.learning_rate: "0.1" is no number; give one'),
+        ({"optimizer": {"learning_rate": 10**400}}, "learning_rate: this number is too large; give a smaller one"),
+        ({"optimizer": {"betas": [True, 0.9]}}, "optimizer.betas.0: true is no number; give one"),
+        ({"wire": {"sealed": 1}}, "wire.sealed: 1 is neither true nor false; give one of the two"),
+        ({"adapter": {"rank": 10**23}}, "adapter.rank: this number is too large; give at most 65536"),
+        ({"clients": [{"name": "a", "micro_batches": 10**20}]}, "clients.0.micro_batches: this number is too large; "),
         ({"training": {"mode": "\x1b[2J" + "x" * 99}}, 'mode: "\\u001b[2J' + "x" * 36 + "\\u2026" + '" is not'),
     ],
 )
 def test_a_wrong_value_is_told_with_what_is_allowed(values: dict[str, Any], says: str) -> None:
     assert says in refusal(values)
+
+
+def holds(annotation: Any, kind: type) -> bool:
+    return annotation is kind or any(holds(part, kind) for part in get_args(annotation))
+
+
+def keys_of(kind: type) -> list[tuple[str, str]]:
+    """Table and key of everything in a plan that is of this type."""
+    tables = {name: field.annotation for name, field in FederationPlan.model_fields.items()} | {"clients": ClientEntry}
+    found = [
+        (name, key)
+        for name, table in tables.items()
+        for key, field in getattr(table, "model_fields", {}).items()
+        if holds(field.annotation, kind)
+    ]
+    assert found
+    return found
+
+
+def with_value(table: str, key: str, value: Any) -> dict[str, Any]:
+    if table == "clients":
+        return {"clients": [{"name": "a", key: value}]}
+    return {table: {key: [value, value] if key == "betas" else value}}
+
+
+@pytest.mark.parametrize(("table", "key"), keys_of(float))
+def test_every_number_of_a_plan_is_a_finite_number(table: str, key: str) -> None:
+    for wrong in (float("inf"), float("-inf"), float("nan"), 10**400, True, "0.5"):
+        assert f"{table}.{key}" in refusal(with_value(table, key, wrong)), wrong
+
+
+@pytest.mark.parametrize(("table", "key"), keys_of(int))
+def test_every_count_of_a_plan_is_a_whole_number_with_a_bound(table: str, key: str) -> None:
+    for wrong in (10**10, 10**23, 10**400, -1, True, "2", 2.0, float("inf")):
+        said = refusal(with_value(table, key, wrong))
+        assert re.search(rf"{table}\.(0\.)?{key}: ", said), said
+
+
+@pytest.mark.parametrize(("table", "key"), keys_of(bool))
+def test_every_switch_of_a_plan_is_true_or_false(table: str, key: str) -> None:
+    for wrong in (0, 1, "yes", "true", 1.0):
+        assert f"{table}.{key}: " in refusal(with_value(table, key, wrong)), wrong
+
+
+def test_whole_numbers_stand_for_numbers() -> None:
+    plan = parse_plan({"model": {"path": "m"}, "clients": [{"name": "a"}], "adapter": {"alpha": 8, "dropout": 0}})
+    assert (plan.adapter.alpha, plan.adapter.dropout) == (8.0, 0.0)
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        (f"seed = {'9' * 5000}", "holds a number of thousands of digits: give a shorter one."),
+        (f"seed = {'[' * 3000}{']' * 3000}", "nests its brackets too deeply"),
+    ],
+)
+@pytest.mark.parametrize("load", [load_plan, load_limits])
+def test_toml_that_python_cannot_read_is_one_sentence(tmp_path: Path, load: Any, text: str, says: str) -> None:
+    path = tmp_path / "file.toml"
+    path.write_text(text)
+    with pytest.raises(ConfigError, match=says):
+        load(path)
+
+
+@pytest.mark.parametrize("text", ["[" * 100_000, '{"seed": ' + "9" * 5000 + "}"])
+def test_a_server_s_plan_that_python_cannot_read_is_one_sentence(text: str) -> None:
+    with pytest.raises(ConfigError, match="plan is not JSON"):
+        parse_plan_json(text)
 
 
 @pytest.mark.parametrize("wrong", ["xx", "", -1, 1e300, float("nan"), True, None, [], [[]], {}, {"x": 1}], ids=repr)
@@ -89,10 +174,10 @@ def test_identifiers_of_a_client_are_not_quoted(tmp_path: Path) -> None:
     assert "pseudonyms.patterns.Mathilde B: is no name for a key here" in str(refused.value)
 
 
-@pytest.mark.parametrize("wait", ["al", 0, -1.5, [3]])
+@pytest.mark.parametrize("wait", ["al", "2", 0, -1.5, [3], True, float("inf"), float("nan"), 1e9, 10**400])
 def test_a_wrong_wait_is_one_sentence(wait: Any) -> None:
     assert refusal({"training": {"wait": wait}}) == (
-        'The plan is not usable: training.wait: give "all", or a number of seconds above 0'
+        'The plan is not usable: training.wait: give "all", or a number of seconds above 0 and at most 10000000'
     )
 
 
