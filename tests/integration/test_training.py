@@ -62,6 +62,19 @@ def test_training_alone_gives_the_bits_of_a_federation_of_one(federation, sync):
     assert all(torch.equal(tensor, together[name]) for name, tensor in alone.items())
 
 
+@pytest.mark.parametrize(
+    ("adapter", "says"),
+    [
+        ({"targets": ["nonsense"]}, "'nonsense' names no linear layer"),
+        ({"targets": ["model.layers.0.self_attn.q_proj"]}, "the trunk has no linear layer that adapter.targets names"),
+    ],
+)
+def test_training_alone_refuses_targets_that_its_model_has_not(federation, adapter, says):
+    fed = federation("a", adapter=adapter)
+    with pytest.raises(ConfigError, match=says):
+        client_run.train_alone(fed.plan_file, "a", fed.client_options("a"))
+
+
 def test_training_alone_counts_the_trunk_s_work_as_the_trunk_s(federation, monkeypatch):
     fed, now, watch = federation("a"), [0.0], Watch()
 
