@@ -229,7 +229,8 @@ def load_tensors(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
 
 def _damaged(path: Path) -> StorageError:
     return StorageError(
-        f"{path} is truncated or damaged: remove it to go on from the checkpoint before it, or restore a backup."
+        f"{path} is truncated or damaged: restore a backup of its folder, or remove the file to go on from the "
+        "checkpoint before it, which the next start refuses if that one is too old for the run."
     )
 
 

@@ -59,7 +59,7 @@ def test_a_truncated_checkpoint_is_named_in_the_error(tmp_path: Path, kept: int)
     path = tmp_path / "x.safetensors"
     storage.save_tensors(path, some_tensors(), {"step": 3})
     path.write_bytes(path.read_bytes()[:kept])
-    with pytest.raises(StorageError, match=r"x\.safetensors is truncated or damaged: remove it"):
+    with pytest.raises(StorageError, match=r"x\.safetensors is truncated or damaged: restore a backup"):
         storage.load_tensors(path)
 
 

@@ -22,6 +22,7 @@ import torch
 from fedsea.client.run_key import RunKey
 from fedsea.client.trunk import Standing
 from fedsea.data.formats import DataFormat
+from fedsea.errors import StorageError
 from fedsea.plan import FederationPlan
 from fedsea.storage import CheckpointStore, load_tensors, remove_durably, save_tensors, write_bytes_atomic
 
@@ -55,6 +56,7 @@ class Prepared:
 
     Attributes:
         data: Position in the data after this step.
+        updates: `ClientState.updates` that it follows; -1 in a file of a version that did not note it.
     """
 
     step: int
@@ -63,6 +65,7 @@ class Prepared:
     mean_loss: float
     data: Mapping[str, int]
     gradients: Tensors
+    updates: int = -1
 
 
 @dataclass(frozen=True, slots=True)
@@ -180,7 +183,7 @@ class ClientStore:
 
         Raises:
             ConfigError: The folder belongs to another run or plan.
-            StorageError: A file is damaged.
+            StorageError: A file is damaged, or the prepared step does not follow the newest checkpoint.
         """
         found = self._newest()
         if found is None:
@@ -190,8 +193,22 @@ class ClientStore:
         if self._prepared_path.exists():
             gradients, item = load_tensors(self._prepared_path)
             if item["step"] >= self.state.next_step:
-                self.prepared = Prepared(**item, gradients=gradients)
+                self.prepared = self._following(Prepared(**item, gradients=gradients))
         return tensors
+
+    def _following(self, prepared: Prepared) -> Prepared:
+        """The same, if the steps that this client took part in before it are all in the restored checkpoint.
+
+        Otherwise its outcome would be applied here without theirs, and nobody would know.
+        """
+        if prepared.updates in (-1, self.state.updates):
+            return prepared
+        raise StorageError(
+            f"The newest checkpoint in {self._checkpoints.folder} contains {self.state.updates} steps of this client, "
+            f"and {self._prepared_path} was made after {prepared.updates}: what lies between is missing. Restore a "
+            "backup of this run folder that is as new as the run; where training.wait in the plan is a number of "
+            f"seconds, you may remove {self._prepared_path.name} instead to go on without these steps."
+        )
 
     def save(self, state: ClientState, tensors: Tensors) -> None:
         """Make the state after a step or round durable, in the background; `flush` waits for it.

@@ -282,8 +282,8 @@ class Trainer:
         tokens = sum(batch.num_target_tokens for batch in work.batches)
         with self._timed("commit"):
             norm = self.segments.squared_norm(1.0 / tokens)
-            gradients = self.segments.gradients()
-            self.store.prepare(Prepared(opened.step, tokens, norm, loss / tokens, work.data_after, gradients))
+            gradients, updates = self.segments.gradients(), self.store.state.updates
+            self.store.prepare(Prepared(opened.step, tokens, norm, loss / tokens, work.data_after, gradients, updates))
             self._offer_prepared(opened.attempt)
 
     def _offer_prepared(self, attempt: int = 0) -> None:

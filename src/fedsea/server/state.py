@@ -59,7 +59,8 @@ class RunState:
         outcome = self.outcomes.get(name)
         if not strict or outcome is None or join.next_step > outcome.step:
             return
-        # A client that prepared a step has applied all of its own before, however many were others' turns.
+        # A client that prepared a step has applied all of its own before, however many were others' turns: it refuses
+        # its folder itself if not (`ClientStore.restore`).
         if join.prepared_step != outcome.step:
             raise ProtocolError(
                 f"Client {name} is at step {join.next_step}, but took part in step {outcome.step} already: its run "

@@ -19,8 +19,8 @@ PLAN = parse_plan({"model": {"path": "m"}, "clients": [{"name": "a"}]})
 TENSORS = {"parameter.x": torch.arange(4.0)}
 
 
-def prepared(step: int) -> Prepared:
-    return Prepared(step, 12, 3.5, 1.25, {"row": 4}, {"x": torch.full((2,), 7.0)})
+def prepared(step: int, updates: int = 0) -> Prepared:
+    return Prepared(step, 12, 3.5, 1.25, {"row": 4}, {"x": torch.full((2,), 7.0)}, updates)
 
 
 @pytest.fixture
@@ -70,6 +70,33 @@ def test_a_prepared_step_that_was_applied_is_forgotten(store):
     again = reopened(store)
     again.restore()
     assert again.standing == Standing(4, -1, 0)
+    again.close()
+
+
+def test_a_prepared_step_whose_checkpoint_is_missing_is_refused(store):
+    store.save(ClientState(next_step=3, updates=3), TENSORS)
+    store.save(ClientState(next_step=4, updates=4), TENSORS)
+    store.prepare(prepared(4, updates=4))
+    (store.folder / "checkpoints" / "step-00000004.safetensors").unlink()
+    again = reopened(store)
+    with pytest.raises(StorageError, match=r"contains 3 steps of this client, .* after 4: .* Restore a backup"):
+        again.restore()
+    assert again.prepared is None
+    again.close()
+
+
+@pytest.mark.parametrize("updates", [2, -1])
+def test_a_prepared_step_comes_back_although_others_stepped_before_it(store, updates):
+    store.save(ClientState(next_step=3, updates=2), TENSORS)
+    store.prepare(prepared(7, updates=updates))
+    path = store.folder / "prepared.safetensors"
+    if updates == -1:  # a file of a version that did not note it
+        tensors, item = storage.load_tensors(path)
+        del item["updates"]
+        storage.save_tensors(path, {name: tensor.clone() for name, tensor in tensors.items()}, item)
+    again = reopened(store)
+    again.restore()
+    assert again.standing == Standing(3, 7, 0)
     again.close()
 
 
