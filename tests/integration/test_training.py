@@ -115,6 +115,40 @@ def test_training_alone_goes_on_where_it_was_interrupted(federation, monkeypatch
     assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
 
 
+def test_training_alone_goes_on_in_the_same_process_after_ctrl_c(federation):
+    fed = federation("a")
+    options = fed.client_options("a", evaluate=False)
+
+    class Stops(Watch):
+        def step(self, report):
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        client_run.train_alone(fed.plan_file, "a", options, Stops())
+    assert client_run.train_alone(fed.plan_file, "a", options).next_step == 6
+
+
+def test_training_alone_does_not_go_on_from_parts_of_different_steps(federation, monkeypatch):
+    fed = federation("a")
+    options, original = fed.client_options("a", evaluate=False), Trainer._apply
+
+    def stopped(self, done):
+        if done.step == 2:
+            raise StorageError("the disk is full")
+        original(self, done)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, "_apply", stopped)
+        with pytest.raises(StorageError):
+            client_run.train_alone(fed.plan_file, "a", options)
+    (options.run / "checkpoints" / "step-00000002.safetensors").unlink()
+    with pytest.raises(StorageError, match="what lies between is missing"):
+        client_run.train_alone(fed.plan_file, "a", options)
+    (options.run / "prepared.safetensors").unlink()
+    with pytest.raises(StorageError, match="is at step 1, the trunk's at step 3"):
+        client_run.train_alone(fed.plan_file, "a", options)
+
+
 def test_a_checkpoint_that_was_lost_is_told_beside_the_error_that_ended_the_run(federation, monkeypatch, caplog):
     fed = federation("a")
     original_save, original_head = CheckpointStore.save, ClientSegments.head

@@ -7,12 +7,12 @@ from collections import deque
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import Future
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import torch
 
-from fedsea.client.trunk import Connected, Event, MicroBatch, Sealed, Tensors
-from fedsea.errors import FedseaError, ProtocolError
+from fedsea.client.trunk import Connected, Event, MicroBatch, Sealed, Standing, Tensors
+from fedsea.errors import FedseaError, ProtocolError, StorageError
 from fedsea.federation.schedule import place
 from fedsea.model import adapters
 from fedsea.model.decoding import Memory, TrunkDecoder, Turn
@@ -101,7 +101,18 @@ class LocalTrunk:
         self._outcome = m.StepDone(-1, 0, 1.0)
         self._propagated = 0
         self._events: deque[Event] = deque([Connected()])
-        self._restore()
+        try:
+            self._restore()
+        except BaseException:
+            self.close(0)
+            raise
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Release the folder, whatever ended the training."""
+        self.close(self._next_step)
 
     def _restore(self) -> None:
         found = None if self._store is None else self._store.latest()
@@ -126,6 +137,20 @@ class LocalTrunk:
         values = (self._next_step, self._rounds_done, self._outcome.num_target_tokens, self._outcome.clip_coefficient)
         tensors = parameters | sums | self._optimizer.tensors()
         self._store.save(self._next_step, tensors, dict(zip(_STATE, values, strict=True)))
+
+    def check_standing(self, standing: Standing) -> None:
+        """Whether the client's state and the trunk's belong together, as a server looks at it.
+
+        Raises:
+            StorageError: One of the two is older than the other.
+        """
+        ours, theirs = self._next_step, standing.next_step
+        if ours == theirs or (ours == theirs + 1 and standing.prepared_step == theirs):
+            return
+        raise StorageError(
+            f"The client's checkpoint in this run folder is at step {theirs}, the trunk's at step {ours}: they do not "
+            "belong together. Restore a backup of the whole run folder, or train with a new one."
+        )
 
     # --- the Trunk protocol -----------------------------------------------------------------------------------------
 

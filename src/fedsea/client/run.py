@@ -285,11 +285,12 @@ def train_alone(plan_file: Path, name: str, options: ClientOptions, observer: Ob
         blocks = plan.partition_of(name).trunk(checkpoint.num_blocks)
         segment = trainable_trunk(plan, checkpoint, blocks, options.device)
         trunk = LocalTrunk(segment, plan, name, options.run / "trunk")
-        with setup.open_boundary(plan, name, ALONE, options) as boundary:
+        with trunk, setup.open_boundary(plan, name, ALONE, options) as boundary:
             if boundary.noise is not None:
                 log.warning("%s (This client trains alone: nothing leaves this machine.)", boundary.statement)
             trainer = _trainer(plan, segments, silo, trunk, store, recorder, options, boundary)
             trainer.restore()
+            trunk.check_standing(store.standing)
             if (begin := getattr(observer, "begin", None)) is not None:
                 begin(plan, name, None)
             trainer.run()
