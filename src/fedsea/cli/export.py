@@ -27,7 +27,7 @@ def export(
     """Write the whole model's adapter in PEFT's format: this client's part and the trunk's.
 
     At a client it needs the run folder, and the server for the trunk's part. At the operator it needs only the
-    server's run folder, and takes the clients' last aggregate.
+    server's run folder, and takes the model as it was after the last complete round.
 
     At a client: `fedsea export --server fedsea.example.org:7443 --run runs/clinic --out adapter`
 

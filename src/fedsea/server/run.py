@@ -286,7 +286,7 @@ def _renewal(ca: Path) -> Callable[..., bytes] | None:
 
 
 def export_run(run: Path, out: Path, merged: bool = False) -> None:
-    """Write the whole model's adapter from a server's run folder, at the operator's.
+    """Write the whole model's adapter from a server's run folder, as it was after the last complete round.
 
     Args:
         run: Run folder of a server; the plan in it names the base model.

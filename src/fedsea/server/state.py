@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -10,10 +11,13 @@ from typing import Any
 import torch
 
 from fedsea.errors import ConfigError, ProtocolError
+from fedsea.federation.schedule import place
 from fedsea.plan import FederationPlan, differences, parse_plan_json
 from fedsea.server.engine import Engine, Outcome
 from fedsea.storage import CheckpointStore
 from fedsea.wire.messages import Join
+
+log = logging.getLogger(__name__)
 
 Tensors = Mapping[str, torch.Tensor]
 
@@ -68,8 +72,23 @@ class RunState:
             )
 
 
+def _check_round_ended(folder: Path, plan: FederationPlan, next_step: int, rounds_done: int) -> None:
+    """Refuse to put the clients' last aggregate and a trunk together that has trained on since."""
+    last = place(plan, next_step - 1)
+    if last.ends_round and rounds_done == last.round + 1:
+        return
+    raise ConfigError(
+        f"The run in {folder} is in the middle of a round: its trunk is at step {next_step}, the clients' parameters "
+        f"are those of {rounds_done} complete rounds of {plan.training.rounds}, and these were not trained together. "
+        "Let the run go on to the end of a round; then export again."
+    )
+
+
 class ServerStore:
-    """The server's run folder: `checkpoints/` (trunk, optimizer, where the run stands) and `rounds/` (aggregates).
+    """The server's run folder: where the run stands, and what it was at the end of each round.
+
+    `checkpoints/` holds trunk, optimizer and state, `rounds/` the aggregates, `trunks/` the trunk's parameters that
+    belong to them, for exports.
 
     Args:
         folder: Run folder; made if absent.
@@ -84,13 +103,15 @@ class ServerStore:
         self.plan = plan
         self._checkpoints = CheckpointStore(folder / "checkpoints", keep=plan.durability.keep)
         self._rounds = CheckpointStore(folder / "rounds", keep=plan.durability.keep)
+        self._trunks = CheckpointStore(folder / "trunks", keep=plan.durability.keep)
 
     @staticmethod
     def peek(folder: Path, plan: FederationPlan) -> dict[str, torch.Tensor]:
-        """Trained parameters of all segments in a run folder, without locking it: the last round's.
+        """Trained parameters of all segments in a run folder, without locking it, as they were after the last round.
 
         Raises:
-            ConfigError: No round is complete, or the clients' parameters never reach the server.
+            ConfigError: No round is complete, the clients' parameters never reach the server, or an older version kept
+                no trunk with the round's aggregate and it has trained on since.
         """
         if plan.aggregation.sync == "personal" and plan.clients_train:
             raise ConfigError(
@@ -104,13 +125,21 @@ class ServerStore:
         if "rounds_done" not in values:
             raise ConfigError(f"{folder} is a client's run folder: give the one of `fedsea server`.")
         prefix = "engine.parameter."
-        result = {n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)}
-        rounds = CheckpointStore(folder / "rounds", read_only=True)
-        if values["rounds_done"] in rounds.steps():
-            result |= rounds.load(values["rounds_done"])[0]
-        elif plan.clients_train:
-            raise ConfigError(f"No round is complete in {folder}: export when the first one is.")
-        return result
+        now = {n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)}
+        rounds, number = CheckpointStore(folder / "rounds", read_only=True), values["rounds_done"]
+        if number not in rounds.steps():
+            if plan.clients_train:
+                raise ConfigError(f"No round is complete in {folder}: export when the first one is.")
+            return now
+        result, trunks = rounds.load(number)[0], CheckpointStore(folder / "trunks", read_only=True)
+        if number in trunks.steps():
+            then, about = trunks.load(number)
+            if about["next_step"] != values["next_step"]:
+                log.info("taken is the model as it was after step %d, at the end of a round", about["next_step"])
+            return then | result
+        if now and plan.clients_train:  # a run of a version that kept the clients' part only
+            _check_round_ended(folder, plan, values["next_step"], number)
+        return now | result
 
     def restore(self, engine: Engine) -> RunState | None:
         """Load the newest checkpoint into `engine`.
@@ -168,11 +197,14 @@ class ServerStore:
         self._checkpoints.save(state.next_step, tensors, values)
 
     def save_round(self, engine: Engine, state: RunState) -> None:
-        """Make a round's aggregate durable, then the state that refers to it."""
+        """Make a round's aggregate and the trunk that belongs to it durable, then the state that refers to them."""
+        prefix = "parameter."
+        trunk = {n.removeprefix(prefix): t for n, t in engine.tensors().items() if n.startswith(prefix)}
+        self._trunks.save(state.rounds_done, trunk, {"next_step": state.next_step})
         self._rounds.save(state.rounds_done, state.result, {})
         self.save(engine, state)
 
     def close(self) -> None:
         """Release the run folder."""
-        self._checkpoints.close()
-        self._rounds.close()
+        for kept in (self._checkpoints, self._rounds, self._trunks):
+            kept.close()

@@ -10,7 +10,7 @@ import torch
 
 from fedsea import storage
 from fedsea.errors import ConfigError, StorageError
-from fedsea.plan import parse_plan
+from fedsea.plan import FederationPlan, parse_plan
 from fedsea.server.engine import Outcome
 from fedsea.server.state import RunState, ServerStore
 from tests.unit.server.coordination import FakeEngine
@@ -94,6 +94,43 @@ def test_the_last_rounds_parameters_can_be_looked_at_while_a_server_runs(tmp_pat
     found = ServerStore.peek(tmp_path, PLAN)
     store.close()
     assert found.keys() == {"trunk", NAME}
+
+
+def in_the_middle_of_a_round(folder: Path, engine: FakeEngine, monkeypatch) -> FederationPlan:
+    """A run after one round of two, and four steps of the next one."""
+    plan = changed(training=PLAN.training.model_copy(update={"rounds": 2, "steps_per_round": 5}))
+    store = ServerStore(folder, plan)
+    store.save_round(engine, RunState("run", 5, 1, {}, {NAME: torch.ones(2, 2)}))
+    monkeypatch.setattr(engine, "tensors", lambda: {"parameter.trunk": torch.full((1,), 9.0)})
+    store.save(engine, RunState("run", 9, 1))
+    store.close()
+    return plan
+
+
+def test_a_trunk_that_trained_on_is_not_put_together_with_the_last_round(tmp_path, engine, monkeypatch, caplog):
+    caplog.set_level("INFO", "fedsea")
+    found = ServerStore.peek(tmp_path, in_the_middle_of_a_round(tmp_path, engine, monkeypatch))
+    assert (found.keys(), float(found["trunk"])) == ({"trunk", NAME}, 1.0)
+    assert "as it was after step 5" in caplog.text
+
+
+def test_a_round_that_an_older_version_kept_without_its_trunk_is_exported_at_its_end_only(
+    tmp_path, engine, monkeypatch
+):
+    plan = in_the_middle_of_a_round(tmp_path, engine, monkeypatch)
+    (tmp_path / "trunks" / "step-00000001.safetensors").unlink()
+    with pytest.raises(ConfigError, match=r"its trunk is at step 9, .* those of 1 complete rounds of 2"):
+        ServerStore.peek(tmp_path, plan)
+    (tmp_path / "checkpoints" / "step-00000009.safetensors").unlink()
+    assert ServerStore.peek(tmp_path, plan).keys() == {"trunk", NAME}
+
+
+def test_a_frozen_trunk_leaves_the_aggregate_alone(tmp_path, engine, monkeypatch):
+    monkeypatch.setattr(engine, "tensors", dict)
+    store = ServerStore(tmp_path, PLAN)
+    store.save_round(engine, RunState("run", 5, 1, {}, {NAME: torch.ones(2, 2)}))
+    assert ServerStore.peek(tmp_path, PLAN).keys() == {NAME}
+    store.close()
 
 
 def test_looking_before_the_first_round_says_so(tmp_path, engine):
