@@ -12,8 +12,10 @@ comes back with what it has durably, and is told where to go on (`join`).
 from __future__ import annotations
 
 import logging
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import replace
+from functools import partial
 
 from fedsea.errors import FedseaError, NonFiniteError, ProtocolError
 from fedsea.federation.secure import Verifier
@@ -75,6 +77,7 @@ class Coordinator:
         self._patience = Patience(self.wait_s, ports.clock)
         self._returning = Returning(plan.client_names, ports.clock)
         self._announced: tuple[str, ...] = ()
+        self._evaluating: Counter[str] = Counter()
 
     # --- where the run stands ---------------------------------------------------------------------------------------
 
@@ -148,8 +151,14 @@ class Coordinator:
 
     # --- messages ---------------------------------------------------------------------------------------------------
 
-    def answer(self, name: str, message: m.Message, reply: Answer) -> None:
+    def answer(self, name: str, message: m.Message, reply: Answer, *, trains: bool = False) -> None:
         """Serve what changes nothing: an evaluation, its gradient, or the trunk's adapters.
+
+        Args:
+            name: The client.
+            message: What it asks.
+            reply: Takes the answer.
+            trains: Whether it asks in the middle of its training, where others may wait for it.
 
         Raises:
             ProtocolError: The message is something else.
@@ -157,7 +166,10 @@ class Coordinator:
         match message:
             case m.Forward(evaluate=True):
                 self.run.check_forward(name, message)
-                self.questions.evaluate(name, message, reply)
+                self.questions.evaluate(name, message, partial(self._evaluated, name, reply) if trains else reply)
+                if trains:
+                    self._evaluating[name] += 1
+                    self._note_waiting()
             case m.Pullback():
                 self.run.check_forward(name, message)
                 self.questions.pull_back(name, message, reply)
@@ -165,6 +177,11 @@ class Coordinator:
                 self.questions.fetch(self.state, reply)
             case _:
                 raise ProtocolError(f"A client may not send {type(message).__name__} here.")
+
+    def _evaluated(self, name: str, reply: Answer, answer: m.Message) -> None:
+        reply(answer)
+        self._evaluating[name] -= 1
+        self._note_waiting()
 
     def receive(self, name: str, message: m.Message) -> None:
         """Take a message of a client that trains.
@@ -239,7 +256,8 @@ class Coordinator:
             # Who is there without a part in the step waits for its end. One that was left behind and is silent may
             # hang: it must not make the step end for those who work on.
             others = self.connected.union(step.members).difference(turn, step.unheard)
-            self._patience.note(("step", step.step, step.attempt), turn, others)
+            served = [name for name, count in self._evaluating.items() if count]
+            self._patience.note(("step", step.step, step.attempt), turn, others, served)
 
     def _announce(self) -> None:
         waiting = tuple(name for name in self.waiting_for() if name not in self.connected)

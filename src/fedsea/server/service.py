@@ -212,7 +212,8 @@ class Service:
 
     async def _ask(self, link: Link, message: m.Message) -> None:
         await link.may_ask()
-        self.coordinator.answer(link.session.peer.name, message, link.answer)
+        name = link.session.peer.name
+        self.coordinator.answer(name, message, link.answer, trains=self._links.get(name) is link)
 
     async def _train(self, link: Link, name: str, join: m.Join) -> None:
         strict = self.coordinator.wait_s is None

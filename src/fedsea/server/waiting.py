@@ -2,7 +2,8 @@
 
 Everybody in a step (or at a round's end) either has its turn, or waits for those who have. Others wait for a client
 since it has its turn and somebody else does not: both moments are noted when they come, so that it does not matter
-when somebody looks, nor who else is late.
+when somebody looks, nor who else is late. While the server computes an evaluation for a client, it is that client
+that waits; but an evaluation does not hold up others for ever.
 """
 
 from __future__ import annotations
@@ -11,6 +12,10 @@ from collections.abc import Callable, Collection, Hashable
 
 RETURN_S = 15.0
 """After a start; a client's longest pause between two attempts to connect, and half as much again."""
+
+
+EVALUATION_WAITS = 20
+"""Others wait for a client that evaluates so many times as long as for one from which nothing comes."""
 
 
 class Patience:
@@ -26,23 +31,33 @@ class Patience:
         self._clock = clock
         self._state: Hashable = None
         self._has_turn: dict[str, tuple[bool, float]] = {}
+        self._served: tuple[str, ...] = ()
+        self._evaluates: dict[str, float] = {}  # since when, of all that did so while it was their turn
 
-    def note(self, state: Hashable, turn: Collection[str], others: Collection[str]) -> None:
+    def note(
+        self, state: Hashable, turn: Collection[str], others: Collection[str], served: Collection[str] = ()
+    ) -> None:
         """Say how things stand, after everything that may have changed it.
 
         Args:
             state: What they are at (an attempt of a step, a round's end); another one begins anew.
             turn: Clients from whom something is to come.
             others: Clients that wait for them.
+            served: Clients for which an evaluation is computed; their turn begins anew when they have its answer.
         """
         if self._wait_s is None:
             return
         if state != self._state:
-            self._state, self._has_turn = state, {}
+            self._state, self._has_turn, self._evaluates = state, {}, {}
         now, before = self._clock(), self._has_turn
+        self._served = tuple(name for name in turn if name in served)
+        for name in self._served:
+            self._evaluates.setdefault(name, now)
         both = [*((name, True) for name in turn), *((name, False) for name in others)]
         self._has_turn = {
-            name: before[name] if name in before and before[name][0] is mine else (mine, now) for name, mine in both
+            name: before[name] if name in before and before[name][0] is mine else (mine, now)
+            for name, mine in both
+            if name not in served
         }
 
     def exhausted(self) -> tuple[str, ...]:
@@ -51,8 +66,9 @@ class Patience:
         if self._wait_s is None or not waiting:
             return ()
         began, now = min(waiting), self._clock()
-        late = [(name, since) for name, (mine, since) in self._has_turn.items() if mine]
-        return tuple(name for name, since in late if now - max(began, since) >= self._wait_s)
+        silent = [(name, since, self._wait_s) for name, (mine, since) in self._has_turn.items() if mine]
+        busy = [(name, self._evaluates[name], EVALUATION_WAITS * self._wait_s) for name in self._served]
+        return tuple(name for name, since, most_s in (*silent, *busy) if now - max(began, since) >= most_s)
 
 
 class Returning:

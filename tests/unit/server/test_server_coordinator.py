@@ -9,13 +9,14 @@ import pytest
 import torch
 
 from fedsea.errors import AuthError, FedseaError, NonFiniteError, ProtocolError, StorageError
-from fedsea.server.waiting import RETURN_S
+from fedsea.server.waiting import EVALUATION_WAITS, RETURN_S
 from fedsea.types import BlockRange, Reply
 from fedsea.wire import messages as m
 from tests.unit.server.coordination import NAME, World, tensor_of
 
 ONE_ROUND = {"training": {"rounds": 1, "steps_per_round": 3}}
 PERSONAL = {"aggregation": {"sync": "personal"}, "training": {"rounds": 1, "steps_per_round": 3}}
+EVALUATION = m.Forward(7, 0, 0, 1, BlockRange(1, 4), (2,), 2, True, {"": torch.ones(2, 3)})
 
 
 def waits(**training: object) -> dict[str, dict[str, object]]:
@@ -534,6 +535,49 @@ def test_the_wait_begins_when_others_begin_to_wait_however_ticks_fall(world):
     assert w.ran("forward") == [("forward", 0, 0, ("a",))]
 
 
+def test_a_client_that_evaluates_before_its_turn_in_a_step_is_not_late(world):
+    w = world(**waits())
+    w.join("a", "b")
+    w.forward("b")
+    for _ in range(4):
+        w.coordinator.answer("a", EVALUATION, lambda _: None, trains=True)
+        w.pass_time(6.0)  # the engine is at it for longer than others wait for a client
+        w.pass_time(4.0)
+    w.forward("a")
+    assert w.ran("forward") == [("forward", 0, 0, ("a", "b"))]
+
+
+def test_a_client_is_waited_for_as_ever_when_its_evaluation_is_answered(world):
+    w = world(**waits())
+    w.join("a", "b")
+    w.forward("b")
+    w.coordinator.answer("a", EVALUATION, lambda _: None, trains=True)
+    w.pass_time(6.0)
+    w.pass_time(5.1)
+    assert w.ran("forward") == [("forward", 0, 0, ("b",))]
+
+
+def test_an_evaluation_beside_the_training_gives_no_more_time(world):
+    w = world(**waits())
+    w.join("a", "b")
+    w.forward("b")
+    w.coordinator.answer("a", EVALUATION, lambda _: None)
+    w.pass_time(5.1)
+    assert w.ran("forward") == [("forward", 0, 0, ("b",))]
+
+
+def test_others_do_not_wait_for_ever_for_a_client_that_evaluates(world):
+    w = world(**waits())
+    w.join("a", "b")
+    w.forward("b")
+    while not w.ran("forward"):
+        assert w.now < (EVALUATION_WAITS + 1) * 5.0
+        w.coordinator.answer("a", EVALUATION, lambda _: None, trains=True)
+        w.pass_time(3.0)
+    assert w.now >= EVALUATION_WAITS * 5.0
+    assert w.ran("forward") == [("forward", 0, 0, ("b",))]
+
+
 def test_every_straggler_has_its_own_time(world):
     w = world("a", "b", "c", **waits())
     w.join("a", "b")
@@ -1022,8 +1066,7 @@ def test_a_fault_without_a_name_ends_the_run_for_everybody(world):
 def test_an_evaluation_is_answered_outside_any_step(world):
     w = world(**ONE_ROUND)
     answers: list[m.Message] = []
-    message = m.Forward(7, 0, 0, 1, BlockRange(1, 4), (2,), 2, True, {"": torch.ones(2, 3)})
-    w.coordinator.answer("a", message, answers.append)
+    w.coordinator.answer("a", EVALUATION, answers.append)
     w.run()
     assert torch.equal(tensor_of(answers[0]), torch.full((2, 3), 5.0))
     assert w.coordinator.step is None
@@ -1037,8 +1080,7 @@ def test_an_evaluation_that_fails_concerns_its_asker_alone(world):
 
     w.engine.passes.evaluate = fail
     answers: list[m.Message] = []
-    message = m.Forward(7, 0, 0, 1, BlockRange(1, 4), (2,), 2, True, {"": torch.ones(2, 3)})
-    w.coordinator.answer("a", message, answers.append)
+    w.coordinator.answer("a", EVALUATION, answers.append)
     w.run()
     assert isinstance(answers[0], m.Failure)
     assert answers[0].fatal
