@@ -16,6 +16,7 @@ from fedsea.data.tokenizer import load_tokenizer
 from fedsea.errors import ConfigError
 from fedsea.model import adapters
 from fedsea.model.checkpoint import Checkpoint, open_checkpoint
+from fedsea.model.loading import check_plan
 from fedsea.plan import (
     ClientEntry,
     ClientSettings,
@@ -146,6 +147,7 @@ def open_subject(path: Path, model: str | None = None, client: str = "", setting
             raise
         raise ConfigError(f"{error.message} Give this machine's copy of the base model with --model.") from None
     plan.partition_of(name).trunk(checkpoint.num_blocks)
+    check_plan(plan, checkpoint.config)
     size = int(checkpoint.config.get_text_config(decoder=True).vocab_size)
     tokenizer = load_tokenizer(str(checkpoint.folder), plan.model.revision, vocab_size=size)
     pseudonyms = own.pseudonyms.enabled if run is None else trained_on_pseudonyms(path)

@@ -131,11 +131,11 @@ def model(path: str | None, found: Federation) -> list[Check]:
 
 
 def _fits_model(checkpoint: Checkpoint, agreed: FederationPlan) -> list[Check]:
-    """What the server checks when it starts: targets of the adapters, every client's cut, the largest tensors."""
-    from fedsea.model.adapters import check_plan
+    """What the server checks when it starts: adapters, lengths, every client's cut, the largest tensors."""
+    from fedsea.model.loading import check_plan
     from fedsea.server.run import make_roster
 
-    check_plan(checkpoint.config, agreed)
+    check_plan(agreed, checkpoint.config)
     make_roster(agreed, checkpoint)
     return [Check("adapters", "ok", "targets, cuts and largest tensors of the plan fit this model")]
 

@@ -54,8 +54,8 @@ class SplitDecoder:
         self.output_adapters = segments.output_blocks.freeze()
         config = segments.output_blocks.model.config
         self.vocab_size = int(config.get_text_config(decoder=True).vocab_size)
-        context = getattr(config, "max_position_embeddings", None) or plan.inference.max_tokens
-        self.max_tokens = min(plan.inference.max_tokens, int(context))
+        bounds = getattr(config, "max_position_embeddings", None), segments.output_blocks.most_tokens
+        self.max_tokens = min(plan.inference.max_tokens, *(int(bound) for bound in bounds if bound))
 
     def renewed(self) -> SplitDecoder:
         """The same with the adapters as they are now; what was opened before goes on with those it had."""

@@ -23,7 +23,6 @@ from fedsea.client.trunk import Connected, Trunk
 from fedsea.data.opening import files_sha256
 from fedsea.data.silo import Silo
 from fedsea.errors import ConfigError, FedseaError
-from fedsea.model.adapters import check_plan
 from fedsea.model.checkpoint import Checkpoint
 from fedsea.model.fingerprint import fingerprint
 from fedsea.model.loading import trainable_trunk
@@ -266,7 +265,6 @@ def train_alone(plan_file: Path, name: str, options: ClientOptions, observer: Ob
     plan, tell = load_plan(plan_file).alone(name), getattr(observer, "loading", setup.unsaid)
     tell(setup.CHECKING)
     checkpoint = setup.open_base_model(plan, options, name)
-    check_plan(checkpoint.config, plan)
     plan = plan.model_copy(update={"model": plan.model.model_copy(update={"fingerprint": fingerprint(checkpoint)})})
     ended = _ended(options.run)
     if ended is not None and ended.belongs_to(RunKey(plan, ALONE, name)):

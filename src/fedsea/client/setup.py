@@ -27,7 +27,7 @@ from fedsea.errors import ConfigError
 from fedsea.model import adapters
 from fedsea.model.checkpoint import Checkpoint, open_checkpoint
 from fedsea.model.fingerprint import check, fingerprint, units_of
-from fedsea.model.loading import trainable_ends
+from fedsea.model.loading import check_plan, trainable_ends
 from fedsea.plan import ClientLimits, FederationPlan, load_limits, trust_statement
 from fedsea.privacy.boundary import Boundary
 from fedsea.types import Channel, SegmentKind, TokenBatch
@@ -131,7 +131,7 @@ def open_base_model(plan: FederationPlan, options: ClientOptions, name: str) -> 
     """This client's copy of the base model, checked against the plan's fingerprint.
 
     Raises:
-        ConfigError: It is missing, or another model.
+        ConfigError: It is missing, or another model, or the plan does not fit it.
     """
     path = options.model or plan.model.path
     try:
@@ -142,6 +142,7 @@ def open_base_model(plan: FederationPlan, options: ClientOptions, name: str) -> 
         raise ConfigError(f"{error.message} Give this machine's copy of the base model with --model.") from None
     cut, count = plan.partition_of(name), checkpoint.num_blocks
     cut.trunk(count)
+    check_plan(plan, checkpoint.config)
     units = units_of(SegmentKind.INPUT, cut, count) + units_of(SegmentKind.OUTPUT, cut, count)
     check(plan.model.fingerprint, fingerprint(checkpoint, units))
     return checkpoint

@@ -31,25 +31,6 @@ _SLAB_SHARE = 16
 in many slabs keep what the others leave."""
 
 
-def most_tokens(config: Any) -> int | None:
-    """Longest sequence whose keys may be kept, or None if there is no such bound.
-
-    With some rotary embeddings all frequencies change as soon as a sequence has become longer than the context that the
-    model was first trained with. Keys that are kept from before would then be turned by other angles than the queries.
-    """
-    settings = getattr(config, "rope_parameters", None) or {}
-    by_type = settings.values() if settings and all(isinstance(one, dict) for one in settings.values()) else [settings]
-    context: int = getattr(config, "max_position_embeddings", 0)
-    found = []
-    for one in by_type:
-        if one.get("rope_type") == "longrope":
-            original = one.get("original_max_position_embeddings")
-            found.append(original or getattr(config, "original_max_position_embeddings", None) or context)
-        elif one.get("rope_type") == "dynamic":
-            found.append(context)
-    return min(found, default=None)
-
-
 class CacheArena:
     """The caches of one segment.
 

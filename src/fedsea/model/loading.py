@@ -10,6 +10,7 @@ from torch import nn
 
 from fedsea.errors import ConfigError
 from fedsea.model import adapters
+from fedsea.model.architecture import describe
 from fedsea.model.attention import checkpoint_activations
 from fedsea.model.partition import Layout, build, cut
 from fedsea.model.segment import Segment
@@ -18,7 +19,7 @@ from fedsea.plan import FederationPlan, ModelSection
 from fedsea.types import BlockRange, Partition, SegmentKind
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+    from transformers import PretrainedConfig, PreTrainedModel
 
     from fedsea.model.checkpoint import Checkpoint
 
@@ -87,6 +88,22 @@ def load_output_blocks(
     indices = range(partition.trunk(checkpoint.num_blocks).stop, checkpoint.num_blocks)
     model, layout = _load(checkpoint, SegmentKind.OUTPUT, indices, dtype, device, activation_checkpointing)
     return _checked(OutputBlocks(model, layout, indices, autocast))
+
+
+def check_plan(plan: FederationPlan, config: PretrainedConfig) -> None:
+    """Refuse a plan that does not fit its base model.
+
+    Raises:
+        ConfigError: Its adapters do not fit (see `adapters.check_plan`), or the model has no positions for its
+            longest sequences.
+    """
+    adapters.check_plan(config, plan)
+    reach = describe(config).reach
+    if reach is not None and plan.data.max_tokens > reach.tokens:
+        raise ConfigError(
+            f"The plan's data.max_tokens is {plan.data.max_tokens}, but {reach.reason}: set data.max_tokens to at most "
+            f"{reach.tokens}, or use a model that reaches further."
+        )
 
 
 def trainable_trunk(

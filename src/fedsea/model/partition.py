@@ -22,6 +22,7 @@ from fedsea.errors import ConfigError
 from fedsea.model import temperature
 from fedsea.model.attention import attention_for
 from fedsea.model.families import family_of, refusal
+from fedsea.model.positions import Reach, reach_of
 from fedsea.model.undrawn import Undrawn
 from fedsea.types import SegmentKind
 
@@ -42,6 +43,7 @@ class Layout:
         before: Children of the decoder that act before the first block; only the input segment has them.
         after: Children that act after the last block; only the output segment has them.
         attention: Attention implementation that works on packed sequences, or None if the family has no such way.
+        reach: How long sequences may be, or None if the model sets no bound.
     """
 
     decoder: str
@@ -49,6 +51,7 @@ class Layout:
     before: tuple[str, ...]
     after: tuple[str, ...]
     attention: str | None
+    reach: Reach | None
 
 
 class BlockList(nn.ModuleList):
@@ -129,7 +132,7 @@ def _find(model: PreTrainedModel, attention: str | None) -> Layout:
             after.append(name)
         else:
             before.append(name)
-    return Layout(decoder=path, blocks=blocks, before=tuple(before), after=tuple(after), attention=attention)
+    return Layout(path, blocks, tuple(before), tuple(after), attention, reach_of(model))
 
 
 def _acts_on_hidden_states(module: nn.Module) -> bool:

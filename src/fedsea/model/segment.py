@@ -16,7 +16,7 @@ from torch import nn
 from fedsea.errors import ConfigError
 from fedsea.model import temperature
 from fedsea.model.attention import SDPA, OwnMaskError
-from fedsea.model.cache import CacheArena, Extension, Frozen, SequenceCache, most_tokens
+from fedsea.model.cache import CacheArena, Extension, Frozen, SequenceCache
 from fedsea.model.lean import LeanBlocks, lean_blocks
 from fedsea.model.packing import call, extend, keeps_apart, remembers, run
 from fedsea.model.partition import Layout
@@ -77,6 +77,11 @@ class Segment:
         """Whether unequal sequences run as a padded batch, because the family cannot keep packed ones apart."""
         return self._padded
 
+    @property
+    def most_tokens(self) -> int | None:
+        """Longest sequence that can be run; None if the model sets no bound."""
+        return None if self._layout.reach is None else self._layout.reach.tokens
+
     def switch(self, *, training: bool) -> None:
         """Dropout and checkpointing on or off in the whole model, at no cost where they are so already."""
         if self.model.training is not training:  # else every one of its modules would be told, at each pass
@@ -122,6 +127,11 @@ class Segment:
         return decoder
 
     def _run(self, decoder: nn.Module, hidden_TH: torch.Tensor, lengths: Sequence[int]) -> torch.Tensor:
+        reach = self._layout.reach
+        if reach is not None and max(lengths, default=0) > reach.tokens:
+            raise ConfigError(
+                f"A sequence has {max(lengths)} tokens, but {reach.reason}: shorten it to at most {reach.tokens}."
+            )
         hidden_TH = hidden_TH.to(self.dtype)
         with self._precision(hidden_TH.device):
             try:
@@ -159,16 +169,11 @@ class Segment:
                 self._lean = lean_blocks(self._decoder, layers)
         return self._lean
 
-    @functools.cached_property
-    def most_cached_tokens(self) -> int | None:
-        """Longest sequence that can be decoded with a cache; None if the model sets no bound."""
-        return most_tokens(self.model.config)
-
     def open_cache(self, max_tokens: int) -> SequenceCache:
         """An empty cache for one sequence.
 
         Raises:
-            ConfigError: The family keeps something else than keys and values, or its keys change in so long a sequence.
+            ConfigError: The family keeps something else than keys and values, or has no positions for so many tokens.
             CapacityError: There is no memory for it at the moment.
         """
         if not self.caches:
@@ -179,12 +184,10 @@ class Segment:
                 f"Models of type {self.model.config.model_type!r} cannot decode with a cache here: their blocks "
                 f"{lack}. Training and evaluation work."
             )
-        most = self.most_cached_tokens
-        if most is not None and max_tokens > most:
+        if (reach := self._layout.reach) is not None and max_tokens > reach.tokens:
             raise ConfigError(
-                f"This model changes the frequencies of its positions at {most} tokens, so decoding with a cache ends "
-                f"there, and a sequence of up to {max_tokens} was asked for: shorten prompt or answer. Training and "
-                "evaluation work."
+                f"A sequence of up to {max_tokens} tokens was asked for, but {reach.reason}: shorten prompt or answer, "
+                f"to {reach.tokens} together."
             )
         return self.arena.open(max_tokens)
 

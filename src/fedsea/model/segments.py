@@ -41,7 +41,7 @@ class InputBlocks(Segment):
             lengths: Tokens of each sequence.
 
         Raises:
-            ConfigError: The lengths do not fit the ids.
+            ConfigError: The lengths do not fit the ids, or one is more than the model has positions for.
         """
         with self._precision(input_ids_T.device):
             hidden_TH = self._embedding(input_ids_T)
@@ -96,7 +96,7 @@ class Trunk(Segment):
         """Hidden states [T, H] after `blocks` (all of the trunk's, if not given).
 
         Raises:
-            ConfigError: The trunk does not have these blocks, or the lengths do not fit the rows.
+            ConfigError: The trunk does not have these blocks, or the lengths do not fit the rows or the model.
         """
         return self.forward_group([TrunkPart(hidden_TH, lengths, blocks or self.range)])[0]
 

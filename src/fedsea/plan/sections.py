@@ -194,7 +194,8 @@ class DataSection(Section):
     """What the clients agree on about their text.
 
     Attributes:
-        max_tokens: Longest sequence; longer plain text is cut into pieces, other formats are truncated at the end.
+        max_tokens: Longest sequence; longer plain text is cut into pieces, other formats are truncated at the end. A
+            model with a table of positions, or whose rotary frequencies depend on the length, sets a bound.
         loss_on: "completion" takes no loss on prompts; "all" takes it everywhere.
         holdout: Share of each silo kept for validation.
     """
@@ -226,7 +227,7 @@ class InferenceSection(Section):
 
     Attributes:
         enabled: Whether the server opens sessions at all.
-        max_tokens: Longest sequence, prompt and answer together.
+        max_tokens: Longest sequence, prompt and answer together; the model may set a lower bound.
         kv_memory_mb: Memory of the server for keys and values, in MiB; a session that does not fit waits in a line, or
             is refused. Every client is sure of an even share, and may have more while others leave it idle.
         max_sequences: Sequences that one client may have open at once.

@@ -19,7 +19,7 @@ from fedsea.errors import ConfigError, FedseaError
 from fedsea.model import adapters, export
 from fedsea.model.checkpoint import Checkpoint, open_checkpoint
 from fedsea.model.fingerprint import fingerprint
-from fedsea.model.loading import trainable_trunk
+from fedsea.model.loading import check_plan, trainable_trunk
 from fedsea.plan import FederationPlan, load_plan, parse_plan_json, server_statement
 from fedsea.server.engine import Engine
 from fedsea.server.executor.local import EngineThread
@@ -87,10 +87,10 @@ def resolve(plan: FederationPlan, checkpoint: Checkpoint) -> FederationPlan:
     """The plan with the fingerprint of every unit of the model filled in.
 
     Raises:
-        ConfigError: The adapter settings do not fit the model, or the plan names a fingerprint already, and the
-            checkpoint has another one.
+        ConfigError: The plan does not fit the model, or it names a fingerprint already, and the checkpoint has another
+            one.
     """
-    adapters.check_plan(checkpoint.config, plan)
+    check_plan(plan, checkpoint.config)
     found = fingerprint(checkpoint)
     wrong = [unit for unit, expected in plan.model.fingerprint.items() if found.get(unit) != expected]
     if wrong:
