@@ -31,7 +31,7 @@ def test_a_federation_trains_to_its_end(federation):
 
 
 def test_clients_hold_the_same_parameters_after_a_round(federation):
-    fed = federation("a", "b", aggregation={"method": "median"})
+    fed = federation("a", "b")
     fed.train()
     durable = fed.durable()
     ours, theirs = (

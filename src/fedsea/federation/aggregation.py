@@ -14,6 +14,7 @@ from typing import Protocol
 import torch
 
 from fedsea.plan import AggregationSection
+from fedsea.plan.robust import LEAST, num_trimmed
 
 Tensors = Mapping[str, torch.Tensor]
 
@@ -73,6 +74,8 @@ def median(values: Sequence[torch.Tensor], weights: Sequence[float]) -> torch.Te
 def trimmed_mean(trim_fraction: float) -> Aggregator:
     """Coordinate-wise mean without the `trim_fraction` smallest and largest values (Yin et al., arXiv 1803.01498).
 
+    Of three or more values, at least one is cut off at each end. The weights are not used.
+
     Example:
         >>> values = [torch.tensor([float(v)]) for v in (0, 4, 6, 1000)]
         >>> trimmed_mean(0.25)(values, [1] * 4).tolist()
@@ -80,7 +83,7 @@ def trimmed_mean(trim_fraction: float) -> Aggregator:
     """
 
     def combine(values: Sequence[torch.Tensor], weights: Sequence[float]) -> torch.Tensor:  # noqa: ARG001
-        cut = int(trim_fraction * len(values))
+        cut = max(num_trimmed(trim_fraction, len(values)), int(len(values) >= LEAST))
         ordered = torch.stack(list(values)).sort(dim=0).values
         return ordered[cut : len(values) - cut].double().mean(dim=0).to(values[0].dtype)
 

@@ -5,6 +5,7 @@ limits (`ClientLimits`) never travel: they say what this client is willing to ta
 
 sections.py    the tables of the plan, key by key
 federation.py  the whole plan: rules between keys, what follows from it for each client, its hash, differences
+robust.py      what a median or a trimmed mean needs of a plan
 secure.py      what secure aggregation needs of a plan
 trained.py     which segments have trained parameters
 trust.py       which channels are open, what may be claimed, and the sentence for every start

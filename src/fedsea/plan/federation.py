@@ -10,6 +10,7 @@ from typing import Any, Self
 from pydantic import Field, field_validator, model_validator
 
 from fedsea.errors import ConfigError
+from fedsea.plan.robust import check_robust
 from fedsea.plan.sections import (
     AdapterSection,
     AggregationSection,
@@ -93,6 +94,7 @@ class FederationPlan(Section):
             )
         check_noise(self)
         check_secure(self)
+        check_robust(self)
         return self
 
     @property
@@ -170,7 +172,8 @@ class FederationPlan(Section):
             known = ", ".join(self.client_names)
             raise ConfigError(f"The plan has no client {name!r}: name one that it has ({known}).")
         training = self.training.model_copy(update={"mode": "batched", "wait": "all", "min_clients": 1})
-        aggregation = self.aggregation.model_copy(update={"secure": False})  # nobody to hide among, or to hide from
+        # Nobody to hide among, or to hide from; and every average of one is that one.
+        aggregation = self.aggregation.model_copy(update={"secure": False, "method": "mean"})
         parts = {"clients": (self.client(name),), "training": training, "aggregation": aggregation}
         return self.model_copy(update=parts)
 

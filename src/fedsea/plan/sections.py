@@ -172,7 +172,9 @@ class AggregationSection(Section):
         sync: "round": averaged at the end of every round; "step": gradients are summed in every step, which
             equals central training exactly; "personal": they stay at their client.
         method: How "round" averages. Each LoRA factor is averaged by itself, which is not the average of the products.
-        trim_fraction: Share cut off at each end by "trimmed_mean".
+            "median" and "trimmed_mean" need three clients, and do not weigh by tokens.
+        trim_fraction: Share cut off at each end by "trimmed_mean": enough for one client of the plan, and never none
+            where three or more take part in a round.
         secure: The server learns only the sum of the clients' parameters, by masks that cancel; needs "round" and
             "mean".
         secure_threshold: Clients that must stay to the end of a secure round; 0 is the smallest two-thirds majority.

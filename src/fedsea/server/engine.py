@@ -5,6 +5,7 @@ Every method runs on the engine thread, one at a time, and knows nothing of conn
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -18,12 +19,15 @@ from fedsea.model.optim import SegmentOptimizer, clip_coefficient
 from fedsea.model.passes import Entry, TrunkPasses, check_gradient
 from fedsea.model.segments import Trunk
 from fedsea.plan import FederationPlan
+from fedsea.plan.robust import LEAST
 
 Tensors = Mapping[str, torch.Tensor]
 Pass = tuple[int, Entry, torch.Tensor]
 """Slot, what entered the trunk, and the gradient that came back for it."""
 
 _MUCH_LARGER = 1e3
+
+log = logging.getLogger(__name__)
 
 
 class TrunkOverflow(NonFiniteError):  # noqa: N818 (a signal to whoever knows the clients' shares)
@@ -154,6 +158,14 @@ class Engine:
             The aggregate by name; the trunk has taken over what it holds of it.
         """
         ordered = [contributions[name] for name in self.plan.client_names if name in contributions]
+        if self.plan.aggregation.method != "mean" and len(ordered) < LEAST:
+            log.warning(
+                "This round is made of %d clients' parameters, and %s limits nothing with fewer than %d: it is their "
+                "plain average. Raise training.min_clients or training.wait.",
+                len(ordered),
+                self.plan.aggregation.method,
+                LEAST,
+            )
         own = {name: tensor.cpu() for name, tensor in adapters.read(self.trunk).items()}
         at_clients = {name for contribution in ordered for name in contribution.tensors}
         shared = {name: own[name] for name in own.keys() & at_clients}

@@ -54,6 +54,11 @@ def test_a_small_trim_of_few_clients_is_the_mean():
     assert trimmed_mean(0.1)(values(1, 3), [5, 1]).item() == 2.0
 
 
+@pytest.mark.parametrize("count", [3, 5, 9, 10])
+def test_one_of_three_or_more_is_always_cut_off(count):
+    assert trimmed_mean(0.1)(values(*[0.0] * (count - 1), 1e6), [1] * count).item() == 0.0
+
+
 @pytest.mark.parametrize(("method", "expected"), [("mean", 4.0), ("median", 2.0), ("trimmed_mean", 2.0)])
 def test_the_plan_chooses_the_method(method, expected):
     contributions = [Contribution({"x": value}, 1.0) for value in values(1, 2, 9)]

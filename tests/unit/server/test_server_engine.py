@@ -158,6 +158,14 @@ def test_the_engine_goes_on_from_its_tensors(base_model):
     assert all(torch.equal(tensor, expected[name]) for name, tensor in second.tensors().items())
 
 
+@pytest.mark.parametrize("names", ["ab", "abc"])
+def test_a_round_of_too_few_clients_for_its_method_is_told(base_model, caplog, names):
+    clients = [{"name": name} for name in "abc"]
+    engine = make_engine(make_plan(base_model, clients=clients, aggregation={"method": "median"}))
+    engine.average({name: Contribution({"x": torch.ones(1)}, 1.0) for name in names})
+    assert ("2 clients' parameters, and median limits nothing" in caplog.text) == (names == "ab")
+
+
 def test_the_resolved_plan_names_every_unit_of_the_model(base_model):
     checkpoint = open_checkpoint(str(base_model))
     plan = resolve(make_plan(base_model), checkpoint)
