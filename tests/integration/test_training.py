@@ -15,7 +15,7 @@ from fedsea.client.trainer import Trainer
 from fedsea.errors import AuthError, ConfigError, DataError, FedseaError, NonFiniteError, StorageError
 from fedsea.storage import CheckpointStore
 from fedsea.wire.identity import Authority, enroll, install, peers
-from tests.support.assets import make_checkpoint, write_silo
+from tests.support.assets import make_checkpoint
 from tests.support.federation import Watch, make_identities
 
 
@@ -262,7 +262,7 @@ def test_an_empty_silo_is_refused(federation, tmp_path):
     refused(federation("a"), DataError, "no row", data=(empty,))
 
 
-def test_other_data_than_the_run_began_with_is_refused(federation, tmp_path):
+def test_other_data_than_the_run_began_with_is_refused_though_every_row_is_as_long(federation):
     fed = federation("a", training={"rounds": 2, "steps_per_round": 400})
     fed.start_server()
     part = fed.start_client("a", retry_for_s=0.0)
@@ -271,9 +271,11 @@ def test_other_data_than_the_run_began_with_is_refused(federation, tmp_path):
     with pytest.raises(FedseaError):
         part.finish()
     fed.start_server()
-    other = fed.start_client("a", data=(write_silo(tmp_path / "other.jsonl", "other"),))
+    text = fed.silos["a"].read_text()
+    assert "river" in text
+    fed.silos["a"].write_text(text.replace("river", "water"))
     with pytest.raises(DataError, match="other data files"):
-        other.finish()
+        fed.start_client("a").finish()
 
 
 def test_a_server_run_folder_of_another_plan_is_refused(federation):

@@ -17,7 +17,7 @@ from fedsea.client.run_key import ALONE, RunKey
 from fedsea.client.secure import SecureRounds, layout_of
 from fedsea.client.segments import ClientSegments
 from fedsea.client.setup import ClientOptions, Invited
-from fedsea.client.state import ClientStore, Ended
+from fedsea.client.state import ClientStore, DataNote, Ended
 from fedsea.client.trainer import EvaluationReport, Observer, StepReport, Trainer
 from fedsea.client.trunk import Connected, Trunk
 from fedsea.data.opening import files_sha256
@@ -163,8 +163,7 @@ def train(options: ClientOptions, observer: Observer | None = None) -> TrainSumm
     checkpoint = setup.open_base_model(plan, options, name)
     tell(setup.READING)
     silo = setup.open_data(plan, checkpoint, options, name)
-    files = files_sha256(options.data)
-    store = ClientStore(options.run, plan, invited.invitation.run_id, name, options.data_format)
+    store = _open_store(options, plan, invited.invitation.run_id, name, silo)
     recorder = _Recorder(observer)
     try:
         store.check()
@@ -187,9 +186,14 @@ def train(options: ClientOptions, observer: Observer | None = None) -> TrainSumm
                 begin(plan, name, trunk)
             with invited.keeper, trunk:
                 trainer.run()
-        return _finished(store, recorder.summary(name, store.state.next_step, trunk.traffic), files, boundary)
+        return _finished(store, recorder.summary(name, store.state.next_step, trunk.traffic), boundary)
     finally:
         store.close()
+
+
+def _open_store(options: ClientOptions, plan: FederationPlan, run_id: str, name: str, silo: Silo) -> ClientStore:
+    note = DataNote(files_sha256(options.data), silo.num_rows)
+    return ClientStore(options.run, plan, run_id, name, options.data_format, note)
 
 
 def _secure(options: ClientOptions, invited: Invited, checkpoint: Checkpoint, trunk: Trunk) -> SecureRounds | None:
@@ -216,9 +220,9 @@ def _finished_there_too(options: ClientOptions, invited: Invited, ended: Ended) 
     return True
 
 
-def _finished(store: ClientStore, summary: TrainSummary, files: str, boundary: Boundary) -> TrainSummary:
+def _finished(store: ClientStore, summary: TrainSummary, boundary: Boundary) -> TrainSummary:
     summary = replace(summary, claim=boundary.claim().sentence())
-    store.finish(asdict(summary), files)
+    store.finish(asdict(summary))
     return summary
 
 
@@ -273,8 +277,7 @@ def train_alone(plan_file: Path, name: str, options: ClientOptions, observer: Ob
         return _as_before(ended)
     tell(setup.READING)
     silo = setup.open_data(plan, checkpoint, options, name)
-    files = files_sha256(options.data)
-    store = ClientStore(options.run, plan, ALONE, name, options.data_format)
+    store = _open_store(options, plan, ALONE, name, silo)
     recorder = _Recorder(observer)
     try:
         store.check()  # before the trunk, whose tensors may have other shapes
@@ -292,6 +295,6 @@ def train_alone(plan_file: Path, name: str, options: ClientOptions, observer: Ob
             if (begin := getattr(observer, "begin", None)) is not None:
                 begin(plan, name, None)
             trainer.run()
-        return _finished(store, recorder.summary(name, store.state.next_step, ({}, {})), files, boundary)
+        return _finished(store, recorder.summary(name, store.state.next_step, ({}, {})), boundary)
     finally:
         store.close()

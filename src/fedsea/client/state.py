@@ -22,7 +22,7 @@ import torch
 from fedsea.client.run_key import RunKey
 from fedsea.client.trunk import Standing
 from fedsea.data.formats import DataFormat
-from fedsea.errors import StorageError
+from fedsea.errors import DataError, StorageError
 from fedsea.plan import FederationPlan
 from fedsea.storage import CheckpointStore, load_tensors, remove_durably, save_tensors, write_bytes_atomic
 
@@ -51,6 +51,19 @@ class ClientState:
 
 
 @dataclass(frozen=True, slots=True)
+class DataNote:
+    """What a run is trained on, as its folder remembers it from the first checkpoint on.
+
+    Attributes:
+        files_sha256: As `data.opening.files_sha256` gives it; "" where nothing is known.
+        num_rows: Good rows in the files, as they were read.
+    """
+
+    files_sha256: str = ""
+    num_rows: int = 0
+
+
+@dataclass(frozen=True, slots=True)
 class Prepared:
     """A step's own gradients (of the summed loss), durable before the server is told.
 
@@ -74,7 +87,7 @@ class Ended:
 
     Attributes:
         standing: What a server is told.
-        summary: As given to `ClientStore.finish`, as is the next.
+        summary: As given to `ClientStore.finish`.
         data_sha256: What identifies the silo's files; "" in a note that does not say.
     """
 
@@ -99,6 +112,7 @@ class ClientStore:
         run_id: Identity of the server's run.
         client: Name of the client; a folder of another one is refused.
         data_format: How the silo's rows were said to be read, for whoever uses the run later.
+        data: What it trains on; a folder that was trained on other files is refused.
     """
 
     def __init__(
@@ -108,11 +122,13 @@ class ClientStore:
         run_id: str,
         client: str = "",
         data_format: DataFormat = DataFormat(),  # noqa: B008 (frozen)
+        data: DataNote = DataNote(),
     ) -> None:
         self.folder = folder
         self.plan = plan
         self.key = RunKey(plan, run_id, client)
         self._data_format = data_format
+        self._data = data
         self._checkpoints = CheckpointStore(folder / "checkpoints", keep=plan.durability.keep)
         for leftover in (*folder.glob(".prepared.safetensors.*.tmp"), *folder.glob(f".{_SUMMARY}.*.tmp")):
             leftover.unlink(missing_ok=True)  # of a process that was killed while it wrote
@@ -149,6 +165,12 @@ class ClientStore:
         return DataFormat(**({} if found is None else found[2].get("data_format", {})))
 
     @staticmethod
+    def data_of(folder: Path) -> DataNote:
+        """What the run in a folder is trained on; nothing is known of one of an earlier version."""
+        found = CheckpointStore(folder / "checkpoints", read_only=True).latest()
+        return DataNote(**({} if found is None else found[2].get("data", {})))
+
+    @staticmethod
     def ended(folder: Path) -> Ended | None:
         """How the run in a folder ended; None if it did not, or the note of it cannot be read."""
         try:
@@ -159,10 +181,11 @@ class ClientStore:
             return None
 
     def check(self) -> None:
-        """Refuse the folder of another run or plan, before anything is loaded for it.
+        """Refuse the folder of another run or plan, or of other data, before anything is loaded for it.
 
         Raises:
             ConfigError: Says what differs.
+            DataError: The run was trained on other files.
             StorageError: A file is damaged.
         """
         self._newest()
@@ -173,6 +196,12 @@ class ClientStore:
             return None
         _, tensors, values = found
         self.key.check(self.folder, values, "Give --run a new folder to take part in the run of today.")
+        before, now = DataNote(**values.get("data", {})).files_sha256, self._data.files_sha256
+        if before and now and before != now:
+            raise DataError(
+                f"The run in {self.folder} was started with other data files, or with these in another order or before "
+                "they were changed: put the files of the interrupted run back, or give --run a new folder."
+            )
         return tensors, values
 
     def restore(self) -> Tensors | None:
@@ -183,6 +212,7 @@ class ClientStore:
 
         Raises:
             ConfigError: The folder belongs to another run or plan.
+            DataError: The run was trained on other files.
             StorageError: A file is damaged, or the prepared step does not follow the newest checkpoint.
         """
         found = self._newest()
@@ -226,6 +256,7 @@ class ClientStore:
             "run_id": self.key.run_id,
             "client": self.key.client,
             "data_format": {"name": self._data_format.name, "fields": dict(self._data_format.fields)},
+            "data": asdict(self._data),
             "plan": self.plan.to_json(),
             "plan_sha256": self.plan.sha256(),
         }
@@ -251,12 +282,11 @@ class ClientStore:
         remove_durably(self._prepared_path)
         self.prepared = None
 
-    def finish(self, summary: Mapping[str, Any], data_sha256: str = "") -> None:
+    def finish(self, summary: Mapping[str, Any]) -> None:
         """Keep how the run ended, so that the same command has an answer when it is given again.
 
         Args:
             summary: Anything that `json` can write.
-            data_sha256: What identifies the silo's files, as `data.opening.files_sha256` gives it.
 
         Raises:
             StorageError: The disk refused.
@@ -269,7 +299,7 @@ class ClientStore:
             "next_step": self.state.next_step,
             "rounds_done": self.state.rounds_done,
             "summary": dict(summary),
-            "data_sha256": data_sha256,
+            "data_sha256": self._data.files_sha256,
         }
         write_bytes_atomic(self.folder / _SUMMARY, (json.dumps(values, indent=2) + "\n").encode())
 

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import errno
 import threading
+from dataclasses import asdict
 
 import pytest
 import torch
 
 from fedsea import storage
 from fedsea.client.run_key import ALONE, RunKey
-from fedsea.client.state import ClientState, ClientStore, Prepared
+from fedsea.client.state import ClientState, ClientStore, DataNote, Prepared
 from fedsea.client.trunk import Standing
-from fedsea.errors import ConfigError, StorageError
+from fedsea.data.formats import DataFormat
+from fedsea.errors import ConfigError, DataError, StorageError
 from fedsea.plan import parse_plan
 
 PLAN = parse_plan({"model": {"path": "m"}, "clients": [{"name": "a"}]})
@@ -210,6 +212,38 @@ def test_another_clients_folder_is_refused_for_training(tmp_path):
     with pytest.raises(ConfigError, match="that of client a, and this is b"):
         other.restore()
     other.close()
+
+
+def with_data(folder, note: DataNote) -> ClientStore:
+    return ClientStore(folder, PLAN, "run-1", "a", DataFormat(), note)
+
+
+def test_a_run_that_was_started_with_files_of_other_content_is_refused_from_its_first_checkpoint_on(tmp_path):
+    first = with_data(tmp_path, DataNote("sha-1", 9))
+    first.save(ClientState(), TENSORS)
+    first.close()
+    assert ClientStore.data_of(tmp_path) == DataNote("sha-1", 9)
+    changed = with_data(tmp_path, DataNote("sha-2", 9))
+    with pytest.raises(DataError, match=r"other data files.*before they were changed.*put the files .* back"):
+        changed.check()
+    changed.close()
+    same = with_data(tmp_path, DataNote("sha-1", 9))
+    same.check()
+    same.close()
+
+
+def test_a_run_of_a_version_that_noted_no_content_goes_on_and_notes_it(tmp_path, monkeypatch):
+    monkeypatch.setattr("fedsea.client.state.asdict", lambda item: {} if isinstance(item, DataNote) else asdict(item))
+    before = with_data(tmp_path, DataNote("sha-1", 9))
+    before.save(ClientState(), TENSORS)
+    before.close()
+    monkeypatch.undo()
+    assert ClientStore.data_of(tmp_path) == DataNote()
+    now = with_data(tmp_path, DataNote("sha-1", 9))
+    now.restore()
+    now.save(ClientState(next_step=1), TENSORS)
+    now.close()
+    assert ClientStore.data_of(tmp_path) == DataNote("sha-1", 9)
 
 
 def test_a_look_gives_state_and_tensors_of_the_run_that_is_meant(store):
