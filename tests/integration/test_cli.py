@@ -61,12 +61,15 @@ def test_a_client_from_doctor_to_export(one: Federation, capsys: pytest.CaptureF
 
     assert main.run(["eval", *client(one), "--json"]) == 0
     held_out = last_json(capsys)
-    assert held_out["segments"] == "trained"
+    assert (held_out["segments"], held_out["rows"]) == ("trained", "held_out")
     assert held_out["mean_loss"] == pytest.approx(summary["loss_after"], abs=1e-5)
     assert main.run(["eval", *client(one), "--all", "--json"]) == 0
     assert last_json(capsys)["num_target_tokens"] > held_out["num_target_tokens"]
     assert main.run(["eval", *client(one), "--base", "--run", str(one.folder / "none")]) == 0
-    assert "tokens of the held-out rows, with the base model's own segments" in capsys.readouterr().out
+    assert (
+        "tokens of the rows that a training on these files would hold out, with the base model's own segments"
+        in capsys.readouterr().out
+    )
 
     out = one.folder / "adapter"
     assert main.run(["export", *connected(one), "--run", str(one.folder / "a"), "--out", str(out)]) == 0

@@ -41,6 +41,10 @@ def test_evaluation_and_export_give_the_federations_loss(federation, base_model)
     untrained = results.evaluate(replace(options, run=fed.folder / "none"), base=True)
     assert untrained.mean_loss > evaluated.mean_loss
     assert (evaluated.segments, untrained.segments) == ("trained", "base")
+    assert (evaluated.rows, everything.rows, untrained.rows) == ("held_out", "all", "unchecked")
+    for base in (False, True):
+        with pytest.raises(DataError, match=r"not the files that the run .* is trained on.*--all"):
+            results.evaluate(replace(options, data=(fed.silos["a"],)), base=base)
     results.export_adapter(options, fed.folder / "at-client")
     export_run(fed.folder / "server", fed.folder / "at-server")
     server.stop()

@@ -12,6 +12,12 @@ from fedsea.cli import options as o
 from fedsea.cli import output
 
 _WHOSE = {"trained": "segments trained here", "base": "base model's own segments (--base)"}
+_ROWS = {
+    "held_out": "the held-out rows",
+    "unchecked": "the rows that a training on these files would hold out",
+    "all": "all rows",
+    "all_of_other_files": "all rows of files that are not those of the training",
+}
 
 
 def evaluate(
@@ -28,7 +34,7 @@ def evaluate(
     format_name: o.Format = "auto",
     field: o.Field = None,
     skip_bad_rows: o.SkipBadRows = False,
-    everything: Annotated[bool, typer.Option("--all", help="All rows, not only the held-out split.")] = False,
+    everything: Annotated[bool, typer.Option("--all", help="All rows of any files, held out or not.")] = False,
     threads: o.Threads = None,
     device: o.Device = "cpu",
     retry_for: o.RetryFor = 60.0,
@@ -36,7 +42,8 @@ def evaluate(
 ) -> None:
     """Loss and perplexity of the federation's model on this machine's files.
 
-    Needs what `fedsea train` needs; the trunk's part runs at the server, in the state that it has now.
+    Needs what `fedsea train` needs; the trunk's part runs at the server, in the state that it has now. The held-out
+    split is that of the files of the training, in their order; others are refused without `--all`.
 
     Example: `fedsea eval --server fedsea.example.org:7443 --data notes/*.jsonl --run runs/clinic`
     """
@@ -71,6 +78,6 @@ def evaluate(
     else:
         output.say(
             f"loss {summary.mean_loss:.4f} nats per token, perplexity {summary.perplexity:.2f}, "
-            f"over {summary.num_target_tokens:,} tokens of {'all' if everything else 'the held-out'} rows, "
+            f"over {summary.num_target_tokens:,} tokens of {_ROWS[summary.rows]}, "
             f"with the {_WHOSE[summary.segments]}"
         )

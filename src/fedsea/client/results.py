@@ -17,10 +17,12 @@ from fedsea.client.pseudonyms import refuse_without
 from fedsea.client.remote_trunk import RemoteTrunk
 from fedsea.client.run_key import RunKey
 from fedsea.client.setup import ClientOptions, Invited
-from fedsea.client.state import ClientState, ClientStore, Tensors
+from fedsea.client.state import ClientState, ClientStore, DataNote, Tensors
 from fedsea.client.trunk import Standing
 from fedsea.data.formats import DataFormat
-from fedsea.errors import ConfigError
+from fedsea.data.opening import files_sha256
+from fedsea.data.silo import Silo
+from fedsea.errors import ConfigError, DataError, FedseaError
 from fedsea.federation.schedule import place
 from fedsea.model import export
 from fedsea.plan import FederationPlan
@@ -31,6 +33,8 @@ from fedsea.wire.limits import WireLimits
 
 log = logging.getLogger(__name__)
 
+Rows = Literal["held_out", "unchecked", "all", "all_of_other_files"]
+
 
 @dataclass(frozen=True, slots=True)
 class EvalSummary:
@@ -38,12 +42,15 @@ class EvalSummary:
 
     Attributes:
         segments: Which of this client's segments were used with the server's trunk: "trained", or the base model's.
+        rows: "held_out" of the files of the training; "unchecked": those that a training on these files would hold out,
+            where no run says which files it was trained on; "all" rows; or "all_of_other_files" than the training's.
     """
 
     mean_loss: float
     perplexity: float
     num_target_tokens: int
     segments: Literal["trained", "base"]
+    rows: Rows
 
 
 def evaluate(
@@ -57,13 +64,14 @@ def evaluate(
     Args:
         options: `options.run` holds this client's training run with the server; its parameters are used, and, if
             `options` names no format of its own, its format of rows.
-        everything: All rows instead of the held-out split.
+        everything: All rows, of any files, instead of the held-out split of those of the training.
         base: Use the base model's own segments with the server's trunk, whatever `options.run` holds.
         tell: Told what is being done meanwhile, for displays; None: nobody is.
 
     Raises:
         ConfigError: The run folder holds no run, or another one, or one that was trained on pseudonyms where the
             settings now have none.
+        DataError: The held-out split is wanted, and the files are not those of the training in their order.
         FedseaError: The server cannot be reached, or the data cannot be used.
     """
     refuse_without(options.run, options.settings)
@@ -71,7 +79,8 @@ def evaluate(
     tell(setup.reaching(options))
     invited = setup.accept(options)
     plan, name = invited.plan, invited.name
-    state, trained = (None, None) if base else own_run(options.run, invited.key)
+    run = _run_if_any(options.run, invited.key) if base else own_run(options.run, invited.key)
+    state, trained = (None, None) if base or run is None else run
     if trained is not None and options.data_format == DataFormat():
         known = ClientStore.format_of(options.run)
         options = replace(options, format=known.name, fields=known.fields)
@@ -79,6 +88,7 @@ def evaluate(
     checkpoint = setup.open_base_model(plan, options, name)
     tell(setup.READING)
     silo = setup.open_data(plan, checkpoint, options, name)
+    rows = rows_of(options, None if run is None else run[0], silo, everything=everything)
     tell(setup.LOADING)
     segments = setup.load_segments(plan, checkpoint, name, options.device)
     if trained is not None:
@@ -90,7 +100,38 @@ def evaluate(
     tell("evaluating")
     with setup.open_boundary(plan, name, run_id, options) as boundary, observing(options, invited, limits) as trunk:
         loss, tokens = evaluate_batches(segments, trunk, boundary, batches, plan)
-    return EvalSummary(loss, math.exp(min(loss, 700.0)), tokens, "base" if base else "trained")
+    return EvalSummary(loss, math.exp(min(loss, 700.0)), tokens, "base" if base else "trained", rows)
+
+
+def rows_of(options: ClientOptions, state: ClientState | None, silo: Silo, *, everything: bool) -> Rows:
+    """What the rows to be evaluated are to the training.
+
+    Args:
+        options: With the files and the run folder.
+        state: Where this client's run in that folder stands; None if there is none.
+        silo: The opened files.
+        everything: All rows are wanted, not the held-out split.
+
+    Raises:
+        DataError: The held-out split is wanted, and these are other files: which rows are held out goes by their
+            number, so that of other files, or in another order, it may hold rows that were trained on.
+    """
+    if state is None:
+        return "all" if everything else "unchecked"
+    noted = ClientStore.data_of(options.run)
+    if noted.files_sha256:
+        same = noted == DataNote(files_sha256(options.data), silo.num_rows)
+    else:  # a run of an earlier version: what its place in the data remembers
+        same = state.data.get("data") == silo.fingerprint()
+    if everything:
+        return "all" if same else "all_of_other_files"
+    if not same:
+        raise DataError(
+            f"These are not the files that the run in {options.run} is trained on (in their order, with the --format, "
+            "--field and --skip-bad-rows of the training), so what was held out of it cannot be told from what was "
+            "trained on: give those files, or --all to evaluate every row of these."
+        )
+    return "held_out"
 
 
 def export_adapter(
@@ -146,6 +187,13 @@ def own_run(run: Path, key: RunKey) -> tuple[ClientState, Tensors]:
         ConfigError: The folder holds no run, or another one.
     """
     return _look(run, key, " With --base, the base model's own segments are used with the server's trunk.")
+
+
+def _run_if_any(run: Path, key: RunKey) -> tuple[ClientState, Tensors] | None:
+    try:
+        return ClientStore.look(run, key)
+    except FedseaError:
+        return None
 
 
 def _look(run: Path, key: RunKey, otherwise: str = "") -> tuple[ClientState, Tensors]:

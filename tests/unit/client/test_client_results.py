@@ -6,9 +6,12 @@ from pathlib import Path
 
 import pytest
 
-from fedsea.client.results import PartsWatch, check_steps
-from fedsea.client.state import ClientState
-from fedsea.errors import ConfigError
+from fedsea.client.options import ClientOptions
+from fedsea.client.results import PartsWatch, check_steps, rows_of
+from fedsea.client.state import ClientState, ClientStore, DataNote
+from fedsea.data.formats import DataFormat
+from fedsea.data.opening import files_sha256
+from fedsea.errors import ConfigError, DataError
 from fedsea.plan import FederationPlan, parse_plan
 
 RUN = Path("runs/a")
@@ -85,3 +88,66 @@ def test_every_version_of_the_trunk_that_was_not_trained_with_the_run_is_said_on
     said = [record.getMessage() for record in caplog.records]
     assert ["step 0:" in text for text in said] == [True, False]
     assert "is at step 3 and the server's trunk that answers here at step 6: these parts were not trained" in said[1]
+
+
+# --- whether rows were held out -----------------------------------------------------------------------------------
+
+
+class OpenedSilo:
+    """What is asked of a silo here."""
+
+    def __init__(self, num_rows: int = 5, fingerprint: int = 7) -> None:
+        self.num_rows = num_rows
+        self.fingerprint = lambda: fingerprint
+
+
+@pytest.fixture
+def files(tmp_path):
+    paths = tmp_path / "2024.jsonl", tmp_path / "2025.jsonl"
+    for path in paths:
+        path.write_text(f'{{"text": "{path.stem}"}}\n')
+    return paths
+
+
+@pytest.fixture
+def rows_evaluated(tmp_path, files):
+    """Which rows of some files are evaluated after a training on `files`; keywords as for `OpenedSilo`."""
+
+    def rows_evaluated(given, *, noted: bool = True, everything: bool = False, **silo: int) -> str:
+        note = DataNote(files_sha256(files), 5) if noted else DataNote()
+        store = ClientStore(tmp_path / "run", plan(), "run-1", "a", DataFormat(), note)
+        state = ClientState(data={"data": 7})
+        store.save(state, {})
+        store.close()
+        options = ClientOptions("", Path(), tuple(given), tmp_path / "run")
+        return rows_of(options, state, OpenedSilo(**silo), everything=everything)
+
+    return rows_evaluated
+
+
+def test_held_out_rows_are_those_of_the_files_of_the_training(files, rows_evaluated):
+    assert rows_evaluated(files) == "held_out"
+    assert rows_evaluated(files, everything=True) == "all"
+    assert rows_evaluated(files, noted=False) == "held_out"
+
+
+@pytest.mark.parametrize(
+    ("change", "silo"),
+    [
+        (lambda files: files[::-1], {}),
+        (lambda files: files[1:], {}),
+        (lambda files: files, {"num_rows": 4}),
+        (lambda files: files, {"noted": False, "fingerprint": 8}),
+    ],
+    ids=["another order", "fewer", "read otherwise", "a run of an earlier version"],
+)
+def test_held_out_rows_of_other_files_are_refused_unless_all_are_wanted(files, rows_evaluated, change, silo):
+    with pytest.raises(DataError, match=r"not the files .*in their order.*give those files, or --all"):
+        rows_evaluated(change(files), **silo)
+    assert rows_evaluated(change(files), everything=True, **silo) == "all_of_other_files"
+
+
+def test_without_a_run_nothing_says_which_rows_were_held_out(files):
+    options = ClientOptions("", Path(), files)
+    assert rows_of(options, None, OpenedSilo(), everything=False) == "unchecked"
+    assert rows_of(options, None, OpenedSilo(), everything=True) == "all"
