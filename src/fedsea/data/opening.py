@@ -110,14 +110,29 @@ def check_names(paths: Sequence[Path]) -> None:
     """
     if not paths:
         raise DataError("A silo needs at least one data file; name one.")
-    if len({path.absolute() for path in paths}) < len(paths):
-        raise DataError("A data file is named twice; its rows would count double.")
+    seen: dict[object, Path] = {}
+    for path in paths:
+        identity = _identity(path)
+        if identity in seen:
+            before = seen[identity]
+            names = "" if before == path else f", as {before} and as {path}"
+            raise DataError(f"A data file is named twice{names}; its rows would count double, so name it once.")
+        seen[identity] = path
     for path in paths:
         if path.suffix.lower() not in _OPENERS and not path.is_dir():
             raise DataError(
                 f"{path}: the ending {path.suffix!r} says no known kind of file; use {', '.join(_OPENERS)} "
                 "(a .json list becomes lines with `jq -c '.[]' rows.json > rows.jsonl`)."
             )
+
+
+def _identity(path: Path) -> object:
+    """The same for every name of a file: other spellings of its path, and links to it of both kinds."""
+    try:
+        stat = path.stat()
+    except OSError:
+        return path.absolute()  # whoever opens it says what is wrong with it
+    return stat.st_dev, stat.st_ino
 
 
 def files_sha256(files: Sequence[Path]) -> str:

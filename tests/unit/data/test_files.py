@@ -180,3 +180,13 @@ def test_no_file_and_the_same_file_twice_are_refused(write, tokenizer):
     for files, says in (([], "at least one"), ([path, path], "twice")):
         with pytest.raises(DataError, match=says):
             open_silo(files, tokenizer, DataSection(), seed=0)
+
+
+@pytest.mark.parametrize("name", ["sub/../silo.jsonl", "symbolic.jsonl", "hard.jsonl"])
+def test_the_same_file_under_another_name_is_refused(write, tokenizer, tmp_path, name):
+    path, other = write([{"text": "a"}]), tmp_path / name
+    (tmp_path / "sub").mkdir()
+    (tmp_path / "symbolic.jsonl").symlink_to(path)
+    (tmp_path / "hard.jsonl").hardlink_to(path)
+    with pytest.raises(DataError, match=f"named twice, as .*silo.jsonl and as .*{name}"):
+        open_silo([path, other], tokenizer, DataSection(), seed=0)
