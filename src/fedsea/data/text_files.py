@@ -6,7 +6,7 @@ import csv
 import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, ClassVar
 
 from fedsea.data.rows import MAX_ROW_BYTES, Int64s, Row, RowError, Stamp, Values
 from fedsea.errors import DataError
@@ -54,6 +54,46 @@ class _Lines:
             return raw.decode("utf-8")
         except UnicodeDecodeError:
             raise RowError("is not valid UTF-8; save the file as UTF-8 text") from None
+
+    def pass_record(self, position: int, line: int, delimiter: str) -> bool:
+        """Go behind the CSV record that begins at an offset, after so many lines, whatever is in it.
+
+        Returns:
+            Whether it ends; if not, the rest of the file is inside a quote.
+        """
+        self.position, self.line = self._file.seek(position), line
+        quotes = _Quotes(delimiter)
+        while raw := self._file.readline(MAX_ROW_BYTES):
+            self.position += len(raw)
+            quotes.take(raw)
+            if raw.endswith(b"\n"):
+                self.line += 1
+                if not quotes.open:
+                    return True
+        return not quotes.open
+
+
+class _Quotes:
+    """Whether a place in a CSV record is inside quotes, as `csv.reader` sees it; of any bytes, piece by piece."""
+
+    _AFTER_QUOTE: ClassVar = {"begin": "quoted", "plain": "plain", "quoted": "closed", "closed": "quoted"}
+
+    def __init__(self, delimiter: str) -> None:
+        self._delimiter = delimiter.encode()
+        self._state = "begin"  # of a field
+
+    @property
+    def open(self) -> bool:
+        """Whether a line break here would belong to a field."""
+        return self._state == "quoted"
+
+    def take(self, piece: bytes) -> None:
+        """The next bytes of the record."""
+        for number, part in enumerate(piece.split(b'"')):
+            if number:
+                self._state = self._AFTER_QUOTE[self._state]
+            if part and not self.open:
+                self._state = "begin" if part.endswith(self._delimiter) else "plain"
 
 
 class _LineFile:
@@ -168,6 +208,16 @@ def _with_faults(lines: _Lines) -> Iterator[tuple[int, str, str]]:
             yield before, "", str(error)
 
 
+class _ColumnsError(RowError):
+    """A record that was read whole has too many or too few columns."""
+
+
+def _csv_problem(error: csv.Error) -> str:
+    if "field limit" in str(error):
+        return f"has a field of more than {MAX_ROW_BYTES >> 20} MiB; split it"
+    return "is not valid CSV; check its quotes and line ends"
+
+
 class DelimitedText(_LineFile):
     """CSV or TSV with a header line; quoted fields may hold line breaks."""
 
@@ -193,13 +243,13 @@ class DelimitedText(_LineFile):
                 values = self._named(record)
             except StopIteration:
                 return
-            except RowError as error:
+            except _ColumnsError as error:
                 problem = str(error)
-            except csv.Error as error:
-                # The rest of the file is inside the quote: nothing is left that could be skipped to.
-                if "unexpected end" in str(error):
+            except (RowError, csv.Error) as error:
+                problem = str(error) if isinstance(error, RowError) else _csv_problem(error)
+                # The reader gave up within the record, whose remaining lines are no rows.
+                if not lines.pass_record(start, line - 1, self._delimiter):
                     raise DataError(f"{self.path}, line {line}: a quote is opened that is never closed.") from None
-                problem = "is not valid CSV; check its quotes and line ends"
             yield Row(line, start, lines.position - start, values, problem)
 
     def _read_header(self, records: Iterator[list[str]]) -> list[str]:
@@ -221,5 +271,5 @@ class DelimitedText(_LineFile):
 
     def _named(self, record: list[str]) -> Values:
         if len(record) != len(self._header):
-            raise RowError(f"has {len(record)} columns, the header has {len(self._header)}")
+            raise _ColumnsError(f"has {len(record)} columns, the header has {len(self._header)}")
         return dict(zip(self._header, record, strict=True))

@@ -13,6 +13,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from fedsea.data import open_silo
+from fedsea.data.text_files import _Quotes
 from fedsea.errors import DataError
 from fedsea.plan import DataSection
 
@@ -135,6 +136,46 @@ def test_bad_rows_are_skipped_and_counted_when_asked(silo, tokenizer, name, cont
     assert texts(opened, tokenizer) == ["a", "b"]
     assert opened.summary().num_bad == 3
     assert opened.summary().warnings() == ["3 malformed rows were skipped."]
+
+
+@pytest.mark.parametrize(
+    "bad",
+    [
+        b'"evil\n\xff\nfake text",3',
+        b'"evil\n\0\n""fake\n text",3',
+        b'"evil\n' + b"x" * 500 + b'\n"" fake, text\n",3',
+        b'"evil" x,"several\nfake text,3\n"',
+        b'"\xff",3',
+    ],
+    ids=["not UTF-8", "NUL", "too long", "bad quotes", "one line"],
+)
+def test_a_bad_csv_record_is_skipped_to_its_end_and_its_last_line_is_no_row(silo, tokenizer, monkeypatch, bad):
+    monkeypatch.setattr("fedsea.data.text_files.MAX_ROW_BYTES", 40)
+    opened = silo(b'text,n\na,1\n"b",2\n' + bad + b'\n"c",4\nd,5\n', "s.csv", on_bad_row="skip")
+    assert texts(opened, tokenizer) == ["a", "b", "c", "d"]
+    assert opened.summary().num_bad == 1
+
+
+def test_a_bad_csv_record_that_never_ends_leaves_nothing_to_skip_to(silo):
+    with pytest.raises(DataError, match=r"s\.csv, line 3: a quote is opened that is never closed"):
+        silo(b'text,n\na,1\n"b\n\xff\nfake,3\n', "s.csv", on_bad_row="skip")
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.lists(st.sampled_from(['"', ",", "x", "\n"]), max_size=12).map("".join), st.integers(1, 4))
+def test_a_record_is_passed_to_where_the_csv_reader_ends_it(content, piece):
+    ends = content.splitlines(keepends=True)
+    taken = iter(ends)
+    asked = []
+    next(csv.reader((asked.append(line) or line for line in taken), strict=False), None)
+    quotes = _Quotes(",")
+    for number, line in enumerate(ends, start=1):
+        for at in range(0, len(line), piece):
+            quotes.take(line[at : at + piece].encode())
+        if not quotes.open:
+            assert len(asked) == number
+            return
+    assert len(asked) == len(ends)
 
 
 def test_a_row_longer_than_the_limit_is_skipped_whole(silo, tokenizer, monkeypatch):
