@@ -13,7 +13,7 @@ import numpy as np
 from fedsea.data.encoding import Rewriter, RowEncoder
 from fedsea.data.formats import DataFormat, RowReader, resolve
 from fedsea.data.parquet_files import ParquetRows
-from fedsea.data.rows import Int64s, RowError, RowFile
+from fedsea.data.rows import Int64s, RowError, RowFile, Stamp
 from fedsea.data.shuffling import heldout_mask
 from fedsea.data.silo import RowIndex, Silo
 from fedsea.data.text_files import DelimitedText, JsonLines, PlainText
@@ -143,6 +143,7 @@ def files_sha256(files: Sequence[Path]) -> str:
     """
     whole = hashlib.sha256()
     for path in files:
+        Stamp.of(path)
         try:
             with path.open("rb") as file:
                 whole.update(hashlib.file_digest(file, "sha256").digest())

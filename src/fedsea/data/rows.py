@@ -6,6 +6,7 @@ import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from stat import S_ISDIR, S_ISREG
 from typing import Protocol
 
 import numpy as np
@@ -81,7 +82,7 @@ class Stamp:
         """The file as it is now.
 
         Raises:
-            DataError: It is missing, a folder, or not readable.
+            DataError: It is missing, a folder, a pipe or the like, or not readable.
         """
         try:
             stat = path.stat()
@@ -89,8 +90,10 @@ class Stamp:
             raise DataError(f"There is no data file {path}; check the name and the folder.") from None
         except OSError as error:
             raise DataError(f"{path} cannot be read: {error.strerror}.") from None
-        if path.is_dir():
+        if S_ISDIR(stat.st_mode):
             raise DataError(f"{path} is a folder; name the data files in it.")
+        if not S_ISREG(stat.st_mode):  # it may have no end, or nothing to read until somebody writes
+            raise DataError(f"{path} is a pipe or a device; write its rows into a file, and name that.")
         if not os.access(path, os.R_OK):
             raise DataError(f"{path} cannot be read: give this user the permission to read it.")
         return cls(stat.st_size, stat.st_mtime_ns)

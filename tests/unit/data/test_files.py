@@ -13,6 +13,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from fedsea.data import open_silo
+from fedsea.data.opening import files_sha256
 from fedsea.data.text_files import _Quotes
 from fedsea.errors import DataError
 from fedsea.plan import DataSection
@@ -231,3 +232,16 @@ def test_the_same_file_under_another_name_is_refused(write, tokenizer, tmp_path,
     (tmp_path / "hard.jsonl").hardlink_to(path)
     with pytest.raises(DataError, match=f"named twice, as .*silo.jsonl and as .*{name}"):
         open_silo([path, other], tokenizer, DataSection(), seed=0)
+
+
+@pytest.mark.parametrize("kind", ["pipe", "/dev/zero", "/dev/null"])
+def test_what_is_no_regular_file_is_refused_before_anything_is_read(tmp_path, tokenizer, kind):
+    path = tmp_path / "silo.jsonl"
+    if kind == "pipe":
+        os.mkfifo(path)
+    else:
+        path.symlink_to(kind)
+    with pytest.raises(DataError, match=r"silo\.jsonl is a pipe or a device; write its rows into a file"):
+        open_silo([path], tokenizer, DataSection(), seed=0)
+    with pytest.raises(DataError, match="is a pipe or a device"):
+        files_sha256([path])
