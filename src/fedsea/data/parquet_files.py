@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -33,12 +33,17 @@ class ParquetRows:
         self._kept: OrderedDict[int, Any] = OrderedDict()
 
     def scan(self, columns: Sequence[str] | None) -> Iterator[Row]:
-        """All rows in order, decoded a thousand at a time."""
+        """All rows in order, decoded a thousand at a time; for `None` one without values: all have its columns."""
         with self._open() as file:
+            names = self._names(file)
+            if columns is None:
+                if file.metadata.num_rows:
+                    yield Row(1, 0, 0, dict.fromkeys(names))
+                return
             groups = [file.metadata.row_group(i) for i in range(file.num_row_groups)]
             self._starts = np.cumsum([0, *(group.num_rows for group in groups)], dtype=np.int64)
             self._sizes = np.array([_text_bytes(group, columns) for group in groups], dtype=np.int64)
-            wanted = None if columns is None else [name for name in columns if name in file.schema_arrow.names]
+            wanted = [name for name in columns if name in names]
             number = 0
             for batch in self._batches(file, wanted):
                 for values, problem in _python_rows(batch):
@@ -81,7 +86,13 @@ class ParquetRows:
 
         return self._guarded(lambda: pq.ParquetFile(self.path))
 
-    def _batches(self, file: Any, columns: list[str] | None) -> Iterator[Any]:
+    def _names(self, file: Any) -> list[str]:
+        names: list[str] = self._guarded(lambda: file.schema_arrow.names)
+        if twice := sorted(name for name, count in Counter(names).items() if count > 1):
+            raise DataError(f"{self.path} has several columns named {', '.join(twice)}; name each once.")
+        return names
+
+    def _batches(self, file: Any, columns: list[str]) -> Iterator[Any]:
         batches = iter(file.iter_batches(batch_size=1024, columns=columns, use_threads=False))
         while (batch := self._guarded(lambda: next(batches, None))) is not None:
             yield batch
@@ -95,25 +106,27 @@ class ParquetRows:
             raise DataError(f"{self.path} is not a readable parquet file, or it is damaged; write it again.") from None
 
 
-def _text_bytes(group: Any, columns: Sequence[str] | None) -> int:
+def _text_bytes(group: Any, columns: Sequence[str]) -> int:
     parts = (group.column(i) for i in range(group.num_columns))
-    return sum(
-        part.total_uncompressed_size
-        for part in parts
-        if columns is None or part.path_in_schema.split(".")[0] in columns
-    )
+    return sum(part.total_uncompressed_size for part in parts if part.path_in_schema.split(".")[0] in columns)
 
 
 def _python_rows(batch: Any) -> Iterator[tuple[Values | None, str]]:
+    import pyarrow as pa
+
+    # What Python has no value for: a date behind the year 9999 (overflow), a time zone without a name here (lookup).
+    no_value = (ValueError, OverflowError, LookupError, pa.ArrowException)
     try:
         yield from ((values, "") for values in batch.to_pylist())
-    except UnicodeDecodeError:
+    except no_value:
         # The list is made before its first row is handed out, so no row has been seen yet.
         for i in range(batch.num_rows):
             try:
                 yield batch.slice(i, 1).to_pylist()[0], ""
             except UnicodeDecodeError:
                 yield None, "is not valid UTF-8"
+            except no_value:
+                yield None, "holds a value that is no text"
 
 
 def _size(value: object) -> int:

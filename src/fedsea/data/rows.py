@@ -54,7 +54,11 @@ class RowFile(Protocol):
     """What `Row.line` counts: "line" or "row"."""
 
     def scan(self, columns: Sequence[str] | None) -> Iterator[Row]:
-        """All rows in order, malformed ones included; `columns` are those that will be used (`None`: all)."""
+        """All rows in order, malformed ones included.
+
+        Args:
+            columns: Those that will be used; `None`: only which columns a row has will be looked at.
+        """
         ...
 
     def read(self, positions: Int64s, columns: Sequence[str]) -> Iterator[Values]:

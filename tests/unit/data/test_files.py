@@ -118,6 +118,41 @@ def test_parquet_text_that_is_not_utf8_is_named_by_row(silo, tmp_path):
         silo((tmp_path / "in.parquet").read_bytes(), "s.parquet")
 
 
+@pytest.fixture
+def parquet(silo, tmp_path):
+    """A silo of a parquet table."""
+
+    def parquet(table, **settings):
+        pq.write_table(table, tmp_path / "in.parquet")
+        return silo((tmp_path / "in.parquet").read_bytes(), "s.parquet", **settings)
+
+    return parquet
+
+
+NO_PYTHON_VALUE = [
+    pa.array([10**18, 1], pa.timestamp("us")),
+    pa.array([10**8, 1], pa.date32()),
+    pa.array([2, 1], pa.timestamp("us", tz="No/Where")),
+]
+
+
+@pytest.mark.parametrize("column", NO_PYTHON_VALUE, ids=["time", "date", "zone"])
+def test_parquet_columns_that_are_not_used_are_not_decoded(parquet, tokenizer, column):
+    assert texts(parquet(pa.table({"text": ["a", "b"], "created": column})), tokenizer) == ["a", "b"]
+
+
+@pytest.mark.parametrize("column", NO_PYTHON_VALUE, ids=["time", "date", "zone"])
+def test_a_parquet_value_that_python_cannot_hold_is_a_bad_row(parquet, column):
+    with pytest.raises(DataError, match=r"s\.parquet, row 1: the row holds a value that is no text"):
+        parquet(pa.table({"text": column}))
+
+
+def test_repeated_parquet_columns_are_refused_as_those_of_csv_are(parquet):
+    table = pa.table([pa.array(["a"]), pa.array(["b"])], names=["text", "text"])
+    with pytest.raises(DataError, match=r"s\.parquet has several columns named text; name each once"):
+        parquet(table)
+
+
 def test_a_damaged_parquet_file_is_refused(silo, tmp_path):
     pq.write_table(pa.table({"text": ["a"] * 100}), tmp_path / "in.parquet")
     with pytest.raises(DataError, match="damaged"):
