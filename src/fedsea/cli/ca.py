@@ -30,6 +30,8 @@ Hosts = Annotated[
 ]
 Json = Annotated[bool, typer.Option("--json", help="One JSON document, for scripts.")]
 _FOLDER = Path("ca")
+_TABLE_COLUMNS = 80
+"""What a table of certificates takes with whole serial numbers."""
 
 
 @app.command("init")
@@ -200,11 +202,17 @@ def list_(
 
 
 def _show_entries(entries: list[Entry], now: datetime) -> None:
-    """Two lines or more for each, so that names and serial numbers stay whole at 80 columns, to be copied."""
+    """Two lines or more for each, so that names and serial numbers stay whole, to be copied."""
     from rich.console import Console
     from rich.table import Table
     from rich.text import Text
 
+    console = Console()
+    if console.width < _TABLE_COLUMNS:  # no room for columns: the terminal breaks the lines, and cuts nothing
+        for entry in entries:
+            stands = f"{entry.role.value}, {entry.status(now)}, until {entry.not_after:%Y-%m-%d %H:%M} UTC"
+            typer.echo("\n".join((*entry.name.split(","), entry.serial, stands)))
+        return
     table = Table(box=None, padding=(0, 2, 0, 0))
     table.add_column("name, serial", overflow="fold")
     for heading in ("role", "status", "until (UTC)"):
@@ -213,7 +221,7 @@ def _show_entries(entries: list[Entry], now: datetime) -> None:
         until = f"{entry.not_after:%Y-%m-%d %H:%M}"
         names = Text(entry.name.replace(",", "\n")).append(f"\n{entry.serial}", style="dim")
         table.add_row(names, entry.role.value, entry.status(now), until)
-    Console().print(table)
+    console.print(table)
 
 
 @app.command("server")

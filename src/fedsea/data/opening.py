@@ -217,9 +217,10 @@ def _survey(silo: Silo, settings: DataSection) -> None:
             num_bytes += int(silo.index.sizes[chunk].sum())
             start += len(chunk)
         if not usable:
+            out = f" and {silo.num_heldout} of {silo.num_rows} rows held out" if silo.num_heldout else ""
             raise DataError(
                 f"No row of {_names(silo.index.files)} is left to train on "
-                f"with data.max_tokens = {settings.max_tokens}: " + " ".join(silo.summary().warnings())
+                f"with data.max_tokens = {settings.max_tokens}{out}: " + " ".join(silo.summary().warnings())
             )
 
 

@@ -107,7 +107,8 @@ class SiloSummary:
         sentences = {
             "malformed rows were skipped": self.num_bad,
             f"{read} were cut off at data.max_tokens": self.num_truncated,
-            f"{read} were dropped: they have nothing to learn (an empty text or completion)": self.num_empty,
+            f"{read} were dropped: they have nothing to learn (an empty text or completion, a chat without a turn of "
+            "the assistant)": self.num_empty,
             f"{read} were dropped: their prompt alone fills data.max_tokens": self.num_completion_lost,
             "assistant turns take no loss: the chat template renders them unlike the last turn": self.num_masked_turns,
         }

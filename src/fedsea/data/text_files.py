@@ -231,7 +231,7 @@ class DelimitedText(_LineFile):
         csv.field_size_limit(max(csv.field_size_limit(), MAX_ROW_BYTES))
         records = csv.reader(lines, delimiter=self._delimiter, strict=True)
         if lines.at_top:
-            self._header = self._read_header(records)
+            self._header = self._read_header(records, lines)
         while True:
             start, line = lines.position, lines.line + 1
             values: Values | None = None
@@ -252,21 +252,24 @@ class DelimitedText(_LineFile):
                     raise DataError(f"{self.path}, line {line}: a quote is opened that is never closed.") from None
             yield Row(line, start, lines.position - start, values, problem)
 
-    def _read_header(self, records: Iterator[list[str]]) -> list[str]:
+    def _read_header(self, records: Iterator[list[str]], lines: _Lines) -> list[str]:
         try:
-            header = [name.strip() for name in next(records, [])]
+            header = [name.strip() for name in next(filter(None, records), [])]
         except (csv.Error, RowError):
-            raise DataError(f"{self.path}, line 1: the header is not valid CSV in UTF-8; mend or replace it.") from None
+            raise DataError(
+                f"{self.path}, line {lines.line}: the header is not valid CSV in UTF-8; mend or replace it."
+            ) from None
+        where = f"{self.path}, line {lines.line}"
         if not header:
             raise DataError(f"{self.path} is empty; its first line must name the columns.")
         others = [mark for mark in _SEPARATORS if mark in header[0] and mark != self._delimiter]
         if len(header) == 1 and others:
             raise DataError(
-                f"{self.path}, line 1: one column found; is the separator {_SEPARATORS[others[0]]}? Save the file with "
-                "commas as .csv, or with tabs as .tsv."
+                f"{where}: one column found; is the separator {_SEPARATORS[others[0]]}? Save the file with commas as "
+                ".csv, or with tabs as .tsv."
             )
         if "" in header or len(set(header)) < len(header):
-            raise DataError(f"{self.path}, line 1: the header has empty or repeated column names; name each once.")
+            raise DataError(f"{where}: the header has empty or repeated column names; name each once.")
         return header
 
     def _named(self, record: list[str]) -> Values:

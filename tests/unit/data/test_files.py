@@ -63,6 +63,7 @@ def test_several_files_are_one_silo_in_the_order_given(write, tokenizer):
     [
         ("s.jsonl", '\ufeff{"text": "a"}\n\n  \n{"text": "b"}'),
         ("s.csv", "\ufefftext\r\na\r\n\r\nb\r\n"),
+        ("s.csv", "\n\r\ntext\na\nb\n"),
         ("s.tsv", "text\tn\na\t1\nb\t2"),
         ("s.txt", "\ufeffa\n\nb"),
     ],
@@ -239,9 +240,15 @@ def test_an_empty_file_is_refused_by_name(silo, name, content):
         silo(content, name)
 
 
-def test_an_empty_csv_is_refused_by_name(silo):
+@pytest.mark.parametrize("content", ["", "\n\n"])
+def test_an_empty_csv_is_refused_by_name(silo, content):
     with pytest.raises(DataError, match=r"s\.csv is empty"):
-        silo("", "s.csv")
+        silo(content, "s.csv")
+
+
+def test_a_silo_without_a_row_to_train_on_says_what_became_of_them(silo):
+    with pytest.raises(DataError, match=r"max_tokens = 512 and 1 of 3 rows held out: 2 of 2 rows .*turn of the assis"):
+        silo([{"messages": [{"role": "user", "content": "hi"}]}] * 3, holdout=0.2)
 
 
 @pytest.mark.parametrize(

@@ -147,6 +147,16 @@ def test_the_list_keeps_names_and_serials_whole_at_80_columns(fedsea, monkeypatc
     assert lines[5:7] == [["clinic", "client", "valid", *until], [listed(fedsea)["certificates"][1]["serial"]]]
 
 
+def test_the_list_keeps_names_and_serials_whole_where_there_is_no_room_for_a_table(fedsea, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "20")
+    host = "fedsea.hospital-network.example.org"
+    fedsea(f"ca init --host {host} --host localhost")
+    lines = fedsea("ca list").splitlines()
+    until = listed(fedsea)["certificates"][0]["not_after"].replace("T", " ")[:16]
+    assert lines[:3] == [host, "localhost", listed(fedsea)["certificates"][0]["serial"]]
+    assert lines[3] == f"server, valid, until {until} UTC"
+
+
 def test_the_server_is_renewed_for_the_same_hosts(fedsea):
     fedsea("ca init --host fedsea.example.org")
     assert "fedsea.example.org" in fedsea("ca server")
