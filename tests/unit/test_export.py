@@ -195,6 +195,21 @@ def test_fully_trained_parameters_replace_the_base_s(tmp_path: Path) -> None:
     assert all(torch.equal(written[name], tensors.get(name, original[name])) for name in written)
 
 
+def test_experts_that_were_trained_as_one_tensor_are_written_as_the_base_stores_them(tmp_path: Path) -> None:
+    checkpoint = save_base(tmp_path / "base", "glm4_moe")
+    model = base(checkpoint)
+    tensors = {name: p for name, p in model.named_parameters() if ".layers.2." in name or name.startswith("lm_head")}
+    assert any(name not in checkpoint.files for name in tensors)
+    with torch.no_grad():
+        for parameter in tensors.values():
+            parameter.add_(torch.randn_like(parameter) * 0.1)
+    settings = AdapterSection(output="full")
+    write_merged(tmp_path / "out", checkpoint, {n: p.detach() for n, p in tensors.items()}, settings, torch.float32)
+    merged = open_checkpoint(str(tmp_path / "out"))
+    assert merged.files.keys() == checkpoint.files.keys()
+    torch.testing.assert_close(logits(base(merged)), logits(model), rtol=0, atol=1e-5)
+
+
 @pytest.mark.parametrize("name", ["model.embed_tokens.weight", "lm_head.weight"])
 def test_one_trained_copy_of_a_tied_weight_is_written_apart(tmp_path: Path, name: str) -> None:
     checkpoint = save_base(tmp_path / "base", tie_word_embeddings=True)

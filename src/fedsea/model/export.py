@@ -12,7 +12,7 @@ import os
 import re
 import shutil
 import stat
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -123,6 +123,7 @@ def write_merged(
     modules = _modules(lora, settings, config)
     stored = set(names.model_name.values())
     untied = {head for head, twin in names.tied.items() if is_tied(config) and not full.keys().isdisjoint((head, twin))}
+    full = _as_stored(full, stored | untied, config)
     lost = sorted({f"{m}.weight" for m in modules} - stored | full.keys() - stored - untied)
     if lost:
         raise ConfigError(
@@ -173,6 +174,20 @@ class _Names:
         prefix = f"{model.base_model_prefix}."
         names = {name: prefix + name if name not in known and prefix + name in known else name for name in stored}
         return cls(names, dict(model.get_expanded_tied_weights_keys()) if is_tied(config) else {})
+
+
+def _as_stored(
+    full: Mapping[str, torch.Tensor], stored: Collection[str], config: PretrainedConfig
+) -> dict[str, torch.Tensor]:
+    """Fully trained parameters as the checkpoint has them: experts that are one tensor here may be many there."""
+    from transformers.core_model_loading import revert_weight_conversion
+
+    kept = {name: tensor for name, tensor in full.items() if name in stored}
+    if len(kept) == len(full):
+        return kept
+    model, _ = build(config, torch.float32)
+    others = {name: tensor for name, tensor in full.items() if name not in kept}
+    return kept | {name: tensor.clone() for name, tensor in revert_weight_conversion(model, others).items()}
 
 
 def _modules(tensors: Mapping[str, torch.Tensor], settings: AdapterSection, config: PretrainedConfig) -> frozenset[str]:
