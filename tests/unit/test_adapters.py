@@ -1,6 +1,7 @@
 """What `fedsea.model.adapters` promises: portable names, values that depend on seed and name alone, strict loading."""
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -17,6 +18,7 @@ from transformers import (
     PreTrainedModel,
 )
 
+from fedsea.client.setup import ClientOptions, open_base_model
 from fedsea.errors import ConfigError, NonFiniteError, ProtocolError
 from fedsea.model import adapters
 from fedsea.model.layout import blocks_of, linear_layers
@@ -311,6 +313,14 @@ def test_training_both_copies_of_a_tied_weight_is_refused() -> None:
         adapters.check_settings(llama(tie_word_embeddings=True), both)
     adapters.check_settings(llama(), both)
     adapters.check_settings(llama(tie_word_embeddings=True), AdapterSection(input="full"))
+
+
+def test_a_client_that_trains_alone_is_told_so_too(tmp_path: Path) -> None:
+    LlamaForCausalLM(llama(tie_word_embeddings=True)).save_pretrained(tmp_path)
+    sections = {"model": {"path": str(tmp_path)}, "adapter": {"input": "full", "output": "full"}}
+    plan = parse_plan({**sections, "clients": [{"name": "a"}]}).alone("a")
+    with pytest.raises(ConfigError, match="ties its embedding"):
+        open_base_model(plan, ClientOptions("", Path("identity")), "a")
 
 
 def test_lora_on_a_tied_head_is_refused() -> None:
