@@ -16,7 +16,7 @@ from fedsea.privacy.book import ANCHOR, FILE, Book
 from fedsea.types import Origin, Purpose
 from tests.unit.privacy.plans import noised
 
-PLAN = noised()
+PLAN = noised(clients=[{"name": "a"}, {"name": "b"}])
 
 
 def release(identity: Path, run: Path, *, own_run: bool = True, name: str = "a", run_id: str = "r") -> None:
