@@ -30,9 +30,11 @@ _HEAD = """\
 {globals}
 
 Results go to stdout; progress and the log go to stderr. On a terminal progress is a live display, elsewhere a plain
-line every few seconds. With `--json` a command shows no progress and ends in one JSON document on one line of stdout:
-its result, or `{{"error": {{"code": …, "message": …}}}}`. No output, log or error ever quotes text, tokens or tensor
-values, but for the answers that `fedsea generate`, `fedsea chat` and `fedsea quickstart` are there to give.
+line every few seconds. Where stdout is closed no command begins (exit code 2); where it cannot be written, as on a
+full disk, stderr says so (4, or the code of the error that could not be written). With `--json` a command shows no
+progress and ends in one JSON document on one line of stdout: its result, or
+`{{"error": {{"code": …, "message": …}}}}`. No output, log or error ever quotes text, tokens or tensor values, but for
+the answers that `fedsea generate`, `fedsea chat` and `fedsea quickstart` are there to give.
 
 `fedsea server` and `fedsea train` may be stopped with Ctrl-C or SIGTERM, or be killed: the same command goes on from
 the run folder. `FILES...` of `--data` takes several files, so a pattern of the shell works.

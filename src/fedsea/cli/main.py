@@ -34,7 +34,7 @@ from fedsea.cli import (
     status,
     train,
 )
-from fedsea.errors import FedseaError
+from fedsea.errors import ConfigError, FedseaError
 
 INTERRUPTED, TERMINATED, INTERNAL = 130, 143, 70
 """Exit codes besides those of the errors: Ctrl-C, SIGTERM, and an error that nobody foresaw."""
@@ -121,6 +121,14 @@ def run(arguments: Sequence[str]) -> int:
     Returns:
         The exit code.
     """
+    if sys.stdout is None:  # so says Python; the next file that is opened would get its number
+        output.tell("Error: Standard output is closed: send it to a file, or to /dev/null.")
+        return ConfigError.exit_code
+    with output.checked():
+        return _run(arguments)
+
+
+def _run(arguments: Sequence[str]) -> int:
     output.current = output.Invocation(as_json="--json" in arguments)
     os.environ.setdefault("GRPC_VERBOSITY", "NONE")  # its own lines on stderr say nothing that our errors do not
     if not any(name in os.environ for name in _WAITING):

@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
+import os
 import sys
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, TextIO
+from pathlib import Path
+from typing import Any, TextIO, cast
+
+from fedsea.errors import StorageError
+from fedsea.storage import storage_error
 
 
 @dataclass(slots=True)
@@ -65,11 +72,64 @@ def tell(sentence: str) -> None:
 
 
 def failure(code: str, message: str) -> None:
-    """An error: one sentence on stderr, or one JSON line on stdout."""
+    """An error: one JSON line on stdout, or one sentence on stderr, also where stdout cannot be written."""
     if current.as_json:
-        result({"error": {"code": code, "message": message}})
-    else:
-        tell(f"Error: {message}")
+        with contextlib.suppress(StorageError):
+            result({"error": {"code": code, "message": message}})
+            return
+    tell(f"Error: {message}")
+
+
+class _Checked:
+    """Stdout whose errors are sentences; after the first one it takes nothing more."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+        self._error: StorageError | None = None
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+    def write(self, text: str) -> int:
+        if self._error is not None:
+            raise self._error
+        with self._refused():
+            return self._stream.write(text)
+
+    def flush(self) -> None:
+        with self._refused():
+            self._stream.flush()
+
+    @contextlib.contextmanager
+    def _refused(self) -> Iterator[None]:
+        try:
+            yield
+        except BrokenPipeError:  # whoever reads has enough
+            _forget(self._stream)
+            raise
+        except OSError as error:
+            _forget(self._stream)
+            self._error = storage_error("write", Path("standard output"), error)
+            raise self._error from None
+
+
+def _forget(stream: TextIO) -> None:
+    """Send what a stream still holds nowhere, or the end of the process would fail once more."""
+    with contextlib.suppress(OSError):  # of a stream without a number
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, stream.fileno())
+        os.close(nowhere)
+
+
+@contextlib.contextmanager
+def checked() -> Iterator[None]:
+    """Within, whatever cannot be written to stdout is a `StorageError`, whoever writes it."""
+    stream = sys.stdout
+    sys.stdout = cast("TextIO", _Checked(stream))
+    try:
+        yield
+    finally:
+        sys.stdout = stream
 
 
 def _line(sentence: str, stream: TextIO) -> None:

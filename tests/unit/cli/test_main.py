@@ -216,6 +216,41 @@ def test_a_closed_pipe_is_no_trace(command: Callable[..., None], capsys: pytest.
     assert "Traceback" not in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("arguments", [["version"], ["--help"], ["probe", "--json"]])
+def test_a_result_that_cannot_be_written_is_one_sentence_and_exit_code_4(
+    arguments: list[str],
+    command: Callable[..., None],
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    if "probe" in arguments:
+        command(lambda: output.result({"ok": True}))
+    with Path("/dev/full").open("w") as stream:  # whose end fails if something is left for it
+        monkeypatch.setattr(sys, "stdout", stream)
+        assert main.run(arguments) == 4
+    said = capsys.readouterr().err
+    assert said == "Error: Cannot write standard output: the disk is full; free some space, then start again.\n"
+
+
+def test_an_error_that_cannot_be_written_to_stdout_is_on_stderr(
+    command: Callable[..., None], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    command(fail(DataError("No rows.")))
+    with Path("/dev/full").open("w") as stream:
+        monkeypatch.setattr(sys, "stdout", stream)
+        assert main.run(["probe", "--json"]) == 3
+    assert capsys.readouterr().err == "Error: No rows.\n"
+
+
+def test_nothing_is_begun_where_stdout_is_closed(
+    command: Callable[..., None], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    command(fail(AssertionError()))
+    monkeypatch.setattr(sys, "stdout", None)
+    assert main.run(["probe", "--json"]) == 2
+    assert capsys.readouterr().err == "Error: Standard output is closed: send it to a file, or to /dev/null.\n"
+
+
 @pytest.mark.parametrize("arguments", [["nonsense"], ["train", "--nonsense"], ["--log-level", "loud", "version"]])
 def test_a_wrong_command_line_is_exit_code_2(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     assert main.run(arguments) == 2
