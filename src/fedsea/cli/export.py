@@ -62,4 +62,7 @@ def export(
     elif merged:
         output.say(f"Wrote the merged model to {out}; load it with AutoModelForCausalLM.from_pretrained.")
     else:
-        output.say(f"Wrote the adapter to {out}; load it with PeftModel.from_pretrained(base, {str(out)!r}).")
+        output.say(
+            f"Wrote the adapter to {out}; load it with PeftModel.from_pretrained(base, {str(out)!r}), "
+            "over the base model in the plan's model.dtype."
+        )

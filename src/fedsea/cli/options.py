@@ -93,14 +93,14 @@ def need_server(server: str | None) -> str:
 
 
 def need_identity(folder: Path) -> None:
-    """Whether there is an identity that can be used.
+    """Whether there is an identity that a client can use.
 
     Raises:
-        FedseaError: There is none; the message says what is missing.
+        FedseaError: There is none, or it is a server's; the message says what is missing.
     """
-    from fedsea.wire.identity import Identity
+    from fedsea.wire.identity import Identity, Role
 
-    Identity.load(folder)
+    Identity.load(folder).check_role(Role.CLIENT)
 
 
 def need_run(folder: Path, otherwise: str = " With --base, the base model's own segments are used.") -> None:

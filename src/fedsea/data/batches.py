@@ -96,7 +96,8 @@ class BatchStream:
         if state["data"] != here["data"] or state["seed"] != here["seed"]:
             raise DataError(
                 "The saved data position belongs to other data files, another seed or other data settings: "
-                "put the files and settings of the interrupted run back, or start a new run."
+                "put the files and settings of the interrupted run back, or start a new run (a new --run folder at the "
+                "server and at every client)."
             )
         if min(state["epoch"], state["row"], state["sequence"]) < 0 or state["row"] >= self._silo.num_train:
             raise DataError("The saved data position is damaged; go back to an older checkpoint.")

@@ -29,7 +29,7 @@ from fedsea.server.state import RunState, ServerStore
 from fedsea.storage import check_new_folder, write_bytes_atomic
 from fedsea.types import BlockRange, SegmentKind
 from fedsea.wire.identity.authority import Authority
-from fedsea.wire.identity.certificates import utc_now
+from fedsea.wire.identity.certificates import Role, utc_now
 from fedsea.wire.identity.identity import Identity, needs_renewal
 from fedsea.wire.identity.peers import PeerGate
 from fedsea.wire.identity.signing import CertificateVerifier
@@ -148,6 +148,7 @@ def serve(options: ServerOptions, watch: Watcher | None = None) -> None:
     plan = load_plan(options.plan)
     log.info("loading the trunk of %s", plan.model.path)
     identity = Identity.load(options.identity)
+    identity.check_role(Role.SERVER)
     gate = PeerGate(options.ca, plan.client_names)
     checkpoint = open_checkpoint(plan.model.path, plan.model.revision)
     plan = resolve(plan, checkpoint)

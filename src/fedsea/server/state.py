@@ -67,8 +67,9 @@ class RunState:
         # its folder itself if not (`ClientStore.restore`).
         if join.prepared_step != outcome.step:
             raise ProtocolError(
-                f"Client {name} is at step {join.next_step}, but took part in step {outcome.step} already: its run "
-                "folder is older than the run. Restore the newest run folder at that client."
+                f"Client {name} took part in step {outcome.step} of this run already, which its run folder does not "
+                "know: another --run folder was given, or an older copy of it, or another process of this client "
+                "trains. Go on with the newest run folder at that client; a new run needs a new one at the server, too."
             )
 
 

@@ -6,8 +6,9 @@ import asyncio
 
 import pytest
 
-from fedsea.errors import FedseaError, StorageError
-from fedsea.server.run import _beside
+from fedsea.cli import options
+from fedsea.errors import AuthError, FedseaError, StorageError
+from fedsea.server.run import ServerOptions, _beside, serve
 
 
 async def forever() -> None:
@@ -56,3 +57,15 @@ def test_the_works_own_error_is_its_own():
 
     with pytest.raises(StorageError, match="disk is full"):
         asyncio.run(asyncio.wait_for(_beside(work(), forever()), 5.0))
+
+
+def test_an_identity_is_used_as_what_it_is(identities, base_model, tmp_path):
+    plan = tmp_path / "plan.toml"
+    plan.write_text(f"[model]\npath = {str(base_model)!r}\n[[clients]]\nname = 'a'\n")
+    given = ServerOptions(plan, "127.0.0.1:0", identity=identities / "a", ca=identities / "ca", run=tmp_path / "run")
+    with pytest.raises(AuthError, match=r"identity of the client a, not of a server.*fedsea ca server"):
+        serve(given)
+    assert not given.run.exists()
+    with pytest.raises(AuthError, match=r"identity of the server .*, not of a client.*fedsea enroll"):
+        options.need_identity(identities / "server")
+    options.need_identity(identities / "a")

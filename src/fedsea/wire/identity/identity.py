@@ -90,6 +90,19 @@ class Identity:
         check_certificate(certificate, ca, clock())
         return cls._of(folder, key_pem, certificate, ca)
 
+    def check_role(self, role: Role) -> None:
+        """Refuse to be used as what this identity is not.
+
+        Raises:
+            AuthError: It has another role.
+        """
+        if self.role is not role:
+            way = "`fedsea ca server`" if role is Role.SERVER else "`fedsea enroll`"
+            raise AuthError(
+                f"{self.folder} holds the identity of the {self.role.value} {self.name}, not of a {role.value}: give "
+                f"the folder that {way} made (--identity)."
+            )
+
     @classmethod
     def _of(cls, folder: Path, key_pem: bytes, certificate: x509.Certificate, ca: x509.Certificate) -> Self:
         role = certs.role_of(certificate)
