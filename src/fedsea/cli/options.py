@@ -92,15 +92,15 @@ def need_server(server: str | None) -> str:
     return server
 
 
-def need_identity(folder: Path) -> None:
-    """Whether there is an identity that a client can use.
+def need_identity(folder: Path, role: str = "client") -> None:
+    """Whether there is an identity that a client, or a server, can use.
 
     Raises:
-        FedseaError: There is none, or it is a server's; the message says what is missing.
+        FedseaError: There is none, or it is another's; the message says what is missing.
     """
     from fedsea.wire.identity import Identity, Role
 
-    Identity.load(folder).check_role(Role.CLIENT)
+    Identity.load(folder).check_role(Role(role))
 
 
 def need_run(folder: Path, otherwise: str = " With --base, the base model's own segments are used.") -> None:

@@ -90,7 +90,7 @@ def server(
     display = ServerDisplay(load_plan(plan), quiet=silent)
     check_listen(listen)
     o.need_device(device)
-    o.need_identity(identity or ca / "server")
+    o.need_identity(identity or ca / "server", "server")
     log.info("starting: loading torch, which takes some seconds")
     from fedsea.server.run import ServerOptions, serve
 

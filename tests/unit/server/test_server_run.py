@@ -69,3 +69,4 @@ def test_an_identity_is_used_as_what_it_is(identities, base_model, tmp_path):
     with pytest.raises(AuthError, match=r"identity of the server .*, not of a client.*fedsea enroll"):
         options.need_identity(identities / "server")
     options.need_identity(identities / "a")
+    options.need_identity(identities / "server", "server")
