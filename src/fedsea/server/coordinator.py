@@ -179,9 +179,9 @@ class Coordinator:
                 raise ProtocolError(f"A client may not send {type(message).__name__} here.")
 
     def _evaluated(self, name: str, reply: Answer, answer: m.Message) -> None:
-        reply(answer)
-        self._evaluating[name] -= 1
+        self._evaluating[name] -= 1  # first: it is over, whatever becomes of the answer
         self._note_waiting()
+        reply(answer)
 
     def receive(self, name: str, message: m.Message) -> None:
         """Take a message of a client that trains.
