@@ -63,11 +63,10 @@ class Run:
         self._running: dict[str, subprocess.Popen[bytes]] = {}
         self._names = [f"client-{number}" for number in range(len(args.silos))]
         folder.mkdir()
-        identities = make_identities(folder / "identities", tuple(self._names))
+        self._identities = make_identities(folder / "identities", tuple(self._names))
         shape = PLAN.format(model=repr(str(args.model)), rounds=ROUNDS, steps=args.steps // ROUNDS)
         clients = "".join(f'[[clients]]\nname = "{name}"\n' for name in self._names)
         (folder / "plan.toml").write_text(shape + clients)
-        self._identities = identities
 
     def start(self, name: str, port: str = "0") -> None:
         """Start the server or a client as a command."""
