@@ -73,6 +73,7 @@ def train(
         retry_for=retry_for,
         skip_bad_rows=skip_bad_rows,
     )
+    _check_rows(settings_given)
     summary = _run(settings_given, plan, name, kept, silent=silent)
     if as_json:
         output.result(asdict(summary))
@@ -95,6 +96,14 @@ def _check_alone(plan: Path | None, name: str | None, *, alone: bool) -> None:
         from fedsea.plan import load_plan
 
         load_plan(plan).alone(name)
+
+
+def _check_rows(options: ClientOptions) -> None:
+    """Say what is wrong with the first row before the libraries are loaded, which takes seconds."""
+    from fedsea.data.opening import check_beginning
+
+    if options.data:
+        check_beginning(options.data, options.data_format, skip_bad=options.skip_bad_rows)
 
 
 class _Kept:

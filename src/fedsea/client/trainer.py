@@ -137,6 +137,8 @@ class Trainer:
             known = {n.removeprefix(_KNOWN): t.clone() for n, t in tensors.items() if n.startswith(_KNOWN)}
             self._reference = known if keeps else {}
             self._releases.resume(self.store.state.updates)
+            if next_step := self.store.state.next_step:
+                log.info("going on after step %d of %d", next_step, self.plan.num_steps)
 
     def _tensors(self) -> dict[str, torch.Tensor]:
         return self.segments.tensors() | {f"{_KNOWN}{name}": tensor for name, tensor in self._reference.items()}

@@ -18,6 +18,7 @@ _ROLES: Mapping[str, tuple[str, ...]] = {
     "chat": ("messages", "role", "content"),
 }
 _OPTIONAL = ("input", "role", "content")
+_NAMING = "name yours by role with --field ROLE=COLUMN"
 
 
 @dataclass(frozen=True)
@@ -181,7 +182,7 @@ class RowReader:
 def _text(values: Values, column: str) -> str:
     value = values.get(column)
     if value is None:
-        raise RowError(f"has nothing in {column!r}; every row needs what the first row has (set other names by role)")
+        raise RowError(f"has nothing in {column!r}; every row needs what the first row has")
     if not isinstance(value, str):
         raise RowError(f"must have text in {column!r}, not a value of type {type(value).__name__}")
     if "\0" in value:
@@ -210,9 +211,13 @@ def resolve(wanted: DataFormat, columns: Sequence[str]) -> RowReader:
             return RowReader(shape.name, required, tuple(sorted(names, key=lambda name: name not in columns)))
     if wanted.name != "auto":
         needed = " or ".join(_described(shape) for shape in _SHAPES if shape.name == wanted.name)
-        raise RowError(f"has no columns of the format {wanted.name}: {needed}; name yours by role in the data format")
+        raise RowError(
+            f"has no columns of the format {wanted.name}: {needed}; name yours by role with --field ROLE=COLUMN"
+        )
     needed = "; ".join(_described(shape) for shape in _SHAPES)
-    raise RowError(f"has the columns of no known format ({needed}); rename columns, or name yours by role")
+    raise RowError(
+        f"has the columns of no known format ({needed}); rename columns, or name yours by role with --field ROLE=COLUMN"
+    )
 
 
 def _described(shape: _Shape) -> str:
@@ -237,9 +242,9 @@ def _resolve_named(wanted: DataFormat, columns: Sequence[str]) -> RowReader:
         names = [candidate for shape in _SHAPES if shape.name == name for candidate in shape.required[role]]
         required[role] = fields.get(role) or _first(names, columns)
         if not required[role]:
-            raise RowError(f"has no column for the role {role!r}; name it in the data format")
+            raise RowError(f"has no column for the role {role!r}; name it with --field {role}=COLUMN")
         if required[role] not in columns:
-            raise RowError(f"has no column {required[role]!r}, which the data format names")
+            raise RowError(f"has no column {required[role]!r}, which --field or the data format names")
     if name == "chat":
         return RowReader(name, required, keys=(fields.get("role", "role"), fields.get("content", "content")))
     return RowReader(name, required, (fields["input"],) if "input" in fields else ())

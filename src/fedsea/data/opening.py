@@ -15,7 +15,7 @@ from fedsea.data.formats import DataFormat, RowReader, resolve
 from fedsea.data.parquet_files import ParquetRows
 from fedsea.data.rows import Int64s, RowError, RowFile, Stamp
 from fedsea.data.shuffling import heldout_mask
-from fedsea.data.silo import RowIndex, Silo
+from fedsea.data.silo import RowIndex, Silo, bad_row
 from fedsea.data.text_files import DelimitedText, JsonLines, PlainText
 from fedsea.data.tokenizer import beginning_of
 from fedsea.errors import DataError
@@ -126,6 +126,32 @@ def check_names(paths: Sequence[Path]) -> None:
             )
 
 
+def check_beginning(files: Sequence[Path], format: DataFormat | None = None, *, skip_bad: bool = False) -> None:
+    """What the first rows of a silo tell, before anything else is loaded.
+
+    Args:
+        files: As for `open_silo`.
+        format: Likewise.
+        skip_bad: Whether malformed rows are skipped.
+
+    Raises:
+        DataError: There is no row, the first one is malformed, or its columns are of no known format.
+        ConfigError: The format's fields make no sense.
+    """
+    opened = _open_files([Path(file) for file in files])
+    first = next(((file, row) for file in opened for row in file.scan(None)), None)
+    if first is None:
+        raise _no_row(opened)
+    file, row = first
+    if row.values is None and not skip_bad:
+        raise bad_row(f"{file.path}, {file.unit} {row.line}", row.problem)
+    _recognise(opened, format or DataFormat())
+
+
+def _no_row(files: Sequence[RowFile], skipped: str = "") -> DataError:
+    return DataError(f"There is no row in {_names(files)}{skipped}; a silo needs text to train on.")
+
+
 def _identity(path: Path) -> object:
     """The same for every name of a file: other spellings of its path, and links to it of both kinds."""
     try:
@@ -183,7 +209,7 @@ def _index(files: tuple[RowFile, ...], reader: RowReader, *, skip: bool) -> tupl
                     problem = str(error)
             if problem:
                 if not skip:
-                    raise DataError(f"{file.path}, {file.unit} {row.line}: the row {problem}.")
+                    raise bad_row(f"{file.path}, {file.unit} {row.line}", problem)
                 num_bad += 1
                 continue
             for name, value in zip(places, (number, row.position, row.line, row.size), strict=True):
@@ -191,7 +217,7 @@ def _index(files: tuple[RowFile, ...], reader: RowReader, *, skip: bool) -> tupl
     found = {name: np.array(values, dtype=np.int64) for name, values in places.items()}
     if not found["positions"].size:
         bad = f" ({num_bad} malformed rows were skipped)" if num_bad else ""
-        raise DataError(f"There is no row in {_names(files)}{bad}; a silo needs text to train on.")
+        raise _no_row(files, bad)
     return RowIndex(files, blocks=_blocks(files, found), **found), num_bad
 
 

@@ -23,6 +23,11 @@ CHUNK_BYTES = 4 << 20
 """Rows that are read and tokenised together: at most so many, and about so much text."""
 
 
+def bad_row(place: str, problem: str) -> DataError:
+    """The error for a malformed row, where such rows are not skipped."""
+    return DataError(f"{place}: the row {problem}. Mend it, or leave such rows out with --skip-bad-rows.")
+
+
 @dataclass(frozen=True)
 class RowIndex:
     """Where the good rows of all files are.
@@ -238,7 +243,7 @@ class Silo:
 
     def _note(self, row: int, item: EncodedRow) -> None:
         if item.fate is RowFate.BAD and not self._skip_bad:
-            raise DataError(f"{self.index.place(row)}: the row {item.problem}.")
+            raise bad_row(self.index.place(row), item.problem)
         if self._fates[row] == RowFate.UNREAD:
             self._fates[row] = item.fate
             self._totals["sequences"] += len(item.sequences)

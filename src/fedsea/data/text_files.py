@@ -156,6 +156,8 @@ def _json_object(text: str) -> Values:
     try:
         values = json.loads(text)
     except json.JSONDecodeError as error:
+        if (inner := text.strip()).startswith("{") and not inner.endswith("}"):
+            raise RowError("ends within its JSON object; each line must hold one whole object") from None
         # Not `error.msg`: it may quote a character of the text.
         raise RowError(f"is not valid JSON (column {error.colno}); each line must be one JSON object") from None
     except (ValueError, RecursionError):

@@ -50,7 +50,7 @@ def files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """In the working folder, which is empty otherwise: what the command lines name."""
     monkeypatch.chdir(tmp_path)
     for name in ("a.csv", "b.csv"):
-        (tmp_path / name).write_text("text\n")
+        (tmp_path / name).write_text("question,answer\na,b\n")
     (tmp_path / "s.toml").write_text("[limits]\n")
 
 

@@ -31,7 +31,7 @@ def nothing_loads(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
         monkeypatch.delattr(f"fedsea.{name}", raising=False)
     monkeypatch.setitem(sys.modules, "fedsea.audit.report", None)
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "a.csv").write_text("text\n")
+    (tmp_path / "a.csv").write_text("text\na\n")
     (tmp_path / "plan.toml").write_text(toml({"model": {"path": "m"}, "clients": [{"name": "a"}]}))
 
 

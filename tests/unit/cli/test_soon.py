@@ -22,6 +22,8 @@ for arguments in json.loads(sys.argv[1]):
 
 _WITH_SERVER = ("train", "eval", "generate", "chat", "gateway", "export", "status", "doctor")
 
+_ALONE = ("train", "--alone", "--plan", "plan.toml", "--name", "a", "--data")
+
 _WRONG: dict[str, tuple[int, list[str], str]] = {
     **{f"address of {name}": (2, [name, "--server", "nonsense"], "write HOST:PORT") for name in _WITH_SERVER},
     "port": (2, ["train", "--server", "h:70000"], "1 to 65535"),
@@ -40,6 +42,10 @@ _WRONG: dict[str, tuple[int, list[str], str]] = {
         ["train", "--alone", "--data", "a.csv", "--plan", "plan.toml", "--name", "nobody"],
         "no client 'nobody': name one that it has (a).",
     ),
+    "empty silo": (3, [*_ALONE, "a.csv"], "There is no row in a.csv"),
+    "cut-off row": (3, [*_ALONE, "cut.jsonl"], "cut.jsonl, line 1: the row ends within its JSON object"),
+    "skipped row": (3, [*_ALONE, "cut.jsonl", "--skip-bad-rows"], "cut.jsonl, line 2: the row has the columns of no"),
+    "role": (3, [*_ALONE, "cut.jsonl", "--skip-bad-rows", "--format", "text"], "with --field ROLE=COLUMN"),
     **{f"run of {name}": (2, [name, "--server", "h:1", "--run", "r"], "no folder r") for name in ("chat", "export")},
     "identity of chat": (2, ["chat", "--server", "h:1", "--base"], "no file identity/ca.pem"),
     "drafter": (2, ["chat", "--server", "h:1", "--drafter", "x"], "--drafter"),
@@ -73,6 +79,7 @@ def told(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[int, list[
     """Exit code, heavy modules that are loaded by then, and what was said, of each; all in one process."""
     folder = tmp_path_factory.mktemp("soon")
     (folder / "a.csv").write_text("text\n")
+    (folder / "cut.jsonl").write_text('{"text": "cut\n{"body": "b"}\n')
     (folder / "plan.toml").write_text(toml({"model": {"path": "m"}, "clients": [{"name": "a"}]}))
     asked = json.dumps([arguments for _, arguments, _ in _WRONG.values()])
     found = subprocess.run(

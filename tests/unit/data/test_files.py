@@ -75,7 +75,9 @@ def test_byte_order_marks_blank_lines_and_missing_last_line_ends_are_allowed(sil
 @pytest.mark.parametrize(
     ("name", "content", "line", "says"),
     [
-        ("s.jsonl", '{"text": "a"}\n\n{"text": "xyzzy-secret\n', 3, "not valid JSON"),
+        ("s.jsonl", '{"text": "a"}\n\n{"text": "xyzzy-secret\n', 3, "ends within its JSON object"),
+        ("s.jsonl", '{"text": "a"}\n{"text" "xyzzy-secret"}\n', 2, r"not valid JSON \(column 9\)"),
+        ("s.jsonl", '{"text": "a"}\nxyzzy-secret\n', 2, r"not valid JSON \(column 1\)"),
         ("s.jsonl", '{"text": "a"}\n"xyzzy-secret"\n', 2, "not a JSON object"),
         ("s.jsonl", '{"text": "a"}\n{"other": "xyzzy-secret"}\n', 2, "nothing in 'text'"),
         ("s.jsonl", '{"text": "a"}\n{"text": ["xyzzy-secret"]}\n', 2, "type list"),
