@@ -167,6 +167,10 @@ def figures(args: argparse.Namespace, both: dict[str, Federation], num_clients: 
                 key: sum(turn.server_probes[key][0] for turn in turns) / client_steps for key in server_phases
             },
         }
+    batched = result["batched"]
+    cpu_s_per_token = (batched["client_cpu_s_per_1000_tokens"] + batched["server_cpu_s_per_1000_tokens"]) / 1000
+    most_tokens_per_s = (os.cpu_count() or 1) / cpu_s_per_token
+    result["most_on_these_cores"] = most_tokens_per_s / result["sequential"]["tokens_per_s"]
     return result
 
 
