@@ -14,7 +14,7 @@ from starlette.requests import ClientDisconnect
 from fedsea.client.gateway.errors import Closing
 from fedsea.client.gateway.metrics import GatewayMetrics
 from fedsea.client.gateway.requests import Choice
-from fedsea.client.gateway.work import Means, Work, Workers
+from fedsea.client.gateway.work import Means, Work, Workers, _Running
 from fedsea.client.generation import GenerationSettings
 from fedsea.errors import CapacityError, FedseaError, SessionLost
 
@@ -81,6 +81,20 @@ def test_who_is_cancelled_while_waiting_leaves_the_line_at_once() -> None:
         assert (line.count("running"), line.count("waiting"), line.count("cancelled_total")) == (0, 0, 1)
 
     run(test())
+
+
+def test_an_answer_that_fails_is_over_before_anybody_hears_of_it() -> None:
+    line, told = Line(), []
+
+    def deliver(event: object) -> None:
+        told.append(event)
+        one.cancel()  # who has asked goes away at once
+
+    one = _Running(Choice(0, (1,), GenerationSettings(max_new_tokens=2), ()), False, deliver)
+    line.gate.open_for.release()
+    one.run(Means(line.gate, None, None, line.metrics))
+    assert [str(event) for event in told] == ["asked for 3"]
+    assert line.count("cancelled_total") == 0
 
 
 def test_a_request_with_several_choices_leaves_with_all_of_them() -> None:

@@ -250,11 +250,12 @@ class _Running:
     def _opened(self, decoder: SplitDecoder) -> Iterator[Sequences | None]:
         """A sequence that `cancel` knows of; None if it was cancelled before."""
         length = len(self._choice.prompt) + self._choice.settings.max_new_tokens
-        sequences = None if self._cancelled else decoder.open(length)
-        with self._lock:
-            self._sequences = sequences
-            wanted = not self._cancelled
+        sequences: Sequences | None = None
         try:
+            sequences = None if self._cancelled else decoder.open(length)
+            with self._lock:
+                self._sequences = sequences
+                wanted = not self._cancelled
             yield sequences if wanted else None
         finally:
             with self._lock:
