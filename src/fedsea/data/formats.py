@@ -211,13 +211,9 @@ def resolve(wanted: DataFormat, columns: Sequence[str]) -> RowReader:
             return RowReader(shape.name, required, tuple(sorted(names, key=lambda name: name not in columns)))
     if wanted.name != "auto":
         needed = " or ".join(_described(shape) for shape in _SHAPES if shape.name == wanted.name)
-        raise RowError(
-            f"has no columns of the format {wanted.name}: {needed}; name yours by role with --field ROLE=COLUMN"
-        )
+        raise RowError(f"has no columns of the format {wanted.name}: {needed}; {_NAMING}")
     needed = "; ".join(_described(shape) for shape in _SHAPES)
-    raise RowError(
-        f"has the columns of no known format ({needed}); rename columns, or name yours by role with --field ROLE=COLUMN"
-    )
+    raise RowError(f"has the columns of no known format ({needed}); rename columns, or {_NAMING}")
 
 
 def _described(shape: _Shape) -> str:

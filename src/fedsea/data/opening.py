@@ -13,7 +13,7 @@ import numpy as np
 from fedsea.data.encoding import Rewriter, RowEncoder
 from fedsea.data.formats import DataFormat, RowReader, resolve
 from fedsea.data.parquet_files import ParquetRows
-from fedsea.data.rows import Int64s, RowError, RowFile, Stamp
+from fedsea.data.rows import Int64s, Row, RowError, RowFile, Stamp
 from fedsea.data.shuffling import heldout_mask
 from fedsea.data.silo import RowIndex, Silo, bad_row
 from fedsea.data.text_files import DelimitedText, JsonLines, PlainText
@@ -99,7 +99,7 @@ def texts_of(files: Sequence[Path], format: DataFormat | None = None) -> Iterato
     for file in opened:
         for row in file.scan(reader.columns):
             if row.values is not None:
-                yield f"{file.path}, {file.unit} {row.line}", reader.all_texts(row.values)
+                yield _place(file, row), reader.all_texts(row.values)
 
 
 def check_names(paths: Sequence[Path]) -> None:
@@ -144,8 +144,13 @@ def check_beginning(files: Sequence[Path], format: DataFormat | None = None, *, 
         raise _no_row(opened)
     file, row = first
     if row.values is None and not skip_bad:
-        raise bad_row(f"{file.path}, {file.unit} {row.line}", row.problem)
+        raise bad_row(_place(file, row), row.problem)
     _recognise(opened, format or DataFormat())
+
+
+def _place(file: RowFile, row: Row) -> str:
+    """As `RowIndex.place`, of a row that is in no index yet."""
+    return f"{file.path}, {file.unit} {row.line}"
 
 
 def _no_row(files: Sequence[RowFile], skipped: str = "") -> DataError:
@@ -191,7 +196,7 @@ def _recognise(files: Sequence[RowFile], wanted: DataFormat) -> RowReader:
             try:
                 return resolve(wanted, tuple(row.values))
             except RowError as error:
-                raise DataError(f"{file.path}, {file.unit} {row.line}: the row {error}.") from None
+                raise DataError(f"{_place(file, row)}: the row {error}.") from None
     # No good row anywhere: with the wanted format's own names, the scan that follows says what is wrong.
     return RowReader("text", {"text": "text"})
 
@@ -209,7 +214,7 @@ def _index(files: tuple[RowFile, ...], reader: RowReader, *, skip: bool) -> tupl
                     problem = str(error)
             if problem:
                 if not skip:
-                    raise bad_row(f"{file.path}, {file.unit} {row.line}", problem)
+                    raise bad_row(_place(file, row), problem)
                 num_bad += 1
                 continue
             for name, value in zip(places, (number, row.position, row.line, row.size), strict=True):
