@@ -1,12 +1,10 @@
-"""Who decodes, told what by lines of JSON: a client of fedsea, and transformers' `generate` with the whole model.
+"""Who decodes, told what by orders: a client of fedsea, and transformers' `generate` with the whole model.
 
-Both answer every order with one line. Prompts are token ids; answers are greedy and of a fixed length.
+Both answer every order. Prompts are token ids; answers are greedy and of a fixed length.
 """
 
 from __future__ import annotations
 
-import json
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -14,13 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-
-
-def orders() -> Iterator[dict[str, Any]]:
-    """What to do, until stdin ends."""
-    for line in sys.stdin:
-        yield json.loads(line)
-
 
 # --- split ------------------------------------------------------------------------------------------------------------
 
@@ -175,7 +166,7 @@ class Split:
         return up - before[0], down - before[1]
 
 
-def split(settings: dict[str, Any], tell: Callable[..., None]) -> None:
+def split(settings: dict[str, Any], orders: Iterator[dict[str, Any]], tell: Callable[..., None]) -> None:
     """A client's process."""
     from fedsea.client.inference import open_decoder
     from fedsea.client.setup import ClientOptions
@@ -191,7 +182,7 @@ def split(settings: dict[str, Any], tell: Callable[..., None]) -> None:
     with open_decoder(options, base=True) as opened:
         side = Split(opened)
         tell(ready="split")
-        for order in orders():
+        for order in orders:
             tell(**getattr(side, order.pop("do"))(**order))
 
 
@@ -212,7 +203,7 @@ class _Clock:
         """Nothing to do."""
 
 
-def central(settings: dict[str, Any], tell: Callable[..., None]) -> None:
+def central(settings: dict[str, Any], orders: Iterator[dict[str, Any]], tell: Callable[..., None]) -> None:
     """The whole model in one process with transformers alone."""
     from transformers import AutoModelForCausalLM
 
@@ -222,7 +213,7 @@ def central(settings: dict[str, Any], tell: Callable[..., None]) -> None:
     model.to(settings["device"]).eval()
     model.generation_config.eos_token_id = None
     tell(ready="central")
-    for order in orders():
+    for order in orders:
         ids = torch.tensor([order["prompt"]], device=settings["device"])
         clock, start = _Clock(), time.perf_counter()
         out = model.generate(

@@ -7,21 +7,25 @@ import contextlib
 import json
 import os
 import platform
-import selectors
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from importlib.metadata import version
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any, Self
 
+import _worker
 import psutil
 from _inputs import Shape, write_model
 from _probes import cpu_seconds
 
+from fedsea.evaluation.processes import apart, make_context
+
 HERE = Path(__file__).parent
+_CONTEXT = make_context()
 _ANSWER_S = 900.0
 _END_S = 60.0
 _LOG_TAIL = 3000
@@ -112,20 +116,14 @@ class Worker:
     def __init__(self, role: str, settings: Mapping[str, Any], log: Path, threads: int) -> None:
         self.role = role
         self._log = log
-        environment = os.environ | {"OMP_NUM_THREADS": str(threads), "TOKENIZERS_PARALLELISM": "false"}
-        with log.open("wb") as file:
-            self._process = subprocess.Popen(
-                [sys.executable, str(HERE / "_worker.py"), role, json.dumps({"threads": threads, **settings})],
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                stderr=file,
-                env=environment,
-                text=True,
-                bufsize=1,
-            )
-        self._selector = selectors.DefaultSelector()
-        assert self._process.stdout is not None
-        self._selector.register(self._process.stdout, selectors.EVENT_READ)
+        log.touch()
+        self._connection, theirs = _CONTEXT.Pipe()
+        # mypy: every context has it but the base class.
+        process = _CONTEXT.Process(target=_worker.work, args=(role, {"threads": threads, **settings}, theirs, str(log)))  # type: ignore[attr-defined]
+        with apart():
+            process.start()
+        theirs.close()
+        self._process: BaseProcess = process
 
     def __enter__(self) -> Self:
         return self
@@ -135,53 +133,57 @@ class Worker:
             text = self._log.read_text(encoding="utf-8", errors="replace")[-_LOG_TAIL:]
             print(f"--- log of {self.role} ---\n{text}", file=sys.stderr)
         self._process.kill()
-        self._process.wait()
-        self._selector.close()
+        self._process.join()
+        self._connection.close()
+
+    @property
+    def alive(self) -> bool:
+        """Whether it still runs."""
+        return self._process.is_alive()
 
     @property
     def cpu_s(self) -> float:
         """CPU seconds so far."""
+        assert self._process.pid is not None
         return cpu_seconds(self._process.pid)
 
-    def order(self, line: object) -> None:
-        """Send a line."""
-        assert self._process.stdin is not None
-        self._process.stdin.write(f"{line}\n")
+    def order(self, what: object) -> None:
+        """Send an order; anything that JSON can say but null."""
+        self._connection.send_bytes(json.dumps(what).encode())
 
     def answer(self, timeout_s: float = _ANSWER_S) -> dict[str, Any]:
-        """The next line that it tells.
+        """The next one.
 
         Raises:
             RuntimeError: It ended instead, or said nothing in time.
         """
-        assert self._process.stdout is not None
-        if not self._selector.select(timeout_s):
+        if not self._connection.poll(timeout_s):
             raise RuntimeError(f"The {self.role} process said nothing in {timeout_s:g} s.")
-        line = self._process.stdout.readline()
-        if not line:
-            raise RuntimeError(f"The {self.role} process ended with code {self._process.wait()}.")
-        answer: dict[str, Any] = json.loads(line)
+        try:
+            answer: dict[str, Any] = json.loads(self._connection.recv_bytes())
+        except EOFError as error:
+            self._process.join()
+            raise RuntimeError(f"The {self.role} process ended with code {self._process.exitcode}.") from error
         return answer
 
-    def ask(self, line: object) -> dict[str, Any]:
-        """Send a line and wait for the answer."""
-        self.order(line)
+    def ask(self, what: object = "figures") -> dict[str, Any]:
+        """Send an order and wait for the answer."""
+        self.order(what)
         return self.answer()
 
     def release(self) -> None:
         """No more orders: it may finish by itself."""
-        assert self._process.stdin is not None
-        with contextlib.suppress(BrokenPipeError):
-            self._process.stdin.close()
+        self._connection.close()
 
     def wait(self) -> None:
         """Until it has ended.
 
         Raises:
-            RuntimeError: It failed.
+            RuntimeError: It failed, or has not ended in time.
         """
-        if code := self._process.wait(_END_S):
-            raise RuntimeError(f"The {self.role} process ended with code {code}.")
+        self._process.join(_END_S)
+        if self._process.exitcode != 0:
+            raise RuntimeError(f"The {self.role} process ended with code {self._process.exitcode}.")
 
 
 def end(*workers: Worker) -> None:
@@ -307,7 +309,7 @@ class Workspace:
 def _address(ready: Path, worker: Worker) -> str:
     deadline = time.monotonic() + 120.0
     while not ready.exists():
-        if time.monotonic() > deadline or not psutil.pid_exists(worker._process.pid):
+        if time.monotonic() > deadline or not worker.alive:
             raise RuntimeError("The server did not start.")
         time.sleep(0.05)
     return ready.read_text(encoding="utf-8")

@@ -1,7 +1,7 @@
-"""The processes of a benchmark: `python _worker.py ROLE '{settings}'`, steered over stdin and stdout.
+"""The processes of a benchmark, steered over a connection to whoever started them.
 
-Whoever trains waits for a line with a number of steps, takes them, and answers with one line of JSON; the end of stdin
-ends it. A server and a proxy answer every line with what they have counted so far, until stdin ends.
+Orders and answers are JSON. Whoever trains waits for a number of steps, takes them, and answers; the end of the orders
+ends it. A server and a proxy answer every order with what they have counted so far, until the orders end.
 """
 
 from __future__ import annotations
@@ -9,22 +9,50 @@ from __future__ import annotations
 import asyncio
 import json
 import os
-import sys
 import threading
 import time
+from collections.abc import Iterator
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
+_OWNER: Connection
+"""To whoever started this process; set by `work`."""
+
+
+def work(role: str, settings: dict[str, Any], owner: Connection, log: str) -> None:
+    """What a process of a benchmark does.
+
+    Args:
+        role: Function of this module.
+        settings: Its argument.
+        owner: Where orders come from and answers go.
+        log: File that exists; for what the libraries print.
+    """
+    global _OWNER
+    _OWNER = owner
+    descriptor = os.open(log, os.O_WRONLY | os.O_APPEND)
+    os.dup2(descriptor, 1)
+    os.dup2(descriptor, 2)
+    globals()[role](settings)
+
 
 def tell(**values: Any) -> None:
-    """One line to whoever started this process."""
-    _OUT.write(json.dumps(values) + "\n")
-    _OUT.flush()
+    """Answer whoever started this process."""
+    _OWNER.send_bytes(json.dumps(values).encode())
 
 
-def ordered() -> int:
-    """Steps to take now; 0 at the end."""
-    return int(sys.stdin.readline() or 0)
+def next_order() -> Any:
+    """What to do now; None at the end."""
+    try:
+        return json.loads(_OWNER.recv_bytes())
+    except EOFError:
+        return None
+
+
+def orders() -> Iterator[Any]:
+    """What to do, one after the other, until the end."""
+    return iter(next_order, None)
 
 
 # --- server -----------------------------------------------------------------------------------------------------------
@@ -48,7 +76,7 @@ def server(settings: dict[str, Any]) -> None:
     Service.__init__ = noted  # type: ignore[method-assign]
 
     def answer() -> None:
-        for _ in sys.stdin:
+        for _ in orders():
             tell(probes=probes.totals(), status=services[0].status())
 
     threading.Thread(target=answer, daemon=True).start()
@@ -76,7 +104,7 @@ def proxy(settings: dict[str, Any]) -> None:
         async with LinkProxy(settings["target"], link) as listening:
             tell(address=f"127.0.0.1:{listening.port}")
             loop = asyncio.get_running_loop()
-            while await loop.run_in_executor(None, sys.stdin.readline):
+            while await loop.run_in_executor(None, next_order) is not None:
                 tell(bytes=listening.num_bytes)
 
     asyncio.run(run())
@@ -89,7 +117,7 @@ class Gate:
     """Observer of a client that lets it take so many steps at a time.
 
     Args:
-        replay: Stands for a machine of its own, see `_replay.py`, after a line with the seconds of its passes.
+        replay: Stands for a machine of its own, see `_replay.py`, after an order with the seconds of its passes.
     """
 
     def __init__(self, replay: Any = None) -> None:
@@ -120,11 +148,11 @@ class Gate:
         """Not part of a benchmark."""
 
     def _await_order(self) -> None:
-        line = sys.stdin.readline()
-        if line.startswith("{"):
-            self._replay.start(json.loads(line))
-            line = sys.stdin.readline()
-        self._left = int(line or 0)
+        order = next_order()
+        if isinstance(order, dict):
+            self._replay.start(order)
+            order = next_order()
+        self._left = order or 0
         self._reports.clear()
         self._start = time.perf_counter()
 
@@ -172,7 +200,7 @@ def central(settings: dict[str, Any]) -> None:
 
     training = Central(Path(settings["plan"]), Path(settings["data"]), settings["name"], settings["threads"])
     tell(ready="central")
-    while num_steps := ordered():
+    for num_steps in orders():
         if num_steps < 0:
             tell(heads=training.heads(-num_steps))
             continue
@@ -194,18 +222,11 @@ def split_decoder(settings: dict[str, Any]) -> None:
     """A client of fedsea that decodes when it is told."""
     from _decoding import split
 
-    split(settings, tell)
+    split(settings, orders(), tell)
 
 
 def central_decoder(settings: dict[str, Any]) -> None:
     """The whole model in transformers' `generate`."""
     from _decoding import central
 
-    central(settings, tell)
-
-
-if __name__ == "__main__":
-    # Libraries may print; only answers go to the pipe.
-    _OUT = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)
-    globals()[sys.argv[1]](json.loads(sys.argv[2]))
+    central(settings, orders(), tell)

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import json
 import os
 import statistics
 import sys
@@ -58,7 +57,7 @@ class Federation:
 
     def turn(self, num_steps: int) -> None:
         """One round: every client takes so many steps, together or one after the other, as the plan says."""
-        probes, link = self.server.ask("")["probes"], self._link_bytes()
+        probes, link = self.server.ask()["probes"], self._link_bytes()
         client_cpu, server_cpu = sum(client.cpu_s for client in self.clients), self.server.cpu_s
         start = time.perf_counter()
         for client in self.clients:
@@ -74,7 +73,7 @@ class Federation:
             num_bytes=total - self._bytes,
             link_bytes=self._link_bytes() - link,
             phases={key: sum(answer["phases"][key] for answer in answers) for key in answers[0]["phases"]},
-            server_probes=difference(self.server.ask("")["probes"], probes),
+            server_probes=difference(self.server.ask()["probes"], probes),
         )
         self._bytes = total
         self.turns.append(turn)
@@ -83,10 +82,10 @@ class Federation:
     def replay(self, seconds_per_token: list[dict[str, float]]) -> None:
         """Let every client stand for a machine of its own from now on."""
         for client, seconds in zip(self.clients, seconds_per_token, strict=True):
-            client.order(json.dumps(seconds))
+            client.order(seconds)
 
     def _link_bytes(self) -> int:
-        return 0 if self.proxy is None else int(self.proxy.ask("")["bytes"])
+        return 0 if self.proxy is None else int(self.proxy.ask()["bytes"])
 
 
 def plan_sections(args: argparse.Namespace, mode: str) -> dict[str, dict[str, Any]]:

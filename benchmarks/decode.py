@@ -44,7 +44,7 @@ def plan_sections(args: argparse.Namespace, codec: str) -> dict[str, dict[str, A
 def say(worker: Worker, do: str, **settings: Any) -> dict[str, Any]:
     """Give an order, and add what it cost this process."""
     cpu = worker.cpu_s
-    answer = worker.ask(json.dumps({"do": do, **settings}))
+    answer = worker.ask({"do": do, **settings})
     return {**answer, "cpu_s": worker.cpu_s - cpu}
 
 
@@ -78,7 +78,7 @@ class Federation:
 
     def counts(self) -> tuple[float, float, int, int]:
         """CPU seconds of the engine thread at decoding and of the whole process, tokens and batches so far."""
-        status = self.server.ask("")["status"]
+        status = self.server.ask()["status"]
         inference = status["inference"]
         engine_s = status["engine_cpu_s"].get("decode", 0.0)
         return engine_s, self.server.cpu_s, inference["tokens"], inference["batches"]

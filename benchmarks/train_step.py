@@ -62,7 +62,7 @@ class Side:
         return [worker.cpu_s for worker in (self._steered, self._server) if worker is not None]
 
     def _counts(self) -> dict[str, Any]:
-        return {} if self._server is None else self._server.ask("")["probes"]
+        return {} if self._server is None else self._server.ask()["probes"]
 
 
 def interleave(space: Workspace, args: argparse.Namespace) -> tuple[Side, Side, dict[str, float]]:

@@ -64,7 +64,7 @@ class Processes:
         if self._context.get_start_method() == "forkserver":
             from multiprocessing import forkserver
 
-            with _apart():
+            with apart():
                 forkserver.ensure_running()
 
     def start(self, name: str, arguments: Sequence[str]) -> None:
@@ -76,7 +76,7 @@ class Processes:
         log = self._logs / f"{name}.log"
         log.touch()
         process = self._context.Process(target=_logged, args=(str(log), function, arguments), name=name)  # type: ignore[attr-defined]
-        with _apart():
+        with apart():
             process.start()
         self._running[name] = process
 
@@ -146,7 +146,7 @@ class Processes:
 
 
 @contextlib.contextmanager
-def _apart() -> Iterator[None]:
+def apart() -> Iterator[None]:
     """What is started inside has nothing of this process.
 
     It computes with one thread, since more processes than cores would wait for each other's; and it does not run this
