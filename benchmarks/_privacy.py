@@ -60,7 +60,7 @@ class Sizes:
 
 
 FULL = Sizes(targets=12, tokens=48, held=48, public=600, steps=100, batch=8, beam=4, inverter_s=60.0)
-TINY = Sizes(targets=3, tokens=16, held=4, public=40, steps=2, batch=4, beam=2, inverter_s=0.5)
+TINY = Sizes(targets=2, tokens=12, held=4, public=40, steps=2, batch=4, beam=2, inverter_s=0.5)
 
 
 @dataclass

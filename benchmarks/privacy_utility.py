@@ -64,12 +64,12 @@ def tasks(num_blocks: int, *, tiny: bool) -> list[Task]:
     def points(table: str, where: Iterable[Partition], at: Iterable[float], **how: bool) -> None:
         found.extend(Task(table, "point", {"cut": cut, "rho": rho, **how}) for cut in where for rho in at)
 
-    every = ((1,), (0, 1)) if tiny else (range(4), range(3))
+    every = ((1,), (0,)) if tiny else (range(4), range(3))
     points("untrained", cuts(num_blocks, every[0], (1,)), rhos, backward=False)
     points("backward_at_every_cut", cuts(num_blocks, *every), some, forward=False)
-    points("both_channels", [MIDDLE], rhos[1:], both=True)
+    points("both_channels", [] if tiny else [MIDDLE], rhos[1:], both=True)
     points("both_channels", others, (1.0, 4.0), both=True)
-    points("trained", [MIDDLE], rhos, train=True)
+    points("trained", [] if tiny else [MIDDLE], rhos, train=True)
     points("trained", aside, (1.0, 4.0), train=True)
     points("trained", [MIDDLE], rhos[1:], train=True, both=True)
     found += [Task("epochs", "averaged", {"rho": 4.0, "epochs": e}) for e in (EPOCHS[:1] if tiny else EPOCHS)]

@@ -15,8 +15,8 @@ from pathlib import Path
 BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
 AT_ONCE = 2
 """Nothing is measured at this size, and most of a benchmark's time goes into loading libraries on one core."""
-LONG = ("decode.py", "client_scaling.py", "train_step.py", "sealing.py")
-"""What starts the most processes begins first, so that none of them is left over alone at the end."""
+LONG = ("quickstart.py", "privacy_utility.py", "client_memory.py", "client_scaling.py")
+"""What takes longest begins first, so that none of them is left over alone at the end."""
 KEYS = {"benchmark", "commit", "machine", "settings", "figures"}
 
 
