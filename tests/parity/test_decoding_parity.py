@@ -67,6 +67,16 @@ def test_greedy_tokens_of_unequal_sequences_are_the_whole_models(name, zoo, tmp_
         assert segment.arena.pages == 0
 
 
+def test_a_model_without_a_longest_sequence_sets_no_bound(zoo, tmp_path):
+    config = zoo.config("bloom")
+    del config.max_position_embeddings
+    zoo.save(config, tmp_path)
+    decoder = _decoder(tmp_path)
+    assert decoder.max_tokens == decoder.plan.inference.max_tokens
+    with pytest.raises(ConfigError, match="'bloom' cannot decode with a cache here"):
+        decoder.open(8)
+
+
 def test_what_cannot_be_decoded_is_refused_and_says_why(zoo, tmp_path):
     zoo.save(zoo.config("llama"), tmp_path)
     decoder = _decoder(tmp_path)

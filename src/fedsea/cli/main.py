@@ -121,10 +121,10 @@ def run(arguments: Sequence[str]) -> int:
     Returns:
         The exit code.
     """
-    if sys.stdout is None:  # so says Python; the next file that is opened would get its number
-        output.tell("Error: Standard output is closed: send it to a file, or to /dev/null.")
-        return ConfigError.exit_code
     with output.checked():
+        if sys.stdout is None:  # so says Python; the next file that is opened would get its number
+            output.tell("Error: Standard output is closed: send it to a file, or to /dev/null.")
+            return ConfigError.exit_code
         return _run(arguments)
 
 

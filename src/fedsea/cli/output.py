@@ -113,6 +113,32 @@ class _Checked:
             raise self._error from None
 
 
+class _Lenient:
+    """Stderr that loses what cannot be written: no work stops because what is told about it finds no room."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+    def write(self, text: str) -> int:
+        with self._lost():
+            self._stream.write(text)
+        return len(text)
+
+    def flush(self) -> None:
+        with self._lost():
+            self._stream.flush()
+
+    @contextlib.contextmanager
+    def _lost(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError:
+            _forget(self._stream)
+
+
 def _forget(stream: TextIO) -> None:
     """Send what a stream still holds nowhere, or the end of the process would fail once more."""
     with contextlib.suppress(OSError):  # of a stream without a number
@@ -123,13 +149,18 @@ def _forget(stream: TextIO) -> None:
 
 @contextlib.contextmanager
 def checked() -> Iterator[None]:
-    """Within, whatever cannot be written to stdout is a `StorageError`, whoever writes it."""
-    stream = sys.stdout
-    sys.stdout = cast("TextIO", _Checked(stream))
-    try:
-        yield
-    finally:
-        sys.stdout = stream
+    """Within, what cannot be written to stdout is a `StorageError`, and to stderr is lost, whoever writes it."""
+    before = sys.stdout, sys.stderr
+    if sys.stdout is not None:
+        sys.stdout = cast("TextIO", _Checked(sys.stdout))
+    with contextlib.ExitStack() as stack:
+        if sys.stderr is None:  # so says Python where it is closed; the next file that is opened would get its number
+            sys.stderr = stack.enter_context(Path(os.devnull).open("w", encoding="utf-8"))
+        sys.stderr = cast("TextIO", _Lenient(sys.stderr))
+        try:
+            yield
+        finally:
+            sys.stdout, sys.stderr = before
 
 
 def _line(sentence: str, stream: TextIO) -> None:

@@ -52,10 +52,10 @@ class SplitDecoder:
         self.lock = threading.Lock()  # around what is computed here; never held while the trunk is waited for
         self.input_adapters = segments.input_blocks.freeze()
         self.output_adapters = segments.output_blocks.freeze()
-        config = segments.output_blocks.model.config
-        self.vocab_size = int(config.get_text_config(decoder=True).vocab_size)
+        config = segments.output_blocks.model.config.get_text_config(decoder=True)
+        self.vocab_size = int(config.vocab_size)
         bounds = getattr(config, "max_position_embeddings", None), segments.output_blocks.most_tokens
-        self.max_tokens = min(plan.inference.max_tokens, *(int(bound) for bound in bounds if bound))
+        self.max_tokens = min([plan.inference.max_tokens, *(int(bound) for bound in bounds if bound)])
 
     def renewed(self) -> SplitDecoder:
         """The same with the adapters as they are now; what was opened before goes on with those it had."""

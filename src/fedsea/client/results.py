@@ -20,7 +20,6 @@ from fedsea.client.setup import ClientOptions, Invited
 from fedsea.client.state import ClientState, ClientStore, DataNote, Tensors
 from fedsea.client.trunk import Standing
 from fedsea.data.formats import DataFormat
-from fedsea.data.opening import files_sha256
 from fedsea.data.silo import Silo
 from fedsea.errors import ConfigError, DataError, FedseaError
 from fedsea.federation.schedule import place
@@ -120,7 +119,7 @@ def rows_of(options: ClientOptions, state: ClientState | None, silo: Silo, *, ev
         return "all" if everything else "unchecked"
     noted = ClientStore.data_of(options.run)
     if noted.files_sha256:
-        same = noted == DataNote(files_sha256(options.data), silo.num_rows)
+        same = noted.means(DataNote.of(options.data, silo))
     else:  # a run of an earlier version: what its place in the data remembers
         same = state.data.get("data") == silo.fingerprint()
     if everything:

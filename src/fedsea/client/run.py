@@ -192,7 +192,7 @@ def train(options: ClientOptions, observer: Observer | None = None) -> TrainSumm
 
 
 def _open_store(options: ClientOptions, plan: FederationPlan, run_id: str, name: str, silo: Silo) -> ClientStore:
-    note = DataNote(files_sha256(options.data), silo.num_rows)
+    note = DataNote.of(options.data, silo)
     return ClientStore(options.run, plan, run_id, name, options.data_format, note)
 
 

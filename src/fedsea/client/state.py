@@ -11,17 +11,19 @@ computation: it has to be durable only before the next gradients take the place 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import torch
 
 from fedsea.client.run_key import RunKey
 from fedsea.client.trunk import Standing
 from fedsea.data.formats import DataFormat
+from fedsea.data.opening import files_sha256
+from fedsea.data.silo import Silo
 from fedsea.errors import DataError, StorageError
 from fedsea.plan import FederationPlan
 from fedsea.storage import CheckpointStore, load_tensors, remove_durably, save_tensors, write_bytes_atomic
@@ -57,10 +59,23 @@ class DataNote:
     Attributes:
         files_sha256: As `data.opening.files_sha256` gives it; "" where nothing is known.
         num_rows: Good rows in the files, as they were read.
+        rows_sha256: Of which rows these are; "" in a note of a version that did not tell.
     """
 
     files_sha256: str = ""
     num_rows: int = 0
+    rows_sha256: str = ""
+
+    @classmethod
+    def of(cls, files: Sequence[Path], silo: Silo) -> Self:
+        """Of files that were opened as `silo`."""
+        return cls(files_sha256(files), silo.num_rows, silo.index.sha256())
+
+    def means(self, other: DataNote) -> bool:
+        """Whether a row's number means the same row in both, as far as both tell."""
+        ours, theirs = self.rows_sha256, other.rows_sha256
+        same_rows = self.num_rows == other.num_rows and (ours == theirs or not ours or not theirs)
+        return self.files_sha256 == other.files_sha256 and same_rows
 
 
 @dataclass(frozen=True, slots=True)

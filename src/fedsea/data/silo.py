@@ -51,6 +51,10 @@ class RowIndex:
     def __len__(self) -> int:
         return len(self.positions)
 
+    def sha256(self) -> str:
+        """Of which rows of the files are good ones, and so of what every row's number means."""
+        return hashlib.sha256(self.file_of.tobytes() + self.positions.tobytes()).hexdigest()
+
     def read(self, rows: Int64s, columns: Sequence[str]) -> list[Values]:
         """Rows from their files, in the order asked; each file is opened once."""
         found: dict[int, Values] = {}

@@ -132,7 +132,7 @@ def _find(model: PreTrainedModel, attention: str | None) -> Layout:
             after.append(name)
         else:
             before.append(name)
-    return Layout(path, blocks, tuple(before), tuple(after), attention, reach_of(model))
+    return Layout(path, blocks, tuple(before), tuple(after), attention, reach_of(model, path, blocks))
 
 
 def _acts_on_hidden_states(module: nn.Module) -> bool:

@@ -27,23 +27,35 @@ class Reach:
     reason: str
 
 
-def reach_of(model: PreTrainedModel) -> Reach | None:
-    """The bound that a whole model sets, or None if it sets none."""
-    return min(filter(None, (_table(model), _frequencies(model.config))), key=lambda reach: reach.tokens, default=None)
+def reach_of(model: PreTrainedModel, decoder: str, blocks: str) -> Reach | None:
+    """The bound that a whole model sets, or None if it sets none.
+
+    Args:
+        model: The model.
+        decoder: Path of the module that runs its blocks.
+        blocks: Name of their list in it.
+    """
+    bounds = _table(model.get_submodule(decoder), blocks), _frequencies(model.config)
+    return min(filter(None, bounds), key=lambda reach: reach.tokens, default=None)
 
 
-def _table(model: PreTrainedModel) -> Reach | None:
+def _table(decoder: nn.Module, blocks: str) -> Reach | None:
     """Of a table with a row for each position, learned or computed when the model is made."""
+
+    def is_table(name: str, depth: int) -> bool:
+        """The decoder's own or its blocks', and not, say, that of an encoder of images within it."""
+        return bool(_TABLE.search(name)) and (name.count(".") <= depth or name.startswith(f"{blocks}."))
+
     # Some leave the first rows of the table empty.
     rows = [
         module.num_embeddings - getattr(module, "offset", 0)
-        for name, module in model.named_modules()
-        if isinstance(module, nn.Embedding) and _TABLE.search(name)
+        for name, module in decoder.named_modules()
+        if isinstance(module, nn.Embedding) and is_table(name, 0)
     ]
     rows += [
         len(buffer)
-        for name, buffer in model.named_buffers()
-        if _TABLE.search(name) and buffer.dim() == 2 and buffer.is_floating_point()
+        for name, buffer in decoder.named_buffers()
+        if is_table(name, 1) and buffer.dim() == 2 and buffer.is_floating_point()
     ]
     return Reach(min(rows), f"this model has a table of {min(rows)} positions") if rows else None
 

@@ -38,7 +38,7 @@ def unmask(run: Run, current: Aggregator) -> RunState | AggregationError:
         return error
     total = sum(counted.get(name, 0) for name in current.survivors)
     result = run.engine.take_means(means, weights, total)
-    state = replace(before, result=result, rounds_done=before.rounds_done + 1, round_tokens={}, skipped=False)
+    state = replace(before, result=result, rounds_done=before.rounds_done + 1, round_tokens={}, skipped=0)
     run.store.save_round(run.engine, state)
     return state
 
@@ -46,11 +46,8 @@ def unmask(run: Run, current: Aggregator) -> RunState | AggregationError:
 def skip(run: Run) -> RunState:
     """On the engine thread: the round is closed without a sum."""
     before = run.state
-    state = replace(before, rounds_done=before.rounds_done + 1, round_tokens={}, skipped=True)
-    if state.result:
-        run.store.save_round(run.engine, state)  # for exports: the newest sum that there is
-    else:
-        run.store.save(run.engine, state)
+    state = replace(before, rounds_done=before.rounds_done + 1, round_tokens={}, skipped=before.skipped + 1)
+    run.store.save(run.engine, state)
     return state
 
 

@@ -33,7 +33,7 @@ class RunState:
         outcomes: Client to the outcome of the last step it took part in, for a client that missed the message.
         result: Aggregated parameters of the last round.
         round_tokens: Client to the target tokens of its steps since the last aggregation, as counted here.
-        skipped: Whether the last round was closed without an aggregation; `result` is then of an earlier one.
+        skipped: Rounds that were closed without an aggregation since the one that `result` is of.
     """
 
     run_id: str
@@ -42,7 +42,7 @@ class RunState:
     outcomes: dict[str, Outcome] = field(default_factory=dict)
     result: dict[str, torch.Tensor] = field(default_factory=dict)
     round_tokens: dict[str, int] = field(default_factory=dict)
-    skipped: bool = False
+    skipped: int = 0
 
     def check_standing(self, name: str, join: Join, *, strict: bool) -> None:
         """Whether what a client holds and what the server holds belong together.
@@ -108,7 +108,7 @@ class ServerStore:
 
     @staticmethod
     def peek(folder: Path, plan: FederationPlan) -> dict[str, torch.Tensor]:
-        """Trained parameters of all segments in a run folder, without locking it, as they were after the last round.
+        """Trained parameters of all segments in a run folder, without locking it, as they were at the last aggregation.
 
         Raises:
             ConfigError: No round is complete, the clients' parameters never reach the server, or an older version kept
@@ -127,7 +127,8 @@ class ServerStore:
             raise ConfigError(f"{folder} is a client's run folder: give the one of `fedsea server`.")
         prefix = "engine.parameter."
         now = {n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)}
-        rounds, number = CheckpointStore(folder / "rounds", read_only=True), values["rounds_done"]
+        rounds = CheckpointStore(folder / "rounds", read_only=True)
+        number = values["rounds_done"] - values.get("skipped", 0)
         if number not in rounds.steps():
             if plan.clients_train:
                 raise ConfigError(f"No round is complete in {folder}: export when the first one is.")
@@ -136,7 +137,7 @@ class ServerStore:
         if number in trunks.steps():
             then, about = trunks.load(number)
             if about["next_step"] != values["next_step"]:
-                log.info("taken is the model as it was after step %d, at the end of a round", about["next_step"])
+                log.info("taken is the model as it was after step %d, at its last averaging", about["next_step"])
             return then | result
         if now and plan.clients_train:  # a run of a version that kept the clients' part only
             _check_round_ended(folder, plan, values["next_step"], number)
@@ -161,9 +162,10 @@ class ServerStore:
             for name, item in values["outcomes"].items()
         }
         state = RunState(values["run_id"], values["next_step"], values["rounds_done"], outcomes)
-        state.round_tokens, state.skipped = values["round_tokens"], values.get("skipped", False)
-        if state.rounds_done in self._rounds.steps():
-            state.result = self._rounds.load(state.rounds_done)[0]
+        state.round_tokens, state.skipped = values["round_tokens"], values.get("skipped", 0)
+        aggregated = state.rounds_done - state.skipped
+        if aggregated in self._rounds.steps():
+            state.result = self._rounds.load(aggregated)[0]
         return state
 
     def _check_plan(self, values: Mapping[str, Any]) -> None:

@@ -31,8 +31,8 @@ class Patience:
         self._clock = clock
         self._state: Hashable = None
         self._has_turn: dict[str, tuple[bool, float]] = {}
-        self._served: tuple[str, ...] = ()
-        self._evaluates: dict[str, float] = {}  # since when, of all that did so while it was their turn
+        self._turn: frozenset[str] = frozenset()
+        self._evaluates: dict[str, float] = {}  # since when first, of all that did so while it was their turn
 
     def note(
         self, state: Hashable, turn: Collection[str], others: Collection[str], served: Collection[str] = ()
@@ -50,8 +50,8 @@ class Patience:
         if state != self._state:
             self._state, self._has_turn, self._evaluates = state, {}, {}
         now, before = self._clock(), self._has_turn
-        self._served = tuple(name for name in turn if name in served)
-        for name in self._served:
+        self._turn = frozenset(turn)
+        for name in self._turn.intersection(served):
             self._evaluates.setdefault(name, now)
         both = [*((name, True) for name in turn), *((name, False) for name in others)]
         self._has_turn = {
@@ -67,8 +67,10 @@ class Patience:
             return ()
         began, now = min(waiting), self._clock()
         silent = [(name, since, self._wait_s) for name, (mine, since) in self._has_turn.items() if mine]
-        busy = [(name, self._evaluates[name], EVALUATION_WAITS * self._wait_s) for name in self._served]
-        return tuple(name for name, since, most_s in (*silent, *busy) if now - max(began, since) >= most_s)
+        most_s = EVALUATION_WAITS * self._wait_s
+        busy = [(name, since, most_s) for name, since in self._evaluates.items() if name in self._turn]
+        late = (name for name, since, most_s in (*silent, *busy) if now - max(began, since) >= most_s)
+        return tuple(dict.fromkeys(late))
 
 
 class Returning:

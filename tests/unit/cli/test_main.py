@@ -1,6 +1,7 @@
 """The command's frame: speed, help, errors, exit codes, signals, public names."""
 
 import ast
+import contextlib
 import json
 import logging
 import os
@@ -240,6 +241,23 @@ def test_an_error_that_cannot_be_written_to_stdout_is_on_stderr(
         monkeypatch.setattr(sys, "stdout", stream)
         assert main.run(["probe", "--json"]) == 3
     assert capsys.readouterr().err == "Error: No rows.\n"
+
+
+@pytest.mark.parametrize("extra", [[], ["--json"]])
+def test_work_does_not_fail_because_stderr_cannot_be_written(
+    extra: list[str], command: Callable[..., None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def action() -> None:
+        output.tell("begun")
+        logging.getLogger("fedsea").warning("going on")
+        raise DataError("No rows.")
+
+    command(action)
+    for path in ("/dev/full", None):
+        with contextlib.ExitStack() as stack:
+            stream = None if path is None else stack.enter_context(Path(path).open("w"))
+            monkeypatch.setattr(sys, "stderr", stream)
+            assert main.run(["probe", *extra]) == 3
 
 
 def test_nothing_is_begun_where_stdout_is_closed(

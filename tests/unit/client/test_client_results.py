@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -96,8 +97,9 @@ def test_every_version_of_the_trunk_that_was_not_trained_with_the_run_is_said_on
 class OpenedSilo:
     """What is asked of a silo here."""
 
-    def __init__(self, num_rows: int = 5, fingerprint: int = 7) -> None:
+    def __init__(self, num_rows: int = 5, fingerprint: int = 7, rows: str = "rows") -> None:
         self.num_rows = num_rows
+        self.index = SimpleNamespace(sha256=lambda: rows)
         self.fingerprint = lambda: fingerprint
 
 
@@ -114,7 +116,7 @@ def rows_evaluated(tmp_path, files):
     """Which rows of some files are evaluated after a training on `files`; keywords as for `OpenedSilo`."""
 
     def rows_evaluated(given, *, noted: bool = True, everything: bool = False, **silo: int) -> str:
-        note = DataNote(files_sha256(files), 5) if noted else DataNote()
+        note = DataNote(files_sha256(files), 5, "rows") if noted else DataNote()
         store = ClientStore(tmp_path / "run", plan(), "run-1", "a", DataFormat(), note)
         state = ClientState(data={"data": 7})
         store.save(state, {})
@@ -137,9 +139,10 @@ def test_held_out_rows_are_those_of_the_files_of_the_training(files, rows_evalua
         (lambda files: files[::-1], {}),
         (lambda files: files[1:], {}),
         (lambda files: files, {"num_rows": 4}),
+        (lambda files: files, {"rows": "others"}),
         (lambda files: files, {"noted": False, "fingerprint": 8}),
     ],
-    ids=["another order", "fewer", "read otherwise", "a run of an earlier version"],
+    ids=["another order", "fewer", "read otherwise", "other rows are bad", "a run of an earlier version"],
 )
 def test_held_out_rows_of_other_files_are_refused_unless_all_are_wanted(files, rows_evaluated, change, silo):
     with pytest.raises(DataError, match=r"not the files .*in their order.*give those files, or --all"):

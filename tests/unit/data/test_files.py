@@ -13,6 +13,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from fedsea.data import open_silo
+from fedsea.data.formats import DataFormat
 from fedsea.data.opening import files_sha256
 from fedsea.data.text_files import _Quotes
 from fedsea.errors import DataError
@@ -175,6 +176,15 @@ def test_bad_rows_are_skipped_and_counted_when_asked(silo, tokenizer, name, cont
     assert texts(opened, tokenizer) == ["a", "b"]
     assert opened.summary().num_bad == 3
     assert opened.summary().warnings() == ["3 malformed rows were skipped."]
+
+
+def test_which_rows_are_good_is_told_from_how_many(silo):
+    content = b'{"t": "a", "u": 1}\n{"t": "b", "u": "b"}\n{"t": 1, "u": "c"}\n'
+    first, last, again = (
+        silo(content, format=DataFormat("text", {"text": column}), on_bad_row="skip") for column in "tut"
+    )
+    assert first.num_rows == last.num_rows == 2
+    assert first.index.sha256() == again.index.sha256() != last.index.sha256()
 
 
 @pytest.mark.parametrize(

@@ -17,6 +17,7 @@ from fedsea.model.architecture import describe
 from fedsea.model.cache import Extension
 from fedsea.model.checkpoint import open_checkpoint
 from fedsea.model.loading import check_plan, load_input_blocks, load_output_blocks, load_trunk
+from fedsea.model.positions import reach_of
 from fedsea.model.trunk import CachedPart
 from fedsea.plan import parse_plan
 from fedsea.server.run import resolve
@@ -131,6 +132,14 @@ def test_a_table_of_positions_is_used_to_its_end_and_no_further(family, tmp_path
         segment(ids[1:], (ORIGINAL,))
         with pytest.raises(ConfigError, match=f"a table of {ORIGINAL} positions: shorten"):
             segment(ids, (ORIGINAL + 1,))
+
+
+def test_a_table_of_positions_in_an_encoder_of_images_is_none_of_the_text(tmp_path):
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model("gpt2", **TABLES["gpt2"]))
+    model.transformer.images = torch.nn.Module()
+    model.transformer.images.position_embedding = torch.nn.Embedding(3, 8)
+    model.transformer.h[0].attn.position_embedding = torch.nn.Embedding(ORIGINAL - 1, 8)
+    assert reach_of(model, "transformer", "h").tokens == ORIGINAL - 1
 
 
 def test_a_plan_of_longer_sequences_is_refused(checkpoint):

@@ -578,6 +578,34 @@ def test_others_do_not_wait_for_ever_for_a_client_that_evaluates(world):
     assert w.ran("forward") == [("forward", 0, 0, ("b",))]
 
 
+def test_nor_for_one_that_is_answered_in_between(world):
+    w = world(**waits())
+    w.join("a", "b")
+    w.forward("b")
+    while not w.ran("forward"):
+        assert w.now < (EVALUATION_WAITS + 1) * 5.0
+        w.coordinator.answer("a", EVALUATION, lambda _: None, trains=True)
+        w.run()
+        w.pass_time(3.0)
+    assert w.now >= EVALUATION_WAITS * 5.0
+    assert w.ran("forward") == [("forward", 0, 0, ("b",))]
+
+
+def test_an_evaluation_whose_answer_cannot_be_sent_is_over(world):
+    w = world(**waits())
+    w.join("a", "b")
+    w.forward("b")
+
+    def lost(_: m.Message) -> None:
+        raise BrokenPipeError
+
+    w.coordinator.answer("a", EVALUATION, lost, trains=True)
+    with pytest.raises(BrokenPipeError):
+        w.run()
+    w.pass_time(5.1)
+    assert w.ran("forward") == [("forward", 0, 0, ("b",))]
+
+
 def test_every_straggler_has_its_own_time(world):
     w = world("a", "b", "c", **waits())
     w.join("a", "b")

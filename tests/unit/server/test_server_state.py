@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import errno
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,6 +13,7 @@ import torch
 from fedsea import storage
 from fedsea.errors import ConfigError, StorageError
 from fedsea.plan import FederationPlan, parse_plan
+from fedsea.server import closing
 from fedsea.server.engine import Outcome
 from fedsea.server.state import RunState, ServerStore
 from tests.unit.server.coordination import FakeEngine
@@ -123,6 +126,38 @@ def test_a_round_that_an_older_version_kept_without_its_trunk_is_exported_at_its
         ServerStore.peek(tmp_path, plan)
     (tmp_path / "checkpoints" / "step-00000009.safetensors").unlink()
     assert ServerStore.peek(tmp_path, plan).keys() == {"trunk", NAME}
+
+
+@pytest.mark.parametrize("kept", ["_trunks", "_rounds", "_checkpoints"])
+def test_a_round_that_is_not_durable_as_a_whole_has_not_ended(tmp_path, engine, monkeypatch, kept):
+    store = ServerStore(tmp_path, PLAN)
+    store.save_round(engine, RunState("run", 5, 1, {}, {NAME: torch.ones(2, 2)}))
+
+    def killed(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(getattr(store, kept), "save", killed)
+    with pytest.raises(KeyboardInterrupt):
+        store.save_round(engine, RunState("run", 10, 2, {}, {NAME: torch.zeros(2, 2)}))
+    found, restored = ServerStore.peek(tmp_path, PLAN), store.restore(engine)
+    store.close()
+    assert (restored.rounds_done, restored.next_step) == (1, 5)
+    assert torch.equal(restored.result[NAME], torch.ones(2, 2))
+    assert torch.equal(found[NAME], torch.ones(2, 2))
+
+
+def test_a_trunk_of_rounds_without_a_sum_is_not_put_together_with_an_older_sum(tmp_path, engine, monkeypatch):
+    store = ServerStore(tmp_path, PLAN)
+    state = RunState("run", 5, 1, {}, {NAME: torch.ones(2, 2)})
+    store.save_round(engine, state)
+    monkeypatch.setattr(engine, "tensors", lambda: {"parameter.trunk": torch.full((1,), 9.0)})
+    for number in (2, 3):
+        state = closing.skip(SimpleNamespace(state=replace(state, next_step=5 * number), store=store, engine=engine))
+    assert (state.rounds_done, state.skipped) == (3, 2)
+    found, restored = ServerStore.peek(tmp_path, PLAN), store.restore(engine)
+    store.close()
+    assert (float(found["trunk"]), float(found[NAME].mean())) == (1.0, 1.0)
+    assert (restored.skipped, restored.result.keys()) == (2, {NAME}), "the last sum is kept"
 
 
 def test_a_frozen_trunk_leaves_the_aggregate_alone(tmp_path, engine, monkeypatch):
