@@ -152,7 +152,8 @@ PLAN_RULES = """## Rules between keys
 - `training.min_clients` may not be larger than the number of clients.
 - `model.autocast = "bfloat16"` does not go with `model.dtype = "float16"`.
 - At least one segment must be trained: with "full", or with "adapter" and a layer that `adapter.targets` names.
-- A segment with "adapter" and blocks must hold such a layer; without blocks it may be left untrained.
+- A segment with "adapter" and blocks must hold such a layer; it may be left untrained if it has no blocks, or if
+  `adapter.targets` names the head alone.
 - `trust.mode = "noised"` needs a standard deviation above 0 in `[noise]`; `"trusted-server"` takes none of its keys.
 - A clip in `[noise]` needs noise on the same channel.
 - `noise.unit = "token"` needs `input_blocks = 0` and a plan under which no gradients leave the clients.

@@ -165,7 +165,14 @@ def revoke(
     if as_json:
         output.result({"name": name, "revoked": [entry.serial for entry in revoked]})
         return
-    output.say(f"Revoked {len(revoked)} certificate(s) of {name}." if revoked else f"{name} was revoked before.")
+    if not revoked:
+        output.say(f"{name} was revoked before.")
+        return
+    output.say(f"Revoked {len(revoked)} {'certificate' if len(revoked) == 1 else 'certificates'} of {name}.")
+    output.say(
+        'A run that needs it, as one with training.wait = "all" does, stands still until it is admitted again; without '
+        "it, go on with a new plan in a new run."
+    )
 
 
 @app.command("list")

@@ -45,7 +45,7 @@ def identity(folder: Path, asked_for: bool, found: Federation) -> list[Check]:
     now = datetime.now(UTC)
     text = f"{me.role.value} {me.name}, {(me.not_after - now).days} days left (until {me.not_after:%Y-%m-%d %H:%M} UTC)"
     if me.role == "client":
-        advice = "it is renewed while `fedsea train` runs; if not, `fedsea enroll --again`"
+        advice = f"it is renewed while `fedsea train` runs; if not, `fedsea enroll --name {me.name} --again`"
     else:
         advice = "the operator renews it with `fedsea ca server`"
     state = Check("identity", "warn", text, advice) if needs_renewal(me, now) else Check("identity", "ok", text)

@@ -143,4 +143,6 @@ def write(folder: Path, files: dict[str, str]) -> list[Path]:
 
 def _model(model: str) -> str:
     """A folder given from here is written so that it is also found from the plan's place."""
+    if Path(model).is_absolute() and not Path(model).is_dir():
+        output.tell(f"Attention: there is no folder {model} on this machine; the server needs it there.")
     return str(Path(model).resolve()) if Path(model).is_dir() else model

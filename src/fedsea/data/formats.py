@@ -229,7 +229,11 @@ def _resolve_named(wanted: DataFormat, columns: Sequence[str]) -> RowReader:
     if name == "auto":
         fitting = [known for known, roles in _ROLES.items() if set(fields) <= set(roles)]
         if len(fitting) != 1:
-            raise ConfigError(f"The fields {', '.join(sorted(fields))} belong to no one format; set its name as well.")
+            known = "; ".join(f"{name}: {', '.join(roles)}" for name, roles in _ROLES.items())
+            raise ConfigError(
+                f"No format has the role or roles {', '.join(sorted(fields))}, which --field or the data format names; "
+                f"there are {known}."
+            )
         name = fitting[0]  # type: ignore[assignment]
     required = {}
     for role in _ROLES[name]:
@@ -240,7 +244,9 @@ def _resolve_named(wanted: DataFormat, columns: Sequence[str]) -> RowReader:
         if not required[role]:
             raise RowError(f"has no column for the role {role!r}; name it with --field {role}=COLUMN")
         if required[role] not in columns:
-            raise RowError(f"has no column {required[role]!r}, which --field or the data format names")
+            raise RowError(
+                f"has no column {required[role]!r}, which --field or the data format names: check its spelling"
+            )
     if name == "chat":
         return RowReader(name, required, keys=(fields.get("role", "role"), fields.get("content", "content")))
     return RowReader(name, required, (fields["input"],) if "input" in fields else ())

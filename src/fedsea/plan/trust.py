@@ -117,8 +117,8 @@ def server_statement(plan: FederationPlan) -> str:
     if plan.trust.mode == "trusted-server":
         return (
             "Trust mode: trusted-server. Connections are encrypted and clients keep their text, but this server CAN "
-            "reconstruct the text from the hidden states and gradients that it receives. Operate it accordingly."
-            f"{_closed(plan, '')}"
+            "reconstruct the text from the hidden states and gradients that it receives: it is for clients "
+            f"that trust its operator.{_closed(plan, '')}"
         )
     return trust_statement(plan)
 

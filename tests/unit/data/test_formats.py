@@ -74,6 +74,13 @@ def test_a_named_column_that_is_missing_is_refused(silo):
         silo([{"text": "t"}], format=DataFormat("text", {"text": "body"}))
 
 
+def test_roles_of_no_format_are_refused_with_those_that_there_are(silo):
+    with pytest.raises(
+        ConfigError, match=r"No format has the role or roles txet.*; there are text: text; "
+    ):
+        silo([{"text": "t"}], format=DataFormat(fields={"txet": "text"}))
+
+
 def test_unknown_formats_and_roles_are_refused():
     with pytest.raises(ConfigError, match="no data format"):
         DataFormat("poem")

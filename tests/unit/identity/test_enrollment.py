@@ -39,6 +39,16 @@ def test_enrolling_again_keeps_the_old_identity_until_the_answer_is_installed(of
     assert not (office.folder / "clinic" / "key.next.pem").exists()
 
 
+def test_the_installed_certificate_is_no_answer_to_a_later_request(office):
+    first = office.approve("clinic")
+    office.install("clinic", first)
+    again = enroll(office.folder / "clinic", "clinic", again=True)
+    with pytest.raises(AuthError, match=r"installed in .* already: install the one .* of clinic\.request\.pem"):
+        office.install("clinic", first)
+    assert again.request_path.exists()
+    office.install("clinic", office.authority.approve(again.csr_pem))
+
+
 def test_an_installed_identity_is_what_the_operator_approved(office):
     certificate = office.approve("clinic")
     identity = office.install("clinic", certificate)
@@ -117,7 +127,7 @@ def test_a_key_that_others_can_read_is_refused_with_how_to_mend_it(office, mode)
 def test_an_expired_identity_says_what_to_do(office):
     office.add("clinic")
     office.clock.move(days=31)
-    with pytest.raises(AuthError, match="fedsea enroll --again"):
+    with pytest.raises(AuthError, match="fedsea enroll --name NAME --again"):
         Identity.load(office.folder / "clinic", clock=office.clock)
 
 

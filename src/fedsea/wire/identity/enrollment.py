@@ -109,6 +109,7 @@ def install(
     certs.relay_name(certificate) if certs.role_of(certificate) is Role.RELAY else certs.client_name(certificate)
     with files.locked(folder):
         _require_key(folder, certificate)
+        _require_answer(folder, certificate)
         files.write_public(folder / CA_FILE, certs.certificate_to_pem(ca))
         switch_certificate(folder, certificate)
         _remove(open_requests(folder))
@@ -160,6 +161,18 @@ def _require_key(folder: Path, certificate: x509.Certificate) -> None:
         raise AuthError(
             f"The certificate does not answer the request in {folder}: install the one that belongs to it, or enrol "
             "again."
+        )
+
+
+def _require_answer(folder: Path, certificate: x509.Certificate) -> None:
+    """Refuse the certificate that is installed already while the answer to a later request is awaited."""
+    requests, installed, key = open_requests(folder), folder / CERTIFICATE_FILE, folder / NEXT_KEY_FILE
+    if not (requests and installed.exists() and key.exists()) or fits(read_key(key), certificate):
+        return
+    if certs.certificate_from_pem(installed.read_bytes(), "The certificate") == certificate:
+        raise AuthError(
+            f"This certificate is installed in {folder} already: install the one that the operator made of "
+            f"{requests[0].name}."
         )
 
 

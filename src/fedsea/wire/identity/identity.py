@@ -145,7 +145,8 @@ def check_certificate(certificate: x509.Certificate, ca: x509.Certificate, now: 
     if now > min(certificate.not_valid_after_utc, ca.not_valid_after_utc):
         raise AuthError(
             f"The certificate expired on {certificate.not_valid_after_utc:%Y-%m-%d %H:%M} UTC: a client runs `fedsea "
-            "enroll --again` and sends the request to the operator, a server's operator runs `fedsea ca server`."
+            "enroll --name NAME --again` and sends the request to the operator, a server's operator runs `fedsea ca "
+            "server`."
         )
     if now < certificate.not_valid_before_utc:
         raise AuthError(

@@ -156,7 +156,7 @@ class PeerGate:
         if entry is None or entry.name != peer.name:
             raise PeerRefused(
                 f"The server's journal does not know the certificate of {peer.name}: ask the operator to approve a new "
-                "request (`fedsea enroll --again`).",
+                f"request (`fedsea enroll --name {peer.name} --again`).",
                 peer.name,
                 "not in the journal",
             )
@@ -170,7 +170,7 @@ class PeerGate:
                 )
             raise PeerRefused(
                 f"The certificate of {peer.name} was revoked: ask the operator why, and to approve a new request "
-                "(`fedsea enroll --again`) if you are to take part again.",
+                f"(`fedsea enroll --name {peer.name} --again`) if you are to take part again.",
                 peer.name,
                 "revoked",
             )
