@@ -75,9 +75,7 @@ def test_a_named_column_that_is_missing_is_refused(silo):
 
 
 def test_roles_of_no_format_are_refused_with_those_that_there_are(silo):
-    with pytest.raises(
-        ConfigError, match=r"No format has the role or roles txet.*; there are text: text; "
-    ):
+    with pytest.raises(ConfigError, match=r"No format has the role or roles txet.*; there are text: text; "):
         silo([{"text": "t"}], format=DataFormat(fields={"txet": "text"}))
 
 
