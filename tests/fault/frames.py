@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import struct
 from collections.abc import Sequence
+from random import Random
 
 import grpc
 import torch
@@ -218,28 +219,37 @@ _REAL = [list(one.chunks) for codec in ("fp32", "bf16", "fp16", "int8") for one 
 _REAL += [list(one.chunks) for one in encoded("fp32", "server")[1:]]
 
 
-@st.composite
-def mutated(draw: st.DrawFn, real: Sequence[list[bytes]] = _REAL) -> list[bytes]:
-    """Real frames with bytes changed, cut out, put in, or sent twice."""
-    chunks = [bytearray(chunk) for chunk in draw(st.sampled_from(real))]
-    for _ in range(draw(st.integers(1, 4))):
-        chunk = chunks[draw(st.integers(0, len(chunks) - 1))]
+def mutate(random: Random, real: Sequence[list[bytes]] = _REAL) -> list[bytes]:
+    """A real frame with bytes changed, cut out, put in, or sent twice."""
+    chunks = [bytearray(chunk) for chunk in random.choice(real)]
+    for _ in range(random.randint(1, 4)):
+        chunk = random.choice(chunks)
         # Mostly near the front, where prefix and header are.
-        at = draw(st.integers(0, min(len(chunk), 120 if draw(st.booleans()) else len(chunk))))
-        how = draw(st.sampled_from(["flip", "flip", "set", "cut", "insert", "end", "twice"]))
+        at = random.randint(0, min(len(chunk), 120 if random.randint(0, 1) else len(chunk)))
+        how = random.choice(["flip", "flip", "set", "cut", "insert", "end", "twice"])
         if how == "flip" and at < len(chunk):
-            chunk[at] ^= 1 << draw(st.integers(0, 7))
+            chunk[at] ^= 1 << random.randint(0, 7)
         elif how == "set" and at < len(chunk):
-            chunk[at] = draw(st.sampled_from([0, 1, 0x7F, 0x80, 0xFF]))
+            chunk[at] = random.choice([0, 1, 0x7F, 0x80, 0xFF])
         elif how == "cut":
-            del chunk[at : at + draw(st.integers(1, 16))]
+            del chunk[at : at + random.randint(1, 16)]
         elif how == "insert":
-            chunk[at:at] = draw(st.binary(min_size=1, max_size=16))
+            chunk[at:at] = bytes(random.randint(0, 255) for _ in range(random.randint(1, 16)))
         elif how == "end":
             del chunk[at:]
         else:
             chunks.append(bytearray(chunk))
     return [bytes(chunk) for chunk in chunks]
+
+
+def mutated(real: Sequence[list[bytes]] = _REAL) -> st.SearchStrategy[list[bytes]]:
+    """The same, of hypothesis's choices."""
+    return st.builds(mutate, st.randoms(use_true_random=False), st.just(real))
+
+
+def made() -> st.SearchStrategy[list[bytes]]:
+    """Frames made from nothing."""
+    return st.one_of(noise(), built())
 
 
 def hostile() -> st.SearchStrategy[list[bytes]]:

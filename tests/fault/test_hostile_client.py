@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import asyncio
-import itertools
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from random import Random
 
 import grpc
 import psutil
@@ -24,28 +24,30 @@ from fedsea.wire.identity import Identity
 from tests.fault import frames
 
 NUM_FRAMES = 10_000
+MADE = 4_000
+"""Of them, frames that hypothesis makes from nothing; the others are real ones, mutated."""
 STREAMS = 3  # a name may have four streams at once
 LARGEST_GROWTH = 96 << 20
 
 
-def hostile_frames(count: int) -> list[list[bytes]]:
-    found: list[list[bytes]] = []
+def hostile_frames() -> list[list[bytes]]:
+    made: list[list[bytes]] = []
 
     @settings(
-        max_examples=count,
+        max_examples=MADE,
         deadline=None,
         derandomize=True,
         database=None,
         phases=(Phase.generate,),
         suppress_health_check=list(HealthCheck),
     )
-    @given(chunks=frames.hostile())
+    @given(chunks=frames.made())
     def collect(chunks: list[bytes]) -> None:
-        found.append(chunks)
+        made.append(chunks)
 
     collect()
-    # Hypothesis ends early when a strategy repeats itself; what it found is thrown again until the number is reached.
-    return list(itertools.islice(itertools.cycle(found), count))
+    random = Random(0)
+    return [*made[:MADE], *(frames.mutate(random) for _ in range(NUM_FRAMES - len(made[:MADE])))]
 
 
 def attacks(plan: fedsea.FederationPlan) -> Iterator[list[bytes]]:
@@ -61,7 +63,7 @@ def attacks(plan: fedsea.FederationPlan) -> Iterator[list[bytes]]:
         chunks(hello, m.Join(plan.sha256(), 0, -1, 0, "observe")),
         chunks(hello, m.Join(plan.sha256(), 0, -1, 0, "train")),
     ]
-    for number, frame in enumerate(hostile_frames(NUM_FRAMES)):
+    for number, frame in enumerate(hostile_frames()):
         yield openings[number % len(openings)] + frame
 
 
