@@ -24,6 +24,7 @@ from _probes import cpu_seconds
 
 from fedsea.evaluation.processes import apart, make_context
 
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as the commands do; processes take it from here
 HERE = Path(__file__).parent
 _CONTEXT = make_context()
 _ANSWER_S = 900.0
