@@ -8,9 +8,13 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 
 import fedsea
+from fedsea.audit import observe as observing
+from fedsea.audit import run as auditing
+from fedsea.audit import settings
 from fedsea.audit.attacker import Attacker, BaseModel
 from fedsea.audit.canaries import Texts
 from fedsea.audit.curves import attacker_of, fresh, guesses_of, norm_of
@@ -19,6 +23,8 @@ from fedsea.audit.scoring import Score, score
 from fedsea.audit.settings import AuditOptions, Scale
 from fedsea.audit.subject import Subject, open_subject, variant
 from fedsea.audit.targets import Target
+from fedsea.model.checkpoint import Checkpoint
+from fedsea.plan import FederationPlan
 from fedsea.types import Channel, Partition
 
 PLAN = Path(fedsea.__file__).parent / "assets" / "plan.toml"
@@ -54,6 +60,39 @@ def noised_plan(folder: Path, hidden_std: float = 2.0, gradient_std: float = 0.0
     file = folder / "plan.toml"
     file.write_text(text.replace("[adapter]", f'[trust]\nmode = "noised"\n\n[noise]\n{noise}\n[adapter]', 1))
     return file
+
+
+_LOADED: dict[Any, Any] = {}
+_models, _load = observing._models, BaseModel._load
+
+
+def tiny_audits(patch: pytest.MonkeyPatch, scale: Scale = TINY) -> None:
+    """Quick audits of so little text, which is enough for their own check too, and of models that are loaded once.
+
+    An audit trains neither the models that it taps nor the public one.
+    """
+
+    def models(plan: FederationPlan, checkpoint: Checkpoint, name: str, *more: Any) -> Any:
+        key = ("tap", plan.model_dump_json(exclude={"trust", "noise", "wire"}), checkpoint.folder, name)
+        if more != (None, None, "cpu"):  # with what was trained
+            return _models(plan, checkpoint, name, *more)
+        if key not in _LOADED:
+            _LOADED[key] = _models(plan, checkpoint, name, *more)
+        return _LOADED[key]
+
+    def load(base: BaseModel, loader: Any, where: Any) -> Any:
+        if type(base) is not BaseModel:  # one that has what was sent puts it into the model
+            return _load(base, loader, where)
+        key = ("base", loader, where, base.checkpoint.folder, base.device)
+        if key not in _LOADED:
+            _LOADED[key] = _load(base, loader, where)
+        return _LOADED[key]
+
+    patch.setattr(observing, "_models", models)
+    patch.setattr(BaseModel, "_load", load)
+    patch.setattr(auditing, "_SELF_CHECK_SEQUENCES", 1)
+    patch.setattr(auditing, "_SELF_CHECK_TOKENS", 12)
+    patch.setattr(settings, "QUICK", scale)
 
 
 def subject_of(plan: Path = PLAN) -> Subject:
