@@ -24,10 +24,15 @@ from fedsea.audit.subject import Subject, open_subject, variant
 from fedsea.audit.verdict import Finding, Verdict
 from fedsea.privacy.boundary import Boundary
 from fedsea.types import Channel, Origin, Purpose, Release
-from tests.support.audited import ONE_TEXT, PLAN, TINY, noised_plan
+from tests.support.audited import ONE_TEXT, PLAN, noised_plan, tiny_audits
 
 CLIPS = "hidden_clip = 8.0\ngradient_clip = 8.0\n"
 HIDDEN, GRADIENT = "hidden states", "gradients"
+
+
+@pytest.fixture(autouse=True)
+def tiny(monkeypatch: pytest.MonkeyPatch) -> None:
+    tiny_audits(monkeypatch, ONE_TEXT)
 
 
 class Faulty:
@@ -137,10 +142,7 @@ def test_noise_of_training_that_comes_again_in_use_is_broken(tmp_path: Path, wha
     assert f"The same noise was used on {what} of training and on hidden states in use" in finding.sentence
 
 
-def test_the_audit_of_a_plan_whose_noise_is_left_out_in_use_is_broken(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(settings, "QUICK", ONE_TEXT)
+def test_the_audit_of_a_plan_whose_noise_is_left_out_in_use_is_broken(tmp_path: Path) -> None:
     file = noised_plan(tmp_path, 400.0, 400.0, "update_std = 1.0\n")
     subject = open_subject(file)
     boundary: Any = Faulty(variant(subject.plan, subject.name), subject.name, "no noise")
@@ -155,7 +157,7 @@ def test_the_audit_of_a_plan_whose_noise_is_left_out_in_use_is_broken(
 
 def test_the_clip_of_a_session_alone_hides_nothing(tmp_path: Path) -> None:
     file = noised_plan(tmp_path, 0.005, 2.0, CLIPS)
-    subject, used, texts = _asked(file, 2)
+    subject, used, texts = _asked(file, 1)
     raw, seen = used[0].taps[0].raw_TH, used[0].taps[0].seen_TH
     assert float(raw.norm()) > 3 * float(seen.norm())  # the clip binds, on every row by itself
     noise = {Channel.HIDDEN: 0.005}
@@ -180,10 +182,7 @@ def test_noise_hides_the_prompt_and_not_the_answer(tmp_path: Path) -> None:
     assert read.excess_share.value > 0.5
 
 
-def test_answers_that_the_server_reads_make_the_verdict_whatever_the_noise(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(settings, "QUICK", ONE_TEXT)
+def test_answers_that_the_server_reads_make_the_verdict_whatever_the_noise(tmp_path: Path) -> None:
     file = noised_plan(tmp_path, 400.0, 400.0, "update_std = 1.0\n")
     found = audit(AuditOptions(file, quick=True, attacks=("A1", "A10")))
     a1, a10 = found.by_attack()["A1"], found.by_attack()["A10"]
@@ -199,9 +198,9 @@ def test_answers_that_the_server_reads_make_the_verdict_whatever_the_noise(
 
 
 def test_own_texts_are_asked_too_and_scored_by_themselves(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(settings, "QUICK", replace(TINY, sessions=2))
+    monkeypatch.setattr(settings, "QUICK", replace(ONE_TEXT, texts=1, sessions=2))
     own = tmp_path / "own.jsonl"
-    own.write_text('{"text": "The parcel for the third floor came on Friday."}\n' * 2)
+    own.write_text('{"text": "The parcel for the third floor came on Friday."}\n')
     found = audit(AuditOptions(PLAN, quick=True, attacks=("A1", "A10"), texts=(own,)))
     for attack, channel in (("A1", "hidden"), ("A1", "session"), ("A10", "session")):
         sets = found.by_attack()[attack][channel]["sets"]
@@ -214,10 +213,7 @@ def test_own_texts_are_asked_too_and_scored_by_themselves(tmp_path: Path, monkey
     assert "<td>A10, own texts</td><td>session</td>" in page
 
 
-def test_an_answer_that_was_not_asked_about_leaves_the_verdict_open(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(settings, "QUICK", ONE_TEXT)
+def test_an_answer_that_was_not_asked_about_leaves_the_verdict_open(tmp_path: Path) -> None:
     found = audit(AuditOptions(noised_plan(tmp_path, 400.0, 400.0), quick=True, attacks=("A10",)))
     assert "anything on the hidden channel" in found.skipped  # answers tell nothing about training
     assert found.by_attack()["A10"]["session"]["verdict"] == "EXPOSED"
@@ -231,20 +227,14 @@ def test_short_sessions_still_have_a_prompt(tmp_path: Path, most: int, rows: lis
     assert used[0].begins > used[0].target.begins
 
 
-def test_sessions_too_short_for_a_prompt_leave_the_verdict_open_with_a_sentence(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(settings, "QUICK", ONE_TEXT)
+def test_sessions_too_short_for_a_prompt_leave_the_verdict_open_with_a_sentence(tmp_path: Path) -> None:
     found = audit(AuditOptions(_with_inference(tmp_path, "max_tokens = 2"), quick=True, attacks=("A10",)))
     assert found.by_attack()["A10"]["session"]["status"] == "skipped"
     assert any("too short for a prompt and its answer: raise inference.max_tokens" in said for said in found.sentences)
     assert not any("--minutes" in said for said in found.sentences)
 
 
-def test_a_plan_without_inference_has_nothing_that_leaves_in_use(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(settings, "QUICK", ONE_TEXT)
+def test_a_plan_without_inference_has_nothing_that_leaves_in_use(tmp_path: Path) -> None:
     report = audit(AuditOptions(_with_inference(tmp_path, "enabled = false"), quick=True, attacks=("A1",)))
     found = report.by_attack()
     assert found["A1"]["hidden"]["recovery"] > 0.95
