@@ -16,18 +16,18 @@ from fedsea.audit.outcome import AuditReport
 from fedsea.audit.settings import QUICK, AuditOptions
 from fedsea.cli import main
 from fedsea.cli.audit import _ATTACKS
-from tests.support.audited import ONE_TEXT, PLAN, TINY, noised_plan
+from tests.support.audited import ONE_TEXT, PLAN, noised_plan, tiny_audits
 
 
 @pytest.fixture(autouse=True)
 def tiny(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(settings, "QUICK", TINY)
+    tiny_audits(monkeypatch, ONE_TEXT)
 
 
 def test_an_open_plan_is_exposed_in_one_line_of_json_and_a_page(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(settings, "QUICK", replace(TINY, curve_sequences=1, rhos=(0.0, 1.0)))
+    monkeypatch.setattr(settings, "QUICK", replace(ONE_TEXT, curve_sequences=1, rhos=(0.0, 1.0)))
     own = tmp_path / "own.jsonl"
     own.write_text('{"text": "zanzibar quokka marmalade, nobody else may read this line"}\n')
     out = tmp_path / "out"
@@ -66,7 +66,6 @@ def test_the_exit_code_gates_a_run_at_the_level_that_is_asked_for(
         return made[options]
 
     monkeypatch.setattr(run, "audit", once)
-    monkeypatch.setattr(settings, "QUICK", ONE_TEXT)
     loud = noised_plan(tmp_path, hidden_std=400.0, gradient_std=400.0)
     asked = ["audit", str(loud), "--quick", "--quiet", "--attacks", "A1,A5", "--out", str(tmp_path / "out")]
     assert main.run([*asked, "--fail-on", "exposed"]) == 0
