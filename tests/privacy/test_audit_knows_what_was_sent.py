@@ -9,7 +9,6 @@ from typing import Any
 import pytest
 import torch
 
-from fedsea.audit import settings
 from fedsea.audit.knowing import model_of
 from fedsea.audit.observe import Tap
 from fedsea.audit.run import _Audit
@@ -18,7 +17,7 @@ from fedsea.audit.subject import Subject, open_subject, variant
 from fedsea.federation.secure import Member
 from fedsea.model import adapters
 from fedsea.types import Channel
-from tests.support.audited import PLAN, TINY
+from tests.support.audited import ONE_TEXT, PLAN, tiny_audits
 
 
 def _trained(file: Path = PLAN) -> Subject:
@@ -51,7 +50,7 @@ def test_the_attackers_model_is_the_clients_and_the_servers_after_training(tmp_p
 
 
 def test_the_audit_of_a_run_recovers_what_the_servers_adapters_explain(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(settings, "QUICK", TINY)
+    tiny_audits(monkeypatch, ONE_TEXT)
     options = AuditOptions(PLAN, quick=True, attacks=("A1",))
     found = _Audit(_trained(), options, Clock(5.0, lambda *_: None), None, None, Member).run()
     a1 = found.by_attack()["A1"][Channel.HIDDEN.value]
@@ -74,7 +73,7 @@ def test_adapters_that_the_server_was_not_sent_are_not_the_attackers() -> None:
 
 def test_the_mean_that_secure_aggregation_leaves_is_the_attackers(monkeypatch: pytest.MonkeyPatch) -> None:
     """Every client goes on with it after a round, and the server has sent it to them."""
-    monkeypatch.setattr(settings, "QUICK", TINY)
+    tiny_audits(monkeypatch, ONE_TEXT)
     subject = _under(_trained(), sync="round", secure=True)
     assert subject.sent.keys() == {*(subject.parameters or ()), *(subject.trunk or ())}
     options = AuditOptions(PLAN, quick=True, attacks=("A1",))
