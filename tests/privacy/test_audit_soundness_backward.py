@@ -29,14 +29,14 @@ def test_gradients_without_noise_name_every_token_whatever_the_forward_channel_h
 ) -> None:
     noise = noised(hidden_std=rho * hidden_scale(base_model, 1)) if rho else {}
     plan = plan_of(base_model, 1, m, **noise)
-    targets = observed(plan, targets_of(texts(6, 32)))
+    targets = observed(plan, targets_of(texts(4, 20)))
     assert recovery(targets, a5_labels.run(attacker_of(plan), targets)) >= 0.99
 
 
 @pytest.mark.parametrize(("codec", "least"), [("bf16", 0.99), ("fp16", 0.99), ("int8", 0.95)])
 def test_a_coarse_codec_of_the_gradients_hides_little(base_model: Path, codec: str, least: float) -> None:
     plan = plan_of(base_model, 1, 1, wire={"hidden": codec, "gradient": codec})
-    targets = observed(plan, targets_of(texts(6, 32)))
+    targets = observed(plan, targets_of(texts(4, 20)))
     assert recovery(targets, a5_labels.run(attacker_of(plan), targets)) >= least
 
 
@@ -69,7 +69,7 @@ def test_noise_on_the_gradients_lowers_recovery_and_epochs_raise_it_again(base_m
     found = []
     for std, epochs in ((0.02, 1), (0.5, 1), (0.5, 8)):
         plan = plan_of(base_model, 1, 1, **noised(hidden_std=8 * scale, gradient_std=std))
-        targets = observed(plan, targets_of(texts(4, 24)), epochs)
+        targets = observed(plan, targets_of(texts(3, 16)), epochs)
         found.append(recovery(targets, a5_labels.run(attacker_of(plan, beam=2), targets)))
     assert found[0] > found[2] > found[1] + 0.1
 
