@@ -31,8 +31,8 @@ from tests.support.attacked import attacker_of, noised, plan_of, targets_of, tex
 from tests.support.audited import PLAN, subject_of
 
 
-def training_plan(folder: Path, **sections: Any) -> FederationPlan:
-    training = {"micro_batch_sequences": 4, "steps_per_round": 60}
+def training_plan(folder: Path, batch: int = 4, **sections: Any) -> FederationPlan:
+    training = {"micro_batch_sequences": batch, "steps_per_round": 60}
     return plan_of(folder, 1, 1, training=training, optimizer={"learning_rate": 3e-3}, **sections)
 
 
@@ -69,10 +69,9 @@ def test_full_training_names_every_token_even_in_a_sum_of_clients(
     base_model: Path, aggregation: dict[str, Any]
 ) -> None:
     clients = [{"name": name} for name in "abc"]
-    plan = training_plan(
-        base_model, adapter={"input": "full", "output": "frozen"}, aggregation=aggregation, clients=clients
-    )
-    report = a7_update.run(attacker_of(plan, public=texts(8, 24, seed=4)), targets_of(texts(12, 24)))
+    adapter = {"input": "full", "output": "frozen"}
+    plan = training_plan(base_model, 2, adapter=adapter, aggregation=aggregation, clients=clients)
+    report = a7_update.run(attacker_of(plan, public=texts(8, 24, seed=4)), targets_of(texts(6, 24)))
     assert report.verdict is Verdict.EXPOSED
     assert all(case.recall == case.precision == case.conclusive == 1.0 for case in report.cases)
     assert {case.clients for case in report.cases} == ({3} if "secure" in aggregation else {1, 3})
@@ -81,7 +80,7 @@ def test_full_training_names_every_token_even_in_a_sum_of_clients(
 def test_noise_on_the_forward_channel_does_not_touch_an_update_but_noise_on_the_update_does(base_model: Path) -> None:
     found, adapter = [], {"rank": 16, "output": "frozen"}
     for noise in ({"hidden_std": 1.0, "gradient_std": 1e-3}, {"hidden_std": 1.0, "update_std": 0.1}):
-        plan = training_plan(base_model, aggregation={"sync": "step"}, adapter=adapter, **noised(**noise))
+        plan = training_plan(base_model, 1, aggregation={"sync": "step"}, adapter=adapter, **noised(**noise))
         report = a7_update.run(attacker_of(plan, public=texts(8, 16, seed=4)), targets_of(texts(8, 16)))
         found.append(report.cases[0])
     assert found[0].recall == found[0].precision == found[0].conclusive == 1.0
@@ -144,9 +143,9 @@ def test_lora_of_the_output_side_gives_the_labels_away_though_no_gradient_leaves
     base_model: Path, targets: str | list[str]
 ) -> None:
     closed = {"input": "frozen", "trunk": "frozen", "rank": 8, "targets": targets}
-    plan = training_plan(base_model, adapter=closed, aggregation={"sync": "step"}, **noised(hidden_std=50.0))
+    plan = training_plan(base_model, 1, adapter=closed, aggregation={"sync": "step"}, **noised(hidden_std=50.0))
     assert not plan.sends_gradients("a")
-    report = a7_update.run(attacker_of(plan, public=texts(8, 24, seed=4)), targets_of(texts(4, 24)))
+    report = a7_update.run(attacker_of(plan, public=texts(8, 24, seed=4)), targets_of(texts(2, 24)))
     assert report.cases[0].method == "matching"
     assert report.cases[0].recall > 0.9
     assert report.verdict is Verdict.EXPOSED
@@ -404,13 +403,13 @@ def test_the_same_seed_gives_the_noise_that_attacks_make_themselves_again(
     noise = {"hidden_std": 0.05, "gradient_std": 1e-4, "update_std": 5e-4}
     clips = {"hidden_clip": 50.0, "gradient_clip": 1.0, "update_clip": 10.0}
     clients = [{"name": name} for name in "abc"]
-    training = {"micro_batch_sequences": 2, "steps_per_round": 2, "rounds": 1}
+    training = {"micro_batch_sequences": 1, "steps_per_round": 2, "rounds": 1}
     optimizer = {"learning_rate": 3e-3, "max_norm": 0.0}
     sections = {"aggregation": {"sync": sync}, "clients": clients, "training": training, "optimizer": optimizer}
     sections["adapter"] = {"rank": 16, "output": "frozen"}  # what it takes to match an output side is not needed here
     plan = plan_of(base_model, 1, 1, **sections, **noised(**noise, **clips))
 
     attacker = attacker_of(plan, public=texts(4, 12, seed=4), seed=3)
-    aims = {a7_update: targets_of(texts(6, 12)), a8_membership: targets_of(texts(16, 12)), a9_mechanism: []}
+    aims = {a7_update: targets_of(texts(3, 12)), a8_membership: targets_of(texts(16, 12)), a9_mechanism: []}
     once, again = ([json.dumps(attack.run(attacker, aim).to_json()) for attack, aim in aims.items()] for _ in range(2))
     assert once == again
