@@ -49,25 +49,22 @@ def run(fed: Federation, prepare: Callable[[dict[str, Line]], None]) -> dict[str
     return lines
 
 
-@pytest.mark.parametrize("point", [HEAD, PREPARE], ids=["while-it-computes", "while-it-prepares"])
 @pytest.mark.parametrize("mode", MODES)
-def test_a_connection_that_breaks_and_is_back_changes_no_bit(federation, undisturbed, monkeypatch, mode, point):
+def test_connections_that_break_while_a_client_computes_prepares_and_evaluates_change_no_bit(
+    federation, undisturbed, monkeypatch, mode
+):
     whole = undisturbed(mode)
     impatient(monkeypatch)
     fed = federation("a", "b", **MODES[mode])
     fed.start_server()
-    lines = run(fed, lambda lines: before(monkeypatch, point, strike_once(lines["a"], 2)))
-    assert lines["a"].num_cuts == 1
-    assert_same_bits(fed, whole)
 
+    def break_at_all_points(lines: dict[str, Line]) -> None:
+        before(monkeypatch, HEAD, strike_once(lines["a"], 2))
+        before(monkeypatch, PREPARE, strike_once(lines["a"], 3))
+        before(monkeypatch, EVALUATE, strike_once(lines["b"], 1))
 
-def test_a_connection_that_breaks_and_is_back_during_an_evaluation_changes_no_bit(federation, undisturbed, monkeypatch):
-    whole = undisturbed("round")
-    impatient(monkeypatch)
-    fed = federation("a", "b", **MODES["round"])
-    fed.start_server()
-    lines = run(fed, lambda lines: before(monkeypatch, EVALUATE, strike_once(lines["b"], 1)))
-    assert lines["b"].num_cuts == 1
+    lines = run(fed, break_at_all_points)
+    assert {name: line.num_cuts for name, line in lines.items()} == {"a": 2, "b": 1}
     assert_same_bits(fed, whole)
 
 
