@@ -6,14 +6,17 @@ it is shown that the text itself, or its tokens, never get there.
 
 from __future__ import annotations
 
+import json
 import os
+import signal
 import socket
 import subprocess
 import sys
 import threading
 import urllib.request
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from pathlib import Path
 
 import pytest
 
@@ -27,10 +30,54 @@ NAME = "Plumbago Beacon 5512"
 """The federation's, which the server must hold."""
 
 
+_LAUNCHER = """
+import json, os, signal, sys
+from fedsea.cli import main, server
+from fedsea.model import adapters, loading
+from fedsea.server import run
+signal.signal(signal.SIGCHLD, signal.SIG_IGN)
+for line in sys.stdin:
+    output, *arguments = json.loads(line)
+    pid = os.fork()
+    if pid == 0:
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+        said = os.open(output, os.O_WRONLY)
+        os.dup2(said, 1), os.dup2(said, 2)
+        os.close(0), os.close(said)
+        sys.exit(main.run(arguments))
+    print(pid, flush=True)
+"""
+"""Runs a `fedsea` command for each line that it reads, in a fork of a process that has done nothing but import."""
+
+
+class Launcher:
+    """Starts servers: what they import, which takes longest, is imported once."""
+
+    def __init__(self) -> None:
+        self.process = subprocess.Popen(
+            [sys.executable, "-c", _LAUNCHER], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        )
+
+    def start(self, output: Path, *arguments: object) -> int:
+        """A command with its output into a fifo; its process id."""
+        assert self.process.stdin is not None
+        assert self.process.stdout is not None
+        print(json.dumps([str(part) for part in (output, *arguments)]), file=self.process.stdin, flush=True)
+        return int(self.process.stdout.readline())
+
+
+@pytest.fixture(scope="module")
+def launcher() -> Iterator[Launcher]:
+    one = Launcher()
+    yield one
+    one.process.kill()
+    one.process.communicate()
+
+
 class Operated:
     """`fedsea server`, and all that it said, at its most talkative."""
 
-    def __init__(self, fed: Federation) -> None:
+    def __init__(self, launcher: Launcher, fed: Federation) -> None:
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             self.metrics = f"127.0.0.1:{free.getsockname()[1]}"
@@ -38,20 +85,19 @@ class Operated:
         self._listening, self._address = threading.Event(), ""
         options = ["--plan", fed.plan_file, "--listen", fed.address, "--run", fed.folder / "server", "--threads", "1"]
         options += ["--identity", fed.identities / "server", "--ca", fed.identities / "ca", "--metrics", self.metrics]
-        call = [sys.executable, "-m", "fedsea", "--debug", "server", *options]
-        self.process = subprocess.Popen(
-            [str(part) for part in call], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-        )
+        self._output = fed.folder / "said"
+        os.mkfifo(self._output)
+        self.pid = launcher.start(self._output, "--debug", "server", *options)
         self._reader = threading.Thread(target=self._read, daemon=True)
         self._reader.start()
 
     def _read(self) -> None:
-        assert self.process.stdout is not None
-        for line in self.process.stdout:
-            self.said.append(line)
-            if " listening on " in line:
-                self._address = line.split()[-1]
-                self._listening.set()
+        with self._output.open() as output:  # until it ends
+            for line in output:
+                self.said.append(line)
+                if " listening on " in line:
+                    self._address = line.split()[-1]
+                    self._listening.set()
 
     def address(self) -> str:
         """Where it listens, as soon as it does."""
@@ -65,21 +111,26 @@ class Operated:
 
     def end(self) -> str:
         """Ctrl-C; all that it said."""
-        self.process.terminate()
-        self.process.wait(DEADLINE_S)
-        self._reader.join(DEADLINE_S)
+        os.kill(self.pid, signal.SIGTERM)
+        self.wait()
         return "".join(self.said)
+
+    def wait(self) -> None:
+        """Until it has ended."""
+        self._reader.join(DEADLINE_S)
+        assert not self._reader.is_alive(), "the server does not end"
 
 
 @contextmanager
-def operated(fed: Federation) -> Iterator[Operated]:
-    server = Operated(fed)
+def operated(launcher: Launcher, fed: Federation) -> Iterator[Operated]:
+    server = Operated(launcher, fed)
     try:
         fed.address = server.address()
         yield server
     finally:
-        server.process.kill()
-        server.process.wait(DEADLINE_S)
+        with suppress(ProcessLookupError):
+            os.kill(server.pid, signal.SIGKILL)
+        server.wait()
 
 
 def fail_in_the_middle(fed: Federation, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -97,25 +148,25 @@ def fail_in_the_middle(fed: Federation, monkeypatch: pytest.MonkeyPatch) -> None
 
 @pytest.mark.parametrize("mode", TRUST)
 def test_no_text_and_no_token_gets_into_the_servers_memory_metrics_or_log(
-    federation: Callable[..., Federation], base_model, monkeypatch, mode
+    federation: Callable[..., Federation], launcher, base_model, monkeypatch, mode
 ) -> None:
     fed = federation("a", "b", name=NAME, **TRUST[mode])
     plant(fed, "a")
     canary = forms(base_model)
-    with operated(fed) as server:
+    with operated(launcher, fed) as server:
         other = fed.start_client("b", evaluate=True)
         fail_in_the_middle(fed, monkeypatch)
-        assert not found_in_memory(server.process.pid, canary), "after an error in the middle of a step"
+        assert not found_in_memory(server.pid, canary), "after an error in the middle of a step"
         training = fed.start_client("a", evaluate=True)
         training.watch.wait_for(lambda: bool(training.watch.steps))
-        assert not found_in_memory(server.process.pid, canary), "in the middle of the run"
+        assert not found_in_memory(server.pid, canary), "in the middle of the run"
         for part in (training, other):
             part.finish()
         with open_decoder(fed.client_options("a", data=())) as opened, opened.decoder.open(64) as sequences:
             sequences.extend([opened.tokenizer(CANARY)["input_ids"]])
-            assert not found_in_memory(server.process.pid, canary), "while a session is open"
+            assert not found_in_memory(server.pid, canary), "while a session is open"
             page = server.page()
-        assert found_in_memory(server.process.pid, [NAME.encode()]), "what the server must hold is found"
+        assert found_in_memory(server.pid, [NAME.encode()]), "what the server must hold is found"
         assert found_in_memory(os.getpid(), canary), "what its owner holds is found"
         said = server.end()
     assert b"fedsea_inference_tokens_total" in page

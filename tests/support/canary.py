@@ -78,14 +78,14 @@ def memory_of(pid: int, overlap: int) -> Iterator[bytes]:
 
 
 def found_in_memory(pid: int, wanted: Sequence[bytes]) -> set[bytes]:
-    """Which of these are somewhere in a process's writable memory.
+    """Which of these are where the first of them is, in a process's writable memory; none if none is anywhere.
 
     Zeros are left out on both sides: text and ids are then the same in every width, and the search is fast.
     """
-    found: set[bytes] = set()
     squeezed = {one: one.replace(b"\0", b"") for one in wanted}
+    shorts = set(squeezed.values())
     for piece in memory_of(pid, max(map(len, wanted))):
         content = piece.translate(None, b"\0")
-        here = {short for short in set(squeezed.values()) if short in content}
-        found |= {one for one, short in squeezed.items() if short in here}
-    return found
+        if here := {short for short in shorts if short in content}:
+            return {one for one, short in squeezed.items() if short in here}
+    return set()
