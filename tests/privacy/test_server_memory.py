@@ -115,6 +115,13 @@ class Operated:
         self.wait()
         return "".join(self.said)
 
+    def kill(self) -> None:
+        """At once, if it has not ended; its number may be another's then."""
+        if self._reader.is_alive():
+            with suppress(ProcessLookupError):
+                os.kill(self.pid, signal.SIGKILL)
+            self.wait()
+
     def wait(self) -> None:
         """Until it has ended."""
         self._reader.join(DEADLINE_S)
@@ -128,9 +135,7 @@ def operated(launcher: Launcher, fed: Federation) -> Iterator[Operated]:
         fed.address = server.address()
         yield server
     finally:
-        with suppress(ProcessLookupError):
-            os.kill(server.pid, signal.SIGKILL)
-        server.wait()
+        server.kill()
 
 
 def fail_in_the_middle(fed: Federation, monkeypatch: pytest.MonkeyPatch) -> None:
