@@ -25,6 +25,7 @@ from fedsea.data.detokenize import TextStream
 from fedsea.errors import ConfigError, TransportError
 from fedsea.model.decoding import TrunkDecoder
 from tests.support.federation import Federation, ServerThread
+from tests.support.opened import open_local
 
 KEY = "a key for tests"
 PROMPT = "the tall old grey ship"
@@ -98,6 +99,14 @@ def bench(federation) -> Iterator[Callable[..., Bench]]:
             return Bench(fed, server, opened, stack)
 
         yield make
+
+
+def test_a_trunk_in_this_process_is_not_watched(base_model):
+    before = set(threading.enumerate())
+    with Gateway(open_local(base_model), GatewaySettings(port=0, api_key=KEY)) as gateway:
+        assert "fedsea-gateway-watch" not in {thread.name for thread in set(threading.enumerate()) - before}
+        assert gateway._connected()
+    assert gateway.error is None
 
 
 def test_answers_whole_and_streamed_are_the_same_and_counted(bench):

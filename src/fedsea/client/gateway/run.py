@@ -154,7 +154,8 @@ class Gateway:
         self._thread = threading.Thread(target=self._work, name="fedsea-http", daemon=True)
 
     def __enter__(self) -> Gateway:
-        threading.Thread(target=self._watch, name="fedsea-gateway-watch", daemon=True).start()
+        if hasattr(self._trunk, "connected"):  # one in this process is never lost, and never waits for an event
+            threading.Thread(target=self._watch, name="fedsea-gateway-watch", daemon=True).start()
         self._thread.start()
         return self
 
