@@ -566,26 +566,16 @@ def test_an_evaluation_beside_the_training_gives_no_more_time(world):
     assert w.ran("forward") == [("forward", 0, 0, ("b",))]
 
 
-def test_others_do_not_wait_for_ever_for_a_client_that_evaluates(world):
+@pytest.mark.parametrize("at_once", [False, True], ids=["answered-late", "answered-at-once"])
+def test_others_do_not_wait_for_ever_for_a_client_that_evaluates(world, at_once):
     w = world(**waits())
     w.join("a", "b")
     w.forward("b")
     while not w.ran("forward"):
         assert w.now < (EVALUATION_WAITS + 1) * 5.0
         w.coordinator.answer("a", EVALUATION, lambda _: None, trains=True)
-        w.pass_time(3.0)
-    assert w.now >= EVALUATION_WAITS * 5.0
-    assert w.ran("forward") == [("forward", 0, 0, ("b",))]
-
-
-def test_nor_for_one_that_is_answered_in_between(world):
-    w = world(**waits())
-    w.join("a", "b")
-    w.forward("b")
-    while not w.ran("forward"):
-        assert w.now < (EVALUATION_WAITS + 1) * 5.0
-        w.coordinator.answer("a", EVALUATION, lambda _: None, trains=True)
-        w.run()
+        if at_once:
+            w.run()
         w.pass_time(3.0)
     assert w.now >= EVALUATION_WAITS * 5.0
     assert w.ran("forward") == [("forward", 0, 0, ("b",))]
